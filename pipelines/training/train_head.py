@@ -1,0 +1,183 @@
+"""Distil the 256 px head of MobileStyleGAN: ``python -m pipelines.training.train_head``.
+
+The export has no low-resolution heads.  The teacher is the 1024 px output averaged down by 4; the
+student sees the features of block 4 and codes 11..15.  Codes are drawn like those the pipeline
+meets: half are one truncated W code for all layers, half are style-mixed (two or three parents by
+random crossover, or one parent a layer pulled towards the mean, as fused codes are).
+
+One process makes teacher pictures (``--make N``); another trains on those made so far (``--train
+MINUTES``); they may run side by side.  Everything is seeded; checkpoints are safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from scol_ops.models.mobilestylegan import CODE_DIM, HEAD_BLOCKS, NUM_CODES, MobileStyleGAN
+from scol_ops.models.weights import load_mobilestylegan
+from scol_ops.runtime import set_up
+
+HELD_OUT = 200  # samples 0..199 of the evaluation seed, never trained on
+
+
+def draw_codes(index: int, seed: int, generator: MobileStyleGAN) -> torch.Tensor:
+    """The code of sample ``index``: (16, 512); even indices are plain, odd ones style-mixed."""
+    rng = np.random.default_rng([seed, index])
+    z = torch.from_numpy(rng.standard_normal((NUM_CODES, CODE_DIM)).astype(np.float32))
+    with torch.no_grad():
+        w = generator.mapping(z)
+    mean = generator.mean_code
+    psi = float(rng.uniform(0.5, 1.0))
+    if index % 2 == 0:
+        codes = w[:1].expand(NUM_CODES, -1)
+    elif index % 4 == 1:
+        cuts = np.sort(rng.integers(1, NUM_CODES, size=2))
+        codes = torch.cat([w[0].expand(cuts[0], -1), w[1].expand(cuts[1] - cuts[0], -1), w[2].expand(NUM_CODES - cuts[1], -1)])
+    else:
+        strength = torch.from_numpy(rng.uniform(0.3, 1.0, size=(NUM_CODES, 1)).astype(np.float32))
+        codes = w[0] + strength * (w - w[0]) * 0.7
+    return (mean + psi * (codes - mean)).contiguous()
+
+
+def make(folder: Path, count: int, seed: int, start: int = 0) -> None:
+    teacher = load_mobilestylegan(1024)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(start, start + count):
+        path = folder / f"{seed}-{index:06d}.npz"
+        if path.exists():
+            continue
+        codes = draw_codes(index, seed, teacher)
+        with torch.no_grad():
+            picture = F.avg_pool2d(teacher(codes[None]), 4)[0]
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, codes=codes.numpy(), picture=picture.numpy().astype(np.float16))
+        os.replace(temporary, path)
+
+
+def load(paths: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
+    arrays = [np.load(path, allow_pickle=False) for path in paths]
+    return (
+        torch.from_numpy(np.stack([a["codes"] for a in arrays])),
+        torch.from_numpy(np.stack([a["picture"] for a in arrays]).astype(np.float32)),
+    )
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """PSNR in dB of each picture of a batch in [-1, 1] (peak-to-peak 2, both clamped)."""
+    mse = (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / mse)
+
+
+def evaluate(generator: MobileStyleGAN, folder: Path, seed: int) -> dict[str, float]:
+    values = []
+    for index in range(HELD_OUT):
+        path = folder / f"{seed}-{index:06d}.npz"
+        if path.exists():
+            codes, picture = load([path])
+            with torch.no_grad():
+                values.append((index, float(psnr(generator(codes), picture))))
+    plain = [v for i, v in values if i % 2 == 0]
+    mixed = [v for i, v in values if i % 2 == 1]
+    every = [v for _, v in values]
+    return {
+        "samples": len(values),
+        "psnr_mean": float(np.mean(every)),
+        "psnr_plain": float(np.mean(plain)),
+        "psnr_mixed": float(np.mean(mixed)),
+        "psnr_min": float(np.min(every)),
+    }
+
+
+def train(folder: Path, out: Path, minutes: float, seed: int, held_out_seed: int, lr: float, batch: int, threads: int) -> None:
+    set_up(threads)
+    torch.manual_seed(seed)
+    generator = load_mobilestylegan(256, head=None)
+    head = generator.head.requires_grad_(True)
+    for layer in head.layers:
+        torch.nn.init.normal_(layer.style.weight, std=0.02)
+        torch.nn.init.constant_(layer.style.bias, 1.0)
+        torch.nn.init.kaiming_normal_(layer.conv.weight, a=0.2)
+        torch.nn.init.zeros_(layer.conv.bias)
+        torch.nn.init.normal_(layer.depthwise.weight, std=0.1)
+        with torch.no_grad():
+            layer.depthwise.weight[:, :, 1, 1] += 1.0
+    torch.nn.init.normal_(head.to_img.style.weight, std=0.02)
+    torch.nn.init.constant_(head.to_img.style.bias, 1.0)
+    torch.nn.init.normal_(head.to_img.conv.weight, std=0.02)
+    torch.nn.init.zeros_(head.to_img.conv.bias)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "head.safetensors").exists():
+        head.load_state_dict(load_file(out / "head.safetensors"))
+    generator.to(memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(head.parameters(), lr=lr, betas=(0.9, 0.99))
+    average = {k: v.detach().clone() for k, v in head.state_dict().items()}
+    rng = np.random.default_rng(seed)
+    begin = time.monotonic()
+    step, running = 0, []
+    while (elapsed := time.monotonic() - begin) < 60 * minutes:
+        paths = sorted(folder.glob(f"{seed}-*.npz"))
+        if len(paths) < batch:
+            time.sleep(1)
+            continue
+        done = elapsed / (60 * minutes)
+        for group in optimiser.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-6
+        codes, picture = load([paths[i] for i in rng.choice(len(paths), batch, replace=False)])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = generator.features(codes)
+            student = head(features, codes[:, 2 * HEAD_BLOCKS + 1 :]).float()
+        loss = F.mse_loss(student, picture) + 0.1 * F.l1_loss(student, picture)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
+        optimiser.step()
+        step += 1
+        decay = min(0.995, step / (step + 20))
+        for k, v in head.state_dict().items():
+            average[k].lerp_(v, 1 - decay)
+        running.append(float(psnr(student.detach(), picture).mean()))
+        if step % 100 == 0:
+            print(f"step {step} {elapsed:.0f} s, {len(paths)} samples, PSNR {np.mean(running[-100:]):.2f} dB", flush=True)
+            save_file(average, out / "head.safetensors")
+    head.load_state_dict(average)
+    save_file({k: v.contiguous() for k, v in average.items()}, out / "head.safetensors")
+    measured = {"steps": step, "batch": batch, "seed": seed, **evaluate(generator.float(), folder, held_out_seed)}
+    (out / "head.json").write_text(json.dumps(measured, indent=1))
+    print(measured)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("build/head-data"))
+    parser.add_argument("--out", type=Path, default=Path("build/head"))
+    parser.add_argument("--make", type=int, metavar="N", help="make N teacher pictures of --seed")
+    parser.add_argument("--start", type=int, default=0, help="first index to make")
+    parser.add_argument("--train", type=float, metavar="MINUTES")
+    parser.add_argument("--seed", type=int, default=1, help="training samples (evaluation uses --held-out-seed)")
+    parser.add_argument("--held-out-seed", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    set_up(arguments.threads)
+    if arguments.make:
+        make(arguments.folder, arguments.make, arguments.seed, arguments.start)
+    if arguments.train:
+        train(arguments.folder, arguments.out, arguments.train, arguments.seed, arguments.held_out_seed,
+              arguments.lr, arguments.batch, arguments.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Where the embedded weights come from, and the only way to load them.
+
+Every file has a sha256 here; a file that differs is refused.  Nothing is unpickled: safetensors
+and the OpenVINO constants are plain numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from scol_ops.models.mobilestylegan import CODE_DIM, MobileStyleGAN, state_dict_from_ir
+from scol_ops.models.openvino_ir import read_constants
+
+DATA = Path(__file__).parent / "data"
+
+SHA256 = {
+    "random_face/MappingNetwork.xml": "73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
+    "random_face/MappingNetwork.bin": "212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305",
+    "random_face/SynthesisNetwork.xml": "7918fce515243954d3e06628cb39a23902d6b1d5d02932cc0c2faee7a2aeeedd",
+    "random_face/SynthesisNetwork.bin": "c7da15fa22d508c82e1c30dd6b4cdf67fe3ccdddaf85b310ee764dbf0c289645",
+}
+
+
+class WeightsError(RuntimeError):
+    """A weights file is missing, or is not the file that this version was tested with."""
+
+
+def read_verified(name: str) -> bytes:
+    """The content of an embedded weights file, after checking its sha256.
+
+    Args:
+        name: a key of ``SHA256``: ``random_face/FILE`` (from that package) or a file in ``data/``.
+
+    Raises:
+        WeightsError: unknown name, missing file or package, or a digest that differs.
+    """
+    if name not in SHA256:
+        raise WeightsError(f"unknown weights file {name!r}")
+    if name.startswith("random_face/"):
+        # Found without importing: the package's own imports need packages that we do not.
+        spec = importlib.util.find_spec("random_face")
+        if spec is None or spec.origin is None:
+            raise WeightsError("the package random-face is not installed (pip install --no-deps random-face==2021.7.21.1)")
+        path = Path(spec.origin).parent / "data" / name.split("/", 1)[1]
+    else:
+        path = DATA / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"cannot read weights {path}: {error}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256[name]:
+        raise WeightsError(f"{path} has sha256 {digest}, expected {SHA256[name]}: refused")
+    return content
+
+
+def read_safetensors(name: str) -> dict[str, Tensor]:
+    """``read_verified`` and parse as safetensors; float16 entries come back as float32."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in load_safetensors(read_verified(name)).items()}
+
+
+@functools.cache
+def _mobilestylegan_state() -> dict[str, Tensor]:
+    graphs = [
+        read_constants(read_verified(f"random_face/{n}.xml"), read_verified(f"random_face/{n}.bin"), n)
+        for n in ("MappingNetwork", "SynthesisNetwork")
+    ]
+    return state_dict_from_ir(*graphs)
+
+
+@functools.cache
+def _mean_code() -> Tensor:
+    """Mean of 65,536 W codes of a fixed seed, in float64: (512,)."""
+    mapping = MobileStyleGAN(256).mapping
+    mapping.load_state_dict({k[8:]: v for k, v in _mobilestylegan_state().items() if k.startswith("mapping.")})
+    rng = torch.Generator().manual_seed(0)
+    total = torch.zeros(CODE_DIM, dtype=torch.float64)
+    with torch.no_grad():
+        for _ in range(16):
+            total += mapping(torch.randn(4096, CODE_DIM, generator=rng)).double().sum(0)
+    return (total / 65536).float()
+
+
+def load_mobilestylegan(resolution: int = 256, head: str | None = "mobilestylegan_head256.safetensors") -> MobileStyleGAN:
+    """The embedded generator, in eval mode, parameters frozen.
+
+    Args:
+        resolution: 256 or 1024.
+        head: the distilled head's file (256 px only); None leaves the head uninitialised, for training it.
+
+    Raises:
+        WeightsError: see ``read_verified``.
+        ValueError: another resolution.
+    """
+    generator = MobileStyleGAN(resolution)
+    state = {k: v for k, v in _mobilestylegan_state().items() if resolution == 1024 or not k.startswith(("blocks.5", "blocks.6", "head."))}
+    if resolution == 256:
+        own = generator.head.state_dict() if head is None else read_safetensors(head)
+        state |= {f"head.{k}": v for k, v in own.items()}
+    state["mean_code"] = _mean_code()
+    generator.load_state_dict(state, strict=True)
+    return generator.eval().requires_grad_(False)
