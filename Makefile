@@ -1,0 +1,52 @@
+# `make setup` makes .venv with the versions of constraints.txt; all else runs in it.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
+STAMP  := $(VENV)/.setup-done
+TSTAMP := $(VENV)/.setup-test-done
+BENCHES := align gallery stages
+
+.PHONY: help setup setup-test demo test bench $(addprefix bench-,$(BENCHES)) clean
+
+help:
+	@echo "make setup          create .venv (pinned versions; quick when nothing changed)"
+	@echo "make demo           set-up, then protect a small archive of generated people, then the report"
+	@echo "make test           set-up, then the tests"
+	@echo "make bench          all benchmarks; one of them: $(addprefix bench-,$(BENCHES))"
+	@echo "make clean          remove .venv and build"
+
+setup: $(STAMP)
+
+setup-test: $(TSTAMP)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, \
+	$(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): requirements.txt requirements-nodeps.txt constraints.txt pyproject.toml | $(PY)
+	$(PIP) -c constraints.txt setuptools -r requirements.txt
+	$(PIP) --no-deps -r requirements-nodeps.txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(TSTAMP): requirements-test.txt $(STAMP)
+	$(PIP) -c constraints.txt -r requirements-test.txt
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/scol demo
+
+test: $(TSTAMP)
+	$(PY) -m pytest -q tests
+
+$(addprefix bench-,$(BENCHES)): bench-%: $(STAMP)
+	$(PY) -m pipelines.bench.$*
+
+# One after the other, also under -j: they measure time.
+bench: $(STAMP)
+	@for name in $(BENCHES); do $(PY) -m pipelines.bench.$$name || exit 1; done
+
+clean:
+	rm -rf $(VENV) build
