@@ -1,0 +1,478 @@
+"""Committed Parquet parts on any fsspec store: the record of what is done.
+
+Layout: `URL/STAGE/NAME.parquet`, where NAME is `part_key` of the item keys that the part holds. A part is committed by
+create-if-absent of its final name and never changed afterwards. Temporary files are called `.NAME.RANDOM.tmp`; a
+leading dot keeps them out of Arrow's, Spark's and our own listings.
+
+What each back end promises about create-if-absent:
+
+| back end | how a part is committed | promise |
+|---|---|---|
+| `file` | written and fsync'ed under a temporary name, then link(2), which never replaces | atomic, between all \
+processes and hosts that share the file system (NFS included) |
+| `memory` | `pipe_file(mode="create")` under a lock | within one process only, so not for Ray's workers (`shared`) |
+| `s3`, `s3a` | one PUT with `If-None-Match: *` (s3fs, botocore > 1.35.20) | by AWS S3; another server must know \
+conditional writes |
+| `gs`, `gcs` | one upload with `ifGenerationMatch=0` (gcsfs) | by Cloud Storage |
+| `az`, `abfs`, `abfss` | one upload with `overwrite=False` (adlfs) | by Azure Blob Storage |
+| anything else | refused (`UnsafeStoreError`) unless `allow_unsafe=True`: then "exists?", write, move | none |
+
+An object store needs no temporary name, since a PUT shows all or nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from cluster.errors import SchemaVersionError, StoreError, UnsafeStoreError
+
+VERSION_FIELD = b"cluster.schema_version"
+STAGE_FIELD = b"cluster.stage"
+SUFFIX = ".parquet"
+
+_CONDITIONAL = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
+_NAME = re.compile(r"[0-9a-f]{32}")
+_STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_TEMP = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}\.tmp")
+_MEMORY_LOCK = threading.Lock()
+
+_PERMANENT = {
+    errno.ENOSPC: "disk full",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EROFS: "read-only file system",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.ENOTDIR: "not a directory",
+    errno.EISDIR: "is a directory",
+    errno.ENOENT: "no such file",
+    errno.ENAMETOOLONG: "name too long",
+    errno.EFBIG: "file too large",
+    errno.ELOOP: "too many symbolic links",
+    errno.EINVAL: "invalid argument",
+    errno.ENOTSUP: "not supported by the file system",
+}
+
+
+def hash_key(*fields: str | bytes | int) -> str:
+    """Hash a sequence of fields to a key.
+
+    Every field is preceded by its length, so that ("ab", "c") and ("a", "bc") differ; integers are hashed as decimal
+    text and thus equal the string of the same digits.
+
+    Returns:
+        32 hex digits (blake2b, 16 bytes; RFC 7693).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for field in fields:
+        data = field if isinstance(field, bytes) else str(field).encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def part_key(keys: Iterable[str]) -> str:
+    """Name of the part that holds exactly these item keys: `hash_key` of the sorted, distinct keys (32 hex digits)."""
+    return hash_key(*sorted(set(keys)))
+
+
+class PartStore:
+    """Parts of any number of stages below one URL. Picklable; safe to use from several threads.
+
+    Args:
+        url: local path or fsspec URL of the folder (created by the first write). A relative path is made absolute.
+        storage_options: keyword arguments of the fsspec file system.
+        allow_unsafe: accept a back end that does not promise create-if-absent (see the module's table).
+        schema_version: version of the row schemas, written into every part. A part with a higher one is refused.
+
+    Raises:
+        UnsafeStoreError: the back end promises nothing and `allow_unsafe` is false.
+        StoreError: the URL's protocol is unknown or its package is not installed.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        allow_unsafe: bool = False,
+        schema_version: int = 1,
+    ):
+        self.storage_options = dict(storage_options or {})
+        self.allow_unsafe = allow_unsafe
+        self.schema_version = schema_version
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(os.fspath(url), **self.storage_options)
+        except (ImportError, ValueError, OSError) as error:  # no such protocol, its package is missing, no such host
+            raise StoreError(os.fspath(url), f"cannot open the store ({error})") from error
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self._memory = isinstance(self._fs, MemoryFileSystem)
+        protocol = self._fs.protocol
+        self._conditional = not _CONDITIONAL.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
+        self.url = self._root if self._local else self._fs.unstrip_protocol(self._root)
+        if not (self._local or self._memory or self._conditional or allow_unsafe):
+            raise UnsafeStoreError(self.url, "this store does not promise create-if-absent")
+
+    def __reduce__(self):
+        return _open, (self.url, self.storage_options, self.allow_unsafe, self.schema_version)
+
+    def __repr__(self) -> str:
+        return f"PartStore({self.url!r})"
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes see the same parts (false for `memory`)."""
+        return not self._memory
+
+    # Paths and listings ----------------------------------------------------------------------------------------
+
+    def _dir(self, stage: str) -> str:
+        if not _STAGE.fullmatch(stage):
+            raise StoreError(self.url, f"not a stage name: {stage!r}")
+        return f"{self._root}/{stage}"
+
+    def path(self, stage: str, name: str) -> str:
+        """Path of a part inside the file system (no protocol)."""
+        if not _NAME.fullmatch(name):
+            raise StoreError(self.url, f"not a part name: {name!r}")
+        return f"{self._dir(stage)}/{name}{SUFFIX}"
+
+    def stages(self) -> list[str]:
+        """Names of the stages that have a folder, sorted."""
+        return sorted(name for name, is_dir in self._list(self._root) if is_dir and _STAGE.fullmatch(name))
+
+    def parts(self, stage: str) -> list[str]:
+        """Names of the committed parts of a stage, sorted (32 hex digits each); empty where the stage has none."""
+        names = []
+        for name, is_dir in self._list(self._dir(stage)):
+            if not is_dir and name.endswith(SUFFIX) and _NAME.fullmatch(name[: -len(SUFFIX)]):
+                names.append(name[: -len(SUFFIX)])
+        return sorted(names)
+
+    def _list(self, folder: str) -> Iterator[tuple[str, bool]]:
+        try:
+            if self._local:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        yield entry.name, entry.is_dir()
+            else:
+                self._fs.invalidate_cache(folder)
+                for info in self._fs.ls(folder, detail=True):
+                    yield info["name"].rstrip("/").rsplit("/", 1)[-1], info["type"] == "directory"
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise self._error(folder, error) from error
+
+    # Writing ---------------------------------------------------------------------------------------------------
+
+    def write_part(self, stage: str, key: str | None, table: pa.Table, metadata: Mapping[str, str] | None = None) -> bool:
+        """Write and commit one part.
+
+        Args:
+            stage: the stage's name.
+            key: `part_key` of the keys in `table`, or None to have it computed.
+            table: the rows; a column `key` (string, no nulls) names each row's item, at least one row.
+            metadata: further key-value pairs for the Parquet footer.
+
+        Returns:
+            True if this call committed the part, False if it existed already (then nothing is changed: the same
+            item keys name the same work).
+
+        Raises:
+            StoreError: not writable, disk full, a wrong key, or a transient fault (`transient`).
+        """
+        if "key" not in table.column_names or not pa.types.is_string(table.schema.field("key").type):
+            raise StoreError(self._dir(stage), "a part needs a string column 'key'")
+        column = table["key"]
+        if table.num_rows == 0 or column.null_count:
+            raise StoreError(self._dir(stage), "a part needs at least one row and no null key")
+        name = part_key(pc.unique(column).to_pylist())
+        if key is not None and key != name:
+            raise StoreError(self._dir(stage), f"the part's name {key!r} is not that of the keys it holds, {name}")
+        fields = {k.encode(): v.encode() for k, v in (metadata or {}).items()}
+        fields |= {VERSION_FIELD: str(self.schema_version).encode(), STAGE_FIELD: stage.encode()}
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **fields})
+        path = self.path(stage, name)
+        try:
+            if self._local:
+                return self._write_local(path, table)
+            return self._write_remote(path, table)
+        except StoreError:
+            raise
+        except Exception as error:
+            raise self._error(path, error) from error
+
+    def _write_local(self, path: str, table: pa.Table) -> bool:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temp = self._temp(path)
+        try:
+            with open(temp, "xb") as file:
+                _to_parquet(table, file)
+                file.flush()
+                os.fsync(file.fileno())  # or a crash of the node could leave the final name with no bytes
+            return self._commit_local(temp, path)
+        finally:
+            try:
+                os.unlink(temp)
+            except FileNotFoundError:
+                pass
+
+    def _commit_local(self, temp: str, path: str) -> bool:
+        try:
+            os.link(temp, path)
+            return True
+        except FileExistsError:
+            # NFS may repeat a request whose answer got lost: then the name that exists is our own.
+            return os.path.samefile(temp, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            if not self.allow_unsafe:
+                raise UnsafeStoreError(path, "this file system has no hard links, so it cannot commit safely") from error
+        if os.path.exists(path):
+            return False
+        os.replace(temp, path)
+        return True
+
+    def _write_remote(self, path: str, table: pa.Table) -> bool:
+        buffer = pa.BufferOutputStream()
+        _to_parquet(table, buffer)
+        data = buffer.getvalue().to_pybytes()
+        if self._memory or self._conditional:
+            try:
+                if self._memory:
+                    with _MEMORY_LOCK:
+                        self._fs.pipe_file(path, data, mode="create")
+                else:
+                    self._fs.pipe_file(path, data, mode="create")
+                return True
+            except FileExistsError:
+                return False
+        self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+        temp = self._temp(path)
+        try:
+            self._fs.pipe_file(temp, data)
+            if self._fs.exists(path):
+                return False
+            self._fs.mv(temp, path)
+            return True
+        finally:
+            if self._fs.exists(temp):
+                self._fs.rm_file(temp)
+
+    @staticmethod
+    def _temp(path: str) -> str:
+        folder, name = path.rsplit("/", 1)
+        return f"{folder}/.{name[: -len(SUFFIX)]}.{uuid.uuid4().hex}.tmp"
+
+    def collect_garbage(self, older_than: float = 24 * 3600.0) -> list[str]:
+        """Remove temporary files of writers that died.
+
+        Args:
+            older_than: age in seconds below which a temporary file may still be in use, and stays.
+
+        Returns:
+            Paths of the removed files.
+        """
+        removed = []
+        for stage in self.stages():
+            folder = self._dir(stage)
+            for name, is_dir in list(self._list(folder)):
+                if is_dir or not _TEMP.fullmatch(name):
+                    continue
+                path = f"{folder}/{name}"
+                try:
+                    age = time.time() - (os.stat(path).st_mtime if self._local else self._fs.modified(path).timestamp())
+                    if age >= older_than:
+                        self._fs.rm_file(path)
+                        removed.append(path)
+                except FileNotFoundError:
+                    continue  # its writer, or another collector, was quicker
+                except Exception as error:
+                    raise self._error(path, error) from error
+        return removed
+
+    # Reading ---------------------------------------------------------------------------------------------------
+
+    def read_part(self, stage: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read one part, all rows, all or some columns.
+
+        Raises:
+            SchemaVersionError: the part's schema version is newer than the store's.
+            StoreError: missing, unreadable, torn, or without one of `columns`.
+        """
+        path = self.path(stage, name)
+        try:
+            with self._fs.open(path, "rb") if not self._local else open(path, "rb") as source:
+                file = pq.ParquetFile(source, pre_buffer=not self._local)
+                schema = file.schema_arrow
+                self._check_version(path, schema.metadata or {})
+                absent = [c for c in columns or () if c not in schema.names]
+                if absent:
+                    raise StoreError(path, f"the part has no column {', '.join(absent)}")
+                table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+        except StoreError:
+            raise
+        except Exception as error:
+            raise self._error(path, error) from error
+        return table.replace_schema_metadata(None)
+
+    def _check_version(self, path: str, metadata: Mapping[bytes, bytes]) -> None:
+        try:
+            version = int(metadata[VERSION_FIELD])
+        except (KeyError, ValueError):
+            raise StoreError(path, "not a part: it names no schema version") from None
+        if version > self.schema_version:
+            raise SchemaVersionError(
+                path, f"written with schema version {version}, this program reads up to {self.schema_version}"
+            )
+
+    def _read_parts(self, stage: str, names: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        if len(names) < 2:
+            yield from (self.read_part(stage, name, columns) for name in names)
+            return
+        with ThreadPoolExecutor(4 if self._local else 16) as pool:
+            yield from pool.map(lambda name: self.read_part(stage, name, columns), names)
+
+    def index(self, stage: str) -> pa.Table:
+        """Where each finished item is, from the key columns alone.
+
+        Returns:
+            Table with `key` (string, distinct) and `part` (dictionary of strings): the part whose rows count for the
+            key, which is the lexicographically smallest of those that hold it.
+        """
+        names = self.parts(stage)
+        keys, codes = [], []
+        for code, table in enumerate(self._read_parts(stage, names, ["key"])):
+            distinct = pc.unique(table["key"])
+            keys.append(distinct)
+            codes.append(np.full(len(distinct), code, np.int32))
+        key = pa.chunked_array(keys, pa.string()).combine_chunks()
+        code = np.concatenate(codes) if codes else np.zeros(0, np.int32)
+        if len(names) > 1 and pc.count_distinct(key).as_py() < len(key):
+            table = pa.table({"key": key, "code": code}).group_by("key").aggregate([("code", "min")])
+            key, code = table["key"].combine_chunks(), table["code_min"].to_numpy()
+        return pa.table({"key": key, "part": pa.DictionaryArray.from_arrays(pa.array(code), pa.array(names, pa.string()))})
+
+    def done_keys(self, stage: str) -> set[str]:
+        """Keys of the items that have committed rows at this stage. Reads only the key column of every part."""
+        return set(self.index(stage)["key"].to_pylist())
+
+    def scan(
+        self,
+        stage: str,
+        keys: Iterable[str] | None = None,
+        columns: Sequence[str] | None = None,
+        parts: Iterable[str] | None = None,
+    ) -> Iterator[pa.Table]:
+        """Go through a stage part by part, with exactly one set of rows for each item key.
+
+        Two drivers at once may have committed two parts that hold the same key; the rows of the lexicographically
+        smallest part name count.
+
+        Args:
+            stage: the stage's name.
+            keys: only rows of these keys; None for all.
+            columns: only these columns (`key` is always read, and comes back only if asked for).
+            parts: names of the parts to look in; None for all.
+
+        Yields:
+            One table for each part that has rows to give.
+        """
+        wanted = None if keys is None else set(keys)
+        seen: set[str] = set()
+        for name in sorted(set(parts)) if parts is not None else self.parts(stage):
+            if wanted is not None and len(seen) == len(wanted):
+                return
+            read = None if columns is None else list(dict.fromkeys(["key", *columns]))
+            table = self.read_part(stage, name, read)
+            distinct = pc.unique(table["key"]).to_pylist()
+            new = [k for k in distinct if k not in seen and (wanted is None or k in wanted)]
+            if not new:
+                continue
+            seen.update(new)
+            if len(new) < len(distinct):
+                table = table.filter(pc.is_in(table["key"], value_set=pa.array(new, pa.string())))
+            yield table if columns is None else table.select(list(columns))
+
+    def read_rows(
+        self,
+        stage: str,
+        keys: Sequence[str] | None = None,
+        columns: Sequence[str] | None = None,
+        parts: Iterable[str] | None = None,
+        schema: pa.Schema | None = None,
+    ) -> pa.Table:
+        """Rows of a stage as one table, exactly one set for each item key (see `scan`).
+
+        Args:
+            stage, columns, parts: as for `scan`.
+            keys: the items wanted. Rows come in the order of `keys`, rows of one item in the order they were written;
+                a key with no rows is left out. With None: all items, in the order of part names.
+            schema: schema to give an empty answer (else a table without columns).
+
+        Raises:
+            StoreError: as for `read_part`.
+        """
+        wanted = None if keys is None else list(dict.fromkeys(keys))
+        if wanted is not None and parts is None:
+            index = self.index(stage)
+            parts = index.filter(pc.is_in(index["key"], value_set=pa.array(wanted, pa.string())))["part"].unique().to_pylist()
+        read = columns if columns is None or wanted is None else list(dict.fromkeys(["key", *columns]))
+        tables = list(self.scan(stage, wanted, read, parts))
+        if not tables:
+            empty = schema if schema is not None else pa.schema([])
+            return empty.empty_table().select([c for c in columns or empty.names if c in empty.names])
+        table = pa.concat_tables(tables, promote_options="default")
+        if wanted is not None:
+            order = pc.index_in(table["key"], value_set=pa.array(wanted, pa.string())).to_numpy()
+            if np.any(np.diff(order) < 0):
+                table = table.take(pa.array(np.argsort(order, kind="stable")))
+        return table if columns is None else table.select(list(columns))
+
+    # Errors ----------------------------------------------------------------------------------------------------
+
+    def _error(self, path: str, error: Exception) -> StoreError:
+        path = path if self._local else self._fs.unstrip_protocol(path)
+        if isinstance(error, OSError) and error.errno in _PERMANENT:
+            return StoreError(path, _PERMANENT[error.errno])
+        if isinstance(error, FileNotFoundError):
+            return StoreError(path, "no such file")
+        if isinstance(error, PermissionError):
+            return StoreError(path, "permission denied")
+        if isinstance(error, pa.ArrowInvalid):
+            return StoreError(path, f"not a readable Parquet file ({error})")
+        words = f"{type(error).__name__}: {error}"
+        if isinstance(error, (OSError, TimeoutError)):
+            return StoreError(path, words, transient=True)
+        # HTTP clients of object stores raise their own types for lost connections, throttling and the like.
+        return StoreError(path, words, transient=not self._local and not isinstance(error, (TypeError, ValueError)))
+
+
+def _open(url: str, storage_options: dict, allow_unsafe: bool, schema_version: int) -> PartStore:
+    return PartStore(
+        url, storage_options=storage_options, allow_unsafe=allow_unsafe, schema_version=schema_version
+    )
+
+
+def _to_parquet(table: pa.Table, sink) -> None:
+    # Dictionaries pay for repeated words, not for keys, pictures and vectors.
+    words = [f.name for f in table.schema if pa.types.is_string(f.type) and f.name != "key"]
+    pq.write_table(table, sink, compression="zstd", compression_level=1, use_dictionary=words)
