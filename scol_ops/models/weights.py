@@ -25,6 +25,9 @@ SHA256 = {
     "random_face/MappingNetwork.bin": "212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305",
     "random_face/SynthesisNetwork.xml": "7918fce515243954d3e06628cb39a23902d6b1d5d02932cc0c2faee7a2aeeedd",
     "random_face/SynthesisNetwork.bin": "c7da15fa22d508c82e1c30dd6b4cdf67fe3ccdddaf85b310ee764dbf0c289645",
+    "mobilefacenet.safetensors": "01a96551f9de56c22813a3a1069a76a9a876f1d3f40581718c92b2f190f6a319",
+    "dlib_resnet.safetensors": "11573dbefef79f678b0861cba90cae135eb4afb6d40f914351cda9b28217dade",
+    "faceres.safetensors": "05c547d4aa7befa868d4748bf918bcacb9aa7cc044732142e521bca980e88ec0",
 }
 
 
