@@ -5,8 +5,8 @@ student sees the features of block 4 and codes 11..15.  Codes are drawn like tho
 meets: half are one truncated W code for all layers, half are style-mixed (two or three parents by
 random crossover, or one parent a layer pulled towards the mean, as fused codes are).
 
-One process makes teacher pictures (``--make N``); another trains on those made so far (``--train
-MINUTES``); they may run side by side.  Everything is seeded; checkpoints are safetensors.
+First make teacher pictures (``--make N``), then train on random squares of them (``--train MINUTES``).
+Everything is seeded; checkpoints are safetensors.
 """
 
 from __future__ import annotations
@@ -65,6 +65,37 @@ def make(folder: Path, count: int, seed: int, start: int = 0) -> None:
         os.replace(temporary, path)
 
 
+def cache_features(folder: Path, seed: int, generator: MobileStyleGAN) -> list[Path]:
+    """Write block 4's output of every sample beside it (float16, (256, 128, 128)); return the samples that have one."""
+    ready = []
+    for path in sorted(folder.glob(f"{seed}-*.npz")):
+        target = path.with_suffix(".npy")
+        if not target.exists():
+            codes, _ = load([path])
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                features = generator.features(codes)[0].contiguous().to(torch.float16)
+            temporary = target.with_suffix(".tmp")
+            with open(temporary, "wb") as file:
+                np.save(file, features.numpy())
+            os.replace(temporary, target)
+        ready.append(path)
+    return ready
+
+
+def crops(paths: list[Path], rng: np.random.Generator, size: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A random square of each sample: features (B, 256, size, size), codes, picture (B, 3, 2 size, 2 size)."""
+    features, codes, pictures = [], [], []
+    for path in paths:
+        top, left = rng.integers(0, 128 - size + 1, size=2)
+        whole = np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
+        features.append(np.array(whole[:, top : top + size, left : left + size], dtype=np.float32))
+        sample = np.load(path, allow_pickle=False)
+        codes.append(sample["codes"])
+        area = sample["picture"][:, 2 * top : 2 * (top + size), 2 * left : 2 * (left + size)]
+        pictures.append(area.astype(np.float32))
+    return tuple(torch.from_numpy(np.stack(a)) for a in (features, codes, pictures))
+
+
 def load(paths: list[Path]) -> tuple[torch.Tensor, torch.Tensor]:
     arrays = [np.load(path, allow_pickle=False) for path in paths]
     return (
@@ -112,10 +143,11 @@ def train(folder: Path, out: Path, minutes: float, seed: int, held_out_seed: int
         torch.nn.init.normal_(layer.depthwise.weight, std=0.1)
         with torch.no_grad():
             layer.depthwise.weight[:, :, 1, 1] += 1.0
-    torch.nn.init.normal_(head.to_img.style.weight, std=0.02)
-    torch.nn.init.constant_(head.to_img.style.bias, 1.0)
-    torch.nn.init.normal_(head.to_img.conv.weight, std=0.02)
-    torch.nn.init.zeros_(head.to_img.conv.bias)
+    for image in (head.skip, head.to_img):
+        torch.nn.init.normal_(image.style.weight, std=0.02)
+        torch.nn.init.constant_(image.style.bias, 1.0)
+        torch.nn.init.normal_(image.conv.weight, std=0.01)
+        torch.nn.init.zeros_(image.conv.bias)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "head.safetensors").exists():
         head.load_state_dict(load_file(out / "head.safetensors"))
@@ -123,20 +155,16 @@ def train(folder: Path, out: Path, minutes: float, seed: int, held_out_seed: int
     optimiser = torch.optim.Adam(head.parameters(), lr=lr, betas=(0.9, 0.99))
     average = {k: v.detach().clone() for k, v in head.state_dict().items()}
     rng = np.random.default_rng(seed)
+    paths = cache_features(folder, seed, generator)
     begin = time.monotonic()
     step, running = 0, []
     while (elapsed := time.monotonic() - begin) < 60 * minutes:
-        paths = sorted(folder.glob(f"{seed}-*.npz"))
-        if len(paths) < batch:
-            time.sleep(1)
-            continue
         done = elapsed / (60 * minutes)
         for group in optimiser.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-6
-        codes, picture = load([paths[i] for i in rng.choice(len(paths), batch, replace=False)])
+        features, codes, picture = crops([paths[i] for i in rng.choice(len(paths), batch, replace=False)], rng)
+        features = features.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = generator.features(codes)
             student = head(features, codes[:, 2 * HEAD_BLOCKS + 1 :]).float()
         loss = F.mse_loss(student, picture) + 0.1 * F.l1_loss(student, picture)
         optimiser.zero_grad(set_to_none=True)
@@ -148,8 +176,8 @@ def train(folder: Path, out: Path, minutes: float, seed: int, held_out_seed: int
         for k, v in head.state_dict().items():
             average[k].lerp_(v, 1 - decay)
         running.append(float(psnr(student.detach(), picture).mean()))
-        if step % 100 == 0:
-            print(f"step {step} {elapsed:.0f} s, {len(paths)} samples, PSNR {np.mean(running[-100:]):.2f} dB", flush=True)
+        if step % 50 == 0:
+            print(f"step {step} {elapsed:.0f} s, {len(paths)} samples, PSNR (squares) {np.mean(running[-50:]):.2f} dB", flush=True)
             save_file(average, out / "head.safetensors")
     head.load_state_dict(average)
     save_file({k: v.contiguous() for k, v in average.items()}, out / "head.safetensors")
@@ -168,7 +196,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1, help="training samples (evaluation uses --held-out-seed)")
     parser.add_argument("--held-out-seed", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     set_up(arguments.threads)

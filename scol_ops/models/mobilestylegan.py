@@ -123,15 +123,19 @@ class ToImage(nn.Module):
         self.style = Affine(cin, 1.0 / math.sqrt(cin) if gain is None else gain)
         self.conv = nn.Conv2d(cin, 12, 1)
 
+    def bands(self, x: Tensor, code: Tensor) -> Tensor:
+        return self.conv(x * self.style(code))
+
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
-        return inverse_haar(self.conv(x * self.style(code)))
+        return inverse_haar(self.bands(x, code))
 
 
 class Head256(nn.Module):
     """Features of block 4 and the last five codes to a 256 px image (trained by ``pipelines/training/train_head.py``).
 
     Stands for blocks 5, 6 and the image layer, which the export has only at 1024 px; it works at
-    128 x 128 throughout and reaches 256 by one inverse Haar transform.
+    128 x 128 throughout and reaches 256 by one inverse Haar transform.  A modulated linear map from
+    the features to the transform's bands is a close first guess; four styled layers correct it.
     """
 
     WIDTH = 128
@@ -141,13 +145,15 @@ class Head256(nn.Module):
         self.layers = nn.ModuleList(
             StyledLayer(256 if i == 0 else self.WIDTH, self.WIDTH, 1, gain=1.0) for i in range(4)
         )
+        self.skip = ToImage(256, gain=1.0)
         self.to_img = ToImage(self.WIDTH, gain=1.0)
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:
         """x (B, 256, 128, 128), codes (B, 5, 512): codes 11..15 of the whole -> (B, 3, 256, 256)."""
+        first = self.skip.bands(x, codes[:, 0])
         for i, layer in enumerate(self.layers):
             x = layer(x, codes[:, i])
-        return self.to_img(x, codes[:, 4])
+        return inverse_haar(first + self.to_img.bands(x, codes[:, 4]))
 
 
 class MobileStyleGAN(nn.Module):

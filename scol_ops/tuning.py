@@ -1,0 +1,207 @@
+"""Generator tuning with the id-lock: make the fused code show the original picture.
+
+Pivotal tuning (Roich et al. 2021, arXiv:2106.05744) around the fused code instead of the face's own:
+the weights move until ``G_theta(w_f)`` looks like ``x``, while the id-lock holds the output's identity
+where ``G_theta0(w_f)`` had it (METHOD reading 5).  The residual against ``x`` is confined to the face by
+a soft mask and may be low-passed, so that hair, background and fine texture stay the photo's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scol_ops.diversity import diversify
+from scol_ops.losses import IdentityFeature, id_lock_loss, identity_hinge_loss, reconstruction_loss
+
+PARAMETER_SETS = ("all", "convolutions", "late")
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """Numbers of the tuning stage; defaults are ours where the paper gives none.
+
+    steps: Adam steps.  lr: its rate (2e-3 diverges, measured).  parameters: which generator weights move
+    (``all`` but the mapping network; ``convolutions`` leaves the style layers; ``late`` keeps the 4..32 px
+    blocks).  l2_weight, ssim_weight: reconstruction.  id_lock: the paper's lambda (1).  hinge: weight of the
+    hinge on the similarity to the original.  diversity: strength of random resize and shift before the
+    identity features, 0 for none.  residual_sigma: low-pass of the residual in crop pixels, 0 for none.
+    target_psnr: stop early when the reconstruction inside the mask reaches it and the hinge is met (dB).
+    """
+
+    steps: int = 120
+    lr: float = 3e-4
+    parameters: str = "all"
+    l2_weight: float = 10.0
+    ssim_weight: float = 1.0
+    id_lock: float = 1.0
+    hinge: float = 1.0
+    diversity: float = 1.0
+    residual_sigma: float = 0.0
+    target_psnr: float = 40.0
+    bf16: bool = False
+
+
+@dataclass
+class TuneResult:
+    """picture: (1, 3, S, S) in [-1, 1]; steps done; history: one dict of losses a step; seconds."""
+
+    picture: Tensor
+    steps: int
+    seconds: float
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class DeadlineExceeded(TimeoutError):
+    """A face took longer than its time limit."""
+
+
+@contextmanager
+def pristine(generator: nn.Module) -> Iterator[nn.Module]:
+    """Restore every parameter and buffer bit for bit on leaving, whatever happens inside.
+
+    Without this, image N would start from image N-1's weights (the trap of CLIP2Protect).
+    """
+    saved = {name: tensor.detach().clone() for name, tensor in generator.state_dict().items()}
+    trainable = {name: parameter.requires_grad for name, parameter in generator.named_parameters()}
+    try:
+        yield generator
+    finally:
+        with torch.no_grad():
+            for name, tensor in generator.state_dict().items():
+                tensor.copy_(saved[name])
+        for name, parameter in generator.named_parameters():
+            parameter.requires_grad_(trainable[name])
+            parameter.grad = None
+
+
+def select_parameters(generator: nn.Module, which: str) -> list[nn.Parameter]:
+    """Switch gradients on for one of ``PARAMETER_SETS`` and return those parameters."""
+    if which not in PARAMETER_SETS:
+        raise ValueError(f"parameters must be one of {PARAMETER_SETS}, got {which!r}")
+    chosen = []
+    for name, parameter in generator.named_parameters():
+        take = not name.startswith("mapping.")
+        if which == "convolutions":
+            take = take and ".style." not in name and ".up." not in name
+        elif which == "late":
+            take = take and name.startswith(("blocks.3.", "blocks.4.", "blocks.5.", "blocks.6.", "head."))
+        parameter.requires_grad_(take)
+        if take:
+            chosen.append(parameter)
+    return chosen
+
+
+def low_pass(residual: Tensor, sigma: float) -> Tensor:
+    """Gaussian low-pass of a residual (B, 3, S, S), sigma in pixels; 0 returns it unchanged."""
+    if sigma <= 0:
+        return residual
+    radius = max(1, round(3 * sigma))
+    t = torch.arange(-radius, radius + 1, dtype=residual.dtype, device=residual.device)
+    kernel = torch.exp(-(t**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(3, 1, -1)
+    x = F.conv2d(F.pad(residual, (radius, radius, 0, 0), mode="replicate"), kernel[:, :, None, :], groups=3)
+    return F.conv2d(F.pad(x, (0, 0, radius, radius), mode="replicate"), kernel[:, :, :, None], groups=3)
+
+
+def confine(picture: Tensor, original: Tensor, mask: Tensor, sigma: float = 0.0) -> Tensor:
+    """``original + mask * low_pass(picture - original)``: what would be pasted back, (B, 3, S, S)."""
+    return original + mask * low_pass(picture - original, sigma)
+
+
+def masked_psnr(a: Tensor, b: Tensor, mask: Tensor) -> float:
+    """PSNR in dB of pictures in [-1, 1] over a soft mask (1, 1, S, S) (mean of squares weighted by it)."""
+    error = ((a - b).square().mean(dim=1, keepdim=True) * mask).sum() / mask.sum().clamp_min(1e-6)
+    return float(10 * torch.log10(4 / error.clamp_min(1e-12)))
+
+
+def tune(
+    generator: nn.Module,
+    fused: Tensor,
+    original: Tensor,
+    mask: Tensor,
+    identity: Sequence[IdentityFeature],
+    margins: Sequence[float],
+    settings: TuneSettings = TuneSettings(),
+    seed: int = 0,
+    deadline: float | None = None,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> TuneResult:
+    """Tune the generator so that the fused code shows the original picture under another identity.
+
+    Args:
+        generator: codes (1, L, 512) -> (1, 3, S, S); restored to its own weights on return.
+        fused: (1, L, 512), the fused code ``w_f``.
+        original: (1, 3, S, S) in [-1, 1], the aligned face ``x``.
+        mask: (1, 1, S, S) in [0, 1], where change is allowed.
+        identity: features of the id-lock, each crops -> unit vectors.
+        margins: per feature, the cosine to the original under which the hinge rests.
+        settings: see ``TuneSettings``.
+        seed: of the random transformations; the same seed and inputs give the same bits on one device.
+        deadline: ``time.monotonic()`` after which ``DeadlineExceeded`` is raised.
+        on_step: called with the step and its losses.
+
+    Returns:
+        ``TuneResult`` with the confined picture, clamped to [-1, 1].
+
+    Raises:
+        ValueError: shapes that do not agree, settings out of range.
+        DeadlineExceeded: see ``deadline``.
+        FloatingPointError: the loss became NaN or infinite.
+    """
+    if original.shape[0] != 1 or fused.shape[0] != 1 or mask.shape[-2:] != original.shape[-2:]:
+        raise ValueError(f"one face at a time: {tuple(fused.shape)}, {tuple(original.shape)}, {tuple(mask.shape)}")
+    if len(identity) != len(margins):
+        raise ValueError(f"{len(identity)} identity features but {len(margins)} margins")
+    begin = time.monotonic()
+    rng = torch.Generator().manual_seed(seed)
+    history: list[dict[str, float]] = []
+    autocast = torch.autocast(original.device.type, torch.bfloat16, enabled=settings.bf16)
+    with pristine(generator):
+        parameters = select_parameters(generator, settings.parameters)
+        with torch.no_grad():
+            of_original = [f(original) for f in identity]
+            first = generator(fused)
+            locked = [f(first.clamp(-1, 1)) for f in identity]
+        optimiser = torch.optim.Adam(parameters, lr=settings.lr)
+        for step in range(settings.steps):
+            if deadline is not None and time.monotonic() > deadline:
+                raise DeadlineExceeded(f"tuning step {step} of {settings.steps}")
+            with autocast:
+                raw = generator(fused)
+            raw = raw.float()
+            picture = confine(raw, original, mask, settings.residual_sigma)
+            # The reconstruction sees the face at full weight and its surroundings lightly: they are the
+            # photo's own after pasting, but an empty surrounding would pull the features apart.
+            weight = 0.1 + 0.9 * mask
+            loss = reconstruction_loss(
+                original + weight * (raw - original), original, settings.l2_weight, settings.ssim_weight
+            )
+            losses = {"reconstruction": float(loss.detach())}
+            if identity and (settings.id_lock or settings.hinge):
+                seen = diversify(picture, rng, settings.diversity)
+                features = [f(seen) for f in identity]
+                lock = id_lock_loss(features, locked)
+                hinge = identity_hinge_loss(features, of_original, margins)
+                losses |= {"id_lock": float(lock.detach()), "hinge": float(hinge.detach())}
+                loss = loss + settings.id_lock * lock + settings.hinge * hinge
+            losses["psnr"] = masked_psnr(picture.detach(), original, mask)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"loss {float(loss)} at tuning step {step}: the learning rate is too high")
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            history.append(losses)
+            if on_step is not None:
+                on_step(step, losses)
+            if losses["psnr"] >= settings.target_psnr and losses.get("hinge", 0.0) == 0.0:
+                break
+        with torch.no_grad():
+            result = confine(generator(fused), original, mask, settings.residual_sigma).clamp(-1, 1)
+    return TuneResult(result, len(history), time.monotonic() - begin, history)
