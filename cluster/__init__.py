@@ -1,5 +1,6 @@
 """Stages over keyed items on Ray actors, joined by committed Parquet parts. Knows nothing of what the rows mean."""
 
+from cluster.engine import Engine, Plan, Progress, RunSummary, StageSummary
 from cluster.errors import (
     ClusterError,
     ContractError,
@@ -10,25 +11,32 @@ from cluster.errors import (
     StoreError,
     UnsafeStoreError,
 )
+from cluster.session import ray_session
 from cluster.stage import ItemTimeout, Operator, Pool, Resources, Stage, WorkerUnfit
 from cluster.store import PartStore, hash_key, part_key
 
 __all__ = [
     "ClusterError",
     "ContractError",
+    "Engine",
     "EngineError",
     "ItemTimeout",
     "Operator",
     "PartStore",
+    "Plan",
     "PlanError",
     "Pool",
+    "Progress",
     "Resources",
     "RunInterrupted",
+    "RunSummary",
     "SchemaVersionError",
     "Stage",
+    "StageSummary",
     "StoreError",
     "UnsafeStoreError",
     "WorkerUnfit",
     "hash_key",
     "part_key",
+    "ray_session",
 ]

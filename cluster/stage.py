@@ -65,15 +65,15 @@ class Stage:
     An ITEM is all rows with the same `key`. The operator is called with the input rows of one item, or of up to
     `batch_items` items, and must answer with at least one row for each of them:
 
-    - Input rows are the rows of the stage before (the source table for the first stage), restricted to `columns`; their
-      `key` column already holds the items' keys AT THIS STAGE, so the operator copies it. Columns of earlier stages named
-      in `joins` are added under the name "STAGE.COLUMN".
-    - Output rows have the columns of `schema` (others are dropped, types are cast). Rows of one item may be in any number
-      >= 1; an item of several rows, or a batch, must keep each row's `key`. Keys that were not asked for are an error.
+    - Input rows are the rows of the stage before (the source table for the first stage), restricted to `columns`.
+      Their `key` column already holds the items' keys AT THIS STAGE, so the operator copies it. Columns of earlier
+      stages named in `joins` are added under the name "STAGE.COLUMN".
+    - Output rows have the columns of `schema` (others are dropped, types are cast). An item may have any number of
+      rows >= 1, each with the item's `key`. Keys that were not asked for are an error.
 
-    An exception in a batch makes the engine call the items one by one; the one that fails alone becomes `error_rows` with
-    reason "EXCEPTION: Type: message", one over its time "TIMEOUT: ...", one that kills its process "WORKER_DIED: ...",
-    one whose answer breaks this contract "CONTRACT: ...".
+    An exception in a batch makes the engine call the items one by one; the one that fails alone becomes `error_rows`
+    with reason "EXCEPTION: Type: message", one over its time "TIMEOUT: ...", one that kills its process
+    "WORKER_DIED: ...", one whose answer breaks this contract "CONTRACT: ...".
 
     Attributes:
         name: letters, digits, - and _; names the stage's folder in the store.
@@ -81,18 +81,19 @@ class Stage:
         schema: of the output; must have `key`, `status`, `reason` as strings.
         factory: called once in each worker process, returns the operator. Picklable by cloudpickle; loads the networks.
             Stages of one pool that share networks share them through a module-level cache of their own.
-        error_rows: `(input rows of ONE item, reason) -> rows` in `schema` saying that the item failed; at least one row.
-            Must not fail.
+        error_rows: `(input rows of ONE item, reason) -> rows` in `schema` saying that the item failed; at least one
+            row. Must not fail.
         columns: columns of the stage before that the operator reads, `key` always comes along; None for all.
-        joins: {earlier stage: its columns wanted}. Rows match by item, and by `row_id` where both stages have that column.
-        row_id: name of the column that tells the rows of one item apart (null is a value like any other).
+        joins: {earlier stage: its columns wanted}. Rows match by item, and by `row_id` where both stages have it.
+        row_id: name of the column that tells the rows of one item apart (null is a value like any other); read from
+            every stage that has it.
         pool: stages with the same pool name share worker processes, which run one call at a time.
         resources: of one worker. A pool needs the most that any of its stages needs.
         batch_items: most items in one call.
-        item_seconds: soft limit for one item; a batch of n gets n times that. None: unlimited. Twice the limit and a margin
-            (`Engine.hard_margin`) is the hard one: then the process is ended.
-        shard_items: most items in one part of this stage, where losing finished but uncommitted items is costly; None for
-            the engine's setting.
+        item_seconds: soft limit for one item; a batch of n gets n times that. None: unlimited. Twice the limit and a
+            margin (`Engine.hard_margin`) is the hard one: then the process is ended.
+        shard_items: most items in one part of this stage, where losing finished but uncommitted items is costly; None
+            for the engine's setting.
     """
 
     name: str
@@ -117,8 +118,6 @@ class Stage:
             raise ContractError(f"stage {self.name!r}: batch_items and shard_items must be at least 1")
         if self.item_seconds is not None and not self.item_seconds > 0:
             raise ContractError(f"stage {self.name!r}: item_seconds must be positive")
-        if self.joins and self.columns is not None and self.row_id and self.row_id not in self.columns:
-            object.__setattr__(self, "columns", [*self.columns, self.row_id])
 
 
 @dataclass(frozen=True)

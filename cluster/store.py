@@ -182,7 +182,9 @@ class PartStore:
 
     # Writing ---------------------------------------------------------------------------------------------------
 
-    def write_part(self, stage: str, key: str | None, table: pa.Table, metadata: Mapping[str, str] | None = None) -> bool:
+    def write_part(
+        self, stage: str, key: str | None, table: pa.Table, metadata: Mapping[str, str] | None = None
+    ) -> bool:
         """Write and commit one part.
 
         Args:
@@ -245,7 +247,7 @@ class PartStore:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                 raise
             if not self.allow_unsafe:
-                raise UnsafeStoreError(path, "this file system has no hard links, so it cannot commit safely") from error
+                raise UnsafeStoreError(path, "this file system has no hard links to commit with") from error
         if os.path.exists(path):
             return False
         os.replace(temp, path)
@@ -369,7 +371,8 @@ class PartStore:
         if len(names) > 1 and pc.count_distinct(key).as_py() < len(key):
             table = pa.table({"key": key, "code": code}).group_by("key").aggregate([("code", "min")])
             key, code = table["key"].combine_chunks(), table["code_min"].to_numpy()
-        return pa.table({"key": key, "part": pa.DictionaryArray.from_arrays(pa.array(code), pa.array(names, pa.string()))})
+        part = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), pa.array(names, pa.string()))
+        return pa.table({"key": key, "part": part})
 
     def done_keys(self, stage: str) -> set[str]:
         """Keys of the items that have committed rows at this stage. Reads only the key column of every part."""
@@ -434,7 +437,8 @@ class PartStore:
         wanted = None if keys is None else list(dict.fromkeys(keys))
         if wanted is not None and parts is None:
             index = self.index(stage)
-            parts = index.filter(pc.is_in(index["key"], value_set=pa.array(wanted, pa.string())))["part"].unique().to_pylist()
+            index = index.filter(pc.is_in(index["key"], value_set=pa.array(wanted, pa.string())))
+            parts = pc.unique(index["part"]).to_pylist()
         read = columns if columns is None or wanted is None else list(dict.fromkeys(["key", *columns]))
         tables = list(self.scan(stage, wanted, read, parts))
         if not tables:

@@ -1,0 +1,631 @@
+"""The driver: plans what is missing, hands shards to pools of Ray actors, and keeps going when these die."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import ClusterError, ContractError, EngineError, PlanError, RunInterrupted, UnsafeStoreError
+from cluster.session import import_path, ray_session
+from cluster.stage import Pool, Resources, Stage
+from cluster.store import PartStore, part_key
+from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, with_retries
+
+log = logging.getLogger("cluster")
+
+_SOURCE_ITEMS = 1024  # items a source part; its rows are small
+_START_TRIES = 3  # workers of a pool that may die in a row before they have done anything
+_BRIEF = 2.0  # seconds; calls shorter than this are queued one ahead, so that a worker need not wait for the driver
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Said after every finished shard. Counts of `statuses` are rows of this run; `done` and `total` are items."""
+
+    stage: str
+    done: int
+    total: int
+    statuses: Mapping[str, int]
+    seconds: float
+
+
+@dataclass
+class StageSummary:
+    """One stage of a run.
+
+    Attributes:
+        total: items wanted.
+        kept: items found finished, not run.
+        done: items finished by this run.
+        failed: those of them that the engine turned into error rows (exception, time limit, died worker, contract).
+        retried: items run again because a worker died.
+        statuses: rows written by this run, by status.
+        reasons: items in `failed` by the reason's code.
+        shards: parts written by this run.
+        operator_seconds: time inside operators, summed over workers.
+        worker_seconds: the same with reading and writing parts.
+    """
+
+    total: int = 0
+    kept: int = 0
+    done: int = 0
+    failed: int = 0
+    retried: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    shards: int = 0
+    operator_seconds: float = 0.0
+    worker_seconds: float = 0.0
+
+
+@dataclass
+class RunSummary:
+    """What a run did: by stage (the source first), wall seconds, and workers replaced."""
+
+    stages: dict[str, StageSummary]
+    seconds: float = 0.0
+    restarts: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts and numbers, for JSON."""
+        stages = {}
+        for name, stage in self.stages.items():
+            stages[name] = {k: dict(v) if isinstance(v, Counter) else v for k, v in vars(stage).items()}
+        return {"seconds": self.seconds, "restarts": self.restarts, "stages": stages}
+
+
+@dataclass
+class Plan:
+    """What is finished and what is missing.
+
+    Attributes:
+        stages: names, the source first.
+        keys: one string array a stage, all of one length: the items' keys there.
+        names: by stage, the names of the parts known.
+        part: by stage, int32 array: for each item the position in `names` of the part that holds it, -1 if missing.
+    """
+
+    stages: list[str]
+    keys: list[pa.Array]
+    names: list[list[str]]
+    part: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.keys[0])
+
+    def missing(self) -> dict[str, int]:
+        """Items to do, by stage."""
+        return {name: int((part < 0).sum()) for name, part in zip(self.stages, self.part, strict=True)}
+
+    def keys_of(self, stage: int, items: Sequence[int]) -> list[str]:
+        """Keys of some items (positions) at a stage (position, 0 is the source)."""
+        return self.keys[stage].take(pa.array(items, pa.int64())).to_pylist()
+
+    def parts_of(self, stage: int, items: Sequence[int]) -> list[str]:
+        """Names of the parts that hold some items at a stage, sorted."""
+        return sorted({self.names[stage][code] for code in self.part[stage][items]})
+
+    def record(self, stage: int, items: Sequence[int], name: str) -> None:
+        """Note that these items are in that part now."""
+        self.names[stage].append(name)
+        self.part[stage][items] = len(self.names[stage]) - 1
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """How a pool is laid out: number of actors, and what each reserves with Ray and is told to use."""
+
+    actors: int
+    num_cpus: float
+    num_gpus: float
+    threads: int
+
+
+def size_pools(
+    wanted: Mapping[str, Resources], settings: Mapping[str, Pool], nodes: Sequence[Mapping[str, float]]
+) -> dict[str, PoolSize]:
+    """Fit pools of actors into a cluster so that all of them can run at the same time.
+
+    A pool that wishes for GPUs gets one actor for each GPU it may have (an equal share where several pools wish), or is
+    laid out on cores where there is none. Pools on cores share them equally; each gets as many actors as its share has
+    room for at `threads` each (default: the share, at most 4) and as fit its share of the memory. Where the sum of what
+    is reserved exceeds the cluster, all reservations of that kind shrink by the same factor, to fractions if need be;
+    then actors share cores, and none waits for ever.
+
+    Args:
+        wanted: by pool, what one actor needs.
+        settings: by pool, what the user set; missing pools are laid out freely.
+        nodes: Ray resources of each live node: "CPU", "GPU", "memory" (bytes).
+    """
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    memory = sum(node.get("memory", 0.0) for node in nodes)
+    largest = max((node.get("CPU", 0.0) for node in nodes), default=1.0)
+    on_gpu = [name for name, need in wanted.items() if need.num_gpus > 0 and gpus > 0]
+    on_cpu = [name for name in wanted if name not in on_gpu]
+    share = max(1.0, cpus / max(1, len(on_cpu)))
+    sizes: dict[str, PoolSize] = {}
+    for name, need in wanted.items():
+        actors = settings[name].actors if name in settings else None
+        if name in on_gpu:
+            threads = need.threads or max(1, min(4, int(cpus / max(1.0, gpus))))
+            count = actors or max(1, int(gpus / len(on_gpu) / need.num_gpus + 1e-6))
+            reserved = threads if need.num_cpus is None else need.num_cpus
+            sizes[name] = PoolSize(count, reserved, need.num_gpus, threads)
+        else:
+            fair = share if actors is None else max(1.0, share / actors)
+            threads = need.threads or int(max(1.0, min(4.0, fair, largest)))
+            count = actors or max(1, int(share / threads + 1e-6))
+            if actors is None and need.memory and memory:
+                count = max(1, min(count, int(memory / len(wanted) / need.memory)))
+            reserved = threads if need.num_cpus is None else need.num_cpus
+            sizes[name] = PoolSize(count, reserved, 0.0, threads)
+    cpu_factor = _factor(cpus, sum(size.actors * size.num_cpus for size in sizes.values()))
+    gpu_factor = _factor(gpus, sum(size.actors * size.num_gpus for size in sizes.values()))
+    return {
+        name: PoolSize(
+            size.actors, _shrink(size.num_cpus, cpu_factor), _shrink(size.num_gpus, gpu_factor), size.threads
+        )
+        for name, size in sizes.items()
+    }
+
+
+def _factor(have: float, want: float) -> float:
+    # A cluster without cores of its own, as a head node that waits for its autoscaler, says nothing about sizes.
+    return 1.0 if have <= 0 or want <= have else have / want
+
+
+def _shrink(amount: float, factor: float) -> float:
+    if factor == 1.0 or amount == 0:
+        return amount
+    amount *= factor
+    return float(math.floor(amount)) if amount >= 1 else max(1e-4, math.floor(amount * 1e4) / 1e4)
+
+
+@dataclass
+class _Task:
+    """Items to be run together at a stage. `alone` marks an item that was in hand when a worker died."""
+
+    stage: int
+    items: list[int]
+    alone: bool = False
+    deaths: int = 0
+    verdict: str | None = None
+
+
+@dataclass
+class _Call:
+    ref: Any
+    task: _Task | None  # None: the worker is loading its operators
+    start: float
+
+
+class _Actor:
+    def __init__(self, pool: str, handle):
+        self.pool = pool
+        self.handle = handle
+        self.calls: deque[_Call] = deque()
+        self.ready = False
+
+
+class Engine:
+    """Runs a chain of stages over keyed items, and leaves exactly one set of rows for each item and stage in the store.
+
+    Args:
+        store: where the parts lie; every worker must see it.
+        stages: the chain, in order.
+        pools: settings by pool name, over what the stages ask for.
+        source: name of the stage that holds the source table.
+        shard_items: most items in one part. Default: such that each worker of the largest pool gets four shards, at
+            most 16.
+        address: of a Ray cluster to join; None uses the one this process is connected to, or starts a local one.
+        progress: called in the driver after each finished shard.
+        hard_margin: seconds added to twice an item's time limit before its process is ended.
+        item_deaths: how many workers an item must kill, being alone in hand, before it fails. The first death of a shard
+            does not count, and the death of a node never does, so an item must be present at `item_deaths` + 1 deaths.
+
+    Raises:
+        ContractError: stages with the same name, or joins to stages that are not earlier ones.
+        UnsafeStoreError: the store cannot be seen by other processes (`memory`).
+    """
+
+    def __init__(
+        self,
+        store: PartStore,
+        stages: Sequence[Stage],
+        *,
+        pools: Mapping[str, Pool] | None = None,
+        source: str = "source",
+        shard_items: int | None = None,
+        address: str | None = None,
+        progress: Callable[[Progress], None] | None = None,
+        hard_margin: float = 30.0,
+        item_deaths: int = 2,
+    ):
+        if not store.shared:
+            raise UnsafeStoreError(store.url, "workers are other processes and cannot see this store")
+        names = [source, *(stage.name for stage in stages)]
+        if not stages or len(set(names)) < len(names):
+            raise ContractError(f"a chain needs at least one stage, and distinct names: {', '.join(names)}")
+        schemas = {stage.name: stage.schema for stage in stages}
+        for position, stage in enumerate(stages):
+            for other, columns in stage.joins.items():
+                if other not in names[: position + 1]:
+                    raise ContractError(f"stage {stage.name!r} joins {other!r}, which is not an earlier stage")
+                absent = [c for c in columns if other in schemas and c not in schemas[other].names]
+                if absent:
+                    raise ContractError(f"stage {stage.name!r} joins columns that {other!r} lacks: {', '.join(absent)}")
+            before = schemas.get(names[position])
+            absent = [c for c in stage.columns or () if before is not None and c not in before.names]
+            if absent:
+                raise ContractError(f"stage {stage.name!r} reads columns that {names[position]!r} lacks: {absent}")
+        unknown = set(pools or {}) - {stage.pool for stage in stages}
+        if unknown:
+            raise ContractError(f"settings of pools that no stage uses: {', '.join(sorted(unknown))}")
+        if shard_items is not None and shard_items < 1:
+            raise ContractError("shard_items must be at least 1")
+        self.store = store
+        self.stages = list(stages)
+        self.names = names
+        self.pools = dict(pools or {})
+        self.shard_items = shard_items
+        self.address = address
+        self.progress = progress
+        self.hard_margin = hard_margin
+        self.item_deaths = item_deaths
+
+    # Planning --------------------------------------------------------------------------------------------------
+
+    def plan(self, source: pa.Table, keys: Mapping[str, Sequence[str] | pa.Array | pa.ChunkedArray]) -> Plan:
+        """Compare the items wanted with the parts that the store has. Reads key columns, starts nothing.
+
+        Args:
+            source: one row an item, with a string column `key`: the item's key at the source stage.
+            keys: by stage, the items' keys there, in the order of `source`'s rows.
+
+        Raises:
+            PlanError: a stage's keys are missing, null, doubled, or not as many as the source has rows.
+        """
+        columns = []
+        for position, name in enumerate(self.names):
+            try:
+                column = source["key"] if position == 0 else keys[name]
+            except KeyError:
+                raise PlanError(f"no keys for stage {name!r}") from None
+            if not isinstance(column, pa.Array | pa.ChunkedArray):
+                column = pa.array(column, pa.string())
+            if isinstance(column, pa.ChunkedArray):
+                column = column.combine_chunks()
+            if len(column) != source.num_rows or column.null_count or not pa.types.is_string(column.type):
+                raise PlanError(f"stage {name!r} needs one string key for each of {source.num_rows} items")
+            if pc.count_distinct(column).as_py() < len(column):
+                raise PlanError(f"stage {name!r}: two items have the same key")
+            columns.append(column)
+        names, part = [], []
+        for name, column in zip(self.names, columns, strict=True):
+            index = with_retries(lambda name=name: self.store.index(name))
+            place = pc.index_in(column, value_set=index["key"].combine_chunks())
+            dictionary = index["part"].combine_chunks()
+            codes = pc.fill_null(dictionary.indices.take(place), -1)
+            names.append(dictionary.dictionary.to_pylist())
+            part.append(codes.to_numpy(zero_copy_only=False).astype(np.int32))
+        return Plan(self.names, columns, names, part)
+
+    # Running ---------------------------------------------------------------------------------------------------
+
+    def run(self, source: pa.Table, keys: Mapping[str, Sequence[str] | pa.Array | pa.ChunkedArray]) -> RunSummary:
+        """Do what is missing. Every finished shard is committed at once, so a run that ends early loses little.
+
+        Args:
+            source, keys: as for `plan`.
+
+        Returns:
+            What was done. Failed items are not errors of the run: they have rows that say so.
+
+        Raises:
+            PlanError: see `plan`.
+            StoreError: the store fails for good (disk full, no permission), or still does after retries.
+            EngineError: Ray cannot be reached, or a stage's operator cannot be loaded.
+            ContractError: a stage's `error_rows` fails, or rows of a join do not match.
+            RunInterrupted: Ctrl-C (a KeyboardInterrupt). Workers are stopped, finished parts are kept.
+        """
+        begin = time.perf_counter()
+        plan = self.plan(source, keys)
+        summary = RunSummary({})
+        for name, missing in plan.missing().items():
+            summary.stages[name] = StageSummary(total=len(plan), kept=len(plan) - missing)
+        try:
+            self._write_source(source, plan, summary.stages[self.names[0]])
+            if any(summary.stages[stage.name].kept < len(plan) for stage in self.stages):
+                with ray_session(self.address):
+                    _Run(self, plan, summary, set(source.column_names)).loop()
+        except KeyboardInterrupt:
+            raise RunInterrupted(summary) from None
+        finally:
+            summary.seconds = time.perf_counter() - begin
+        return summary
+
+    def _write_source(self, source: pa.Table, plan: Plan, summary: StageSummary) -> None:
+        missing = np.flatnonzero(plan.part[0] < 0)
+        for first in range(0, len(missing), _SOURCE_ITEMS):
+            items = missing[first : first + _SOURCE_ITEMS]
+            rows = source.take(pa.array(items))
+            name = part_key(rows["key"].to_pylist())
+            with_retries(lambda rows=rows, name=name: self.store.write_part(self.names[0], name, rows))
+            plan.record(0, items, name)
+            summary.done += len(items)
+            summary.shards += 1
+
+
+class _Run:
+    """State of one run: tasks that are ready, actors, and what each has in hand.
+
+    Stage positions count from 0 for the first stage; the plan's count from 0 for the source.
+    """
+
+    def __init__(self, engine: Engine, plan: Plan, summary: RunSummary, source_columns: set[str]):
+        import ray
+        from ray import cloudpickle
+
+        self.ray = ray
+        self.engine = engine
+        self.stages = engine.stages
+        self.plan = plan
+        self.summary = summary
+        self.begin = time.perf_counter()
+        self.counts = [summary.stages[stage.name] for stage in self.stages]
+        self.columns = [source_columns, *(set(stage.schema.names) for stage in self.stages)]
+        self.pending: dict[str, list[tuple[int, int, _Task]]] = {stage.pool: [] for stage in self.stages}
+        self.order = itertools.count()
+        self.actors: list[_Actor] = []
+        self.start_failures: Counter[str] = Counter()
+        self.last_event = time.perf_counter()
+        self.pace = [0.0] * len(self.stages)  # seconds that a call took lately
+        self.sizes = self._layout()
+        self.pickled = {}
+        for pool in self.sizes:
+            members = {i: stage for i, stage in enumerate(self.stages) if stage.pool == pool}
+            try:
+                self.pickled[pool] = cloudpickle.dumps(members)
+            except Exception as error:  # pickling fails with whatever an object's own methods raise
+                raise ContractError(f"the stages of pool {pool!r} cannot be sent to workers: {error}") from error
+        self.limit = engine.shard_items or self._default_shard()
+
+    def _layout(self) -> dict[str, PoolSize]:
+        wanted: dict[str, Resources] = {}
+        for stage, count in zip(self.stages, self.counts, strict=True):
+            if count.kept < count.total:
+                own = self.engine.pools.get(stage.pool, Pool()).resources
+                need = own or stage.resources
+                wanted[stage.pool] = wanted[stage.pool].union(need) if stage.pool in wanted else need
+        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        return size_pools(wanted, self.engine.pools, nodes)
+
+    def _default_shard(self) -> int:
+        items = max(count.total - count.kept for count in self.counts)
+        return min(16, math.ceil(items / (4 * max(size.actors for size in self.sizes.values()))))
+
+    # The loop
+
+    def loop(self) -> None:
+        try:
+            self._advance(np.arange(len(self.plan)), -1)
+            for pool, size in self.sizes.items():
+                for _ in range(size.actors):
+                    self._spawn(pool)
+            while self.sizes:
+                self._assign()
+                self._collect()
+                self._release()
+        finally:
+            for actor in self.actors:
+                self.ray.kill(actor.handle)
+
+    def _open_stages(self, pool: str) -> list[int]:
+        """Positions of the pool's stages that have items left."""
+        counts = enumerate(self.counts)
+        return [i for i, c in counts if c.kept + c.done < c.total and self.stages[i].pool == pool]
+
+    def _advance(self, items: Iterable[int], stage: int) -> None:
+        """Items have finished `stage`: make tasks of them at the stages where each is missing next."""
+        groups: dict[int, list[int]] = {}
+        for item in items:
+            for later in range(stage + 1, len(self.stages)):
+                if self.plan.part[later + 1][item] < 0:
+                    groups.setdefault(later, []).append(int(item))
+                    break
+        for later, members in groups.items():
+            size = min(self.limit, self.stages[later].shard_items or self.limit)
+            for first in range(0, len(members), size):
+                self._push(_Task(later, members[first : first + size]))
+
+    def _push(self, task: _Task) -> None:
+        # The furthest stage first: items then leave the pipeline as fast as they can.
+        heapq.heappush(self.pending[self.stages[task.stage].pool], (-task.stage, next(self.order), task))
+
+    def _spawn(self, pool: str) -> None:
+        size = self.sizes[pool]
+        threads = str(size.threads)
+        env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        if self.engine.address is None and (path := import_path()):
+            env["PYTHONPATH"] = path  # workers then import what the driver can, from a checkout or installed
+        env |= self.engine.pools.get(pool, Pool()).env
+        remote = self.ray.remote(Worker).options(
+            num_cpus=size.num_cpus,
+            num_gpus=size.num_gpus,
+            max_restarts=0,
+            max_task_retries=0,
+            max_concurrency=1,
+            runtime_env={"env_vars": env},
+        )
+        actor = _Actor(pool, remote.remote(self.engine.store, self.pickled[pool], self.engine.hard_margin))
+        start = actor.handle.start.remote(self._open_stages(pool))
+        actor.calls.append(_Call(start, None, time.perf_counter()))
+        self.actors.append(actor)
+
+    def _assign(self) -> None:
+        for depth in (0, 1):
+            for actor in self.actors:
+                queue = self.pending[actor.pool]
+                if not queue or not actor.ready or len(actor.calls) != depth:
+                    continue
+                task = queue[0][2]
+                if depth == 1 and (task.alone or actor.calls[0].task.alone or not 0 < self.pace[task.stage] < _BRIEF):
+                    continue
+                heapq.heappop(queue)
+                actor.calls.append(_Call(actor.handle.run.remote(self._shard(task)), task, time.perf_counter()))
+
+    def _shard(self, task: _Task) -> Shard:
+        stage = self.stages[task.stage]
+        inputs = [self._input(task, task.stage, stage.columns)]
+        for name, columns in stage.joins.items():
+            inputs.append(self._input(task, self.engine.names.index(name), columns))
+        return Shard(task.stage, self.plan.keys_of(task.stage + 1, task.items), inputs, task.verdict)
+
+    def _input(self, task: _Task, position: int, columns: Sequence[str] | None) -> Input:
+        row_id = self.stages[task.stage].row_id
+        if columns is not None:
+            columns = ["key", *columns, *([row_id] if row_id in self.columns[position] else [])]
+        return Input(
+            self.engine.names[position],
+            self.plan.keys_of(position, task.items),
+            self.plan.parts_of(position, task.items),
+            None if columns is None else list(dict.fromkeys(columns)),
+        )
+
+    def _collect(self) -> None:
+        heads = {actor.calls[0].ref: actor for actor in self.actors if actor.calls}
+        ready, _ = self.ray.wait(list(heads), num_returns=1, timeout=1.0, fetch_local=False)
+        if ready and len(heads) > 1:
+            ready, _ = self.ray.wait(list(heads), num_returns=len(heads), timeout=0, fetch_local=False)
+        for ref in ready:
+            self._finish(heads[ref])
+        if ready:
+            self.last_event = time.perf_counter()
+            return
+        self._kill_overdue()
+        if time.perf_counter() - self.last_event > 60 and not any(actor.ready for actor in self.actors):
+            log.warning("no worker has started for a minute; the cluster's resources may be taken")
+            self.last_event = time.perf_counter()
+
+    def _finish(self, actor: _Actor) -> None:
+        call = actor.calls[0]
+        errors = self.ray.exceptions
+        try:
+            result = self.ray.get(call.ref)
+        except errors.RayTaskError as error:
+            if call.task is None:
+                stages = ", ".join(stage.name for stage in self.stages if stage.pool == actor.pool)
+                raise EngineError(f"the operators of {stages} cannot be loaded: {error.cause!r}\n{error}") from error
+            if isinstance(error.cause, ClusterError):
+                raise error.cause from error
+            raise EngineError(f"stage {self.stages[call.task.stage].name}: a worker failed: {error}") from error
+        except errors.RayError as error:  # the actor, its node or the connection to it is gone
+            self._bury(actor, error)
+            return
+        actor.calls.popleft()
+        if actor.calls:
+            actor.calls[0].start = time.perf_counter()
+        if call.task is None:
+            actor.ready = True
+            self.start_failures[actor.pool] = 0
+        else:
+            self._record(call.task, result)
+
+    def _record(self, task: _Task, result: ShardResult) -> None:
+        stage, count = self.stages[task.stage], self.counts[task.stage]
+        self.pace[task.stage] = result.seconds
+        self.plan.record(task.stage + 1, task.items, result.part)
+        count.done += len(task.items)
+        count.shards += 1
+        count.failed += len(result.failures)
+        count.statuses.update(result.statuses)
+        count.operator_seconds += result.operator_seconds
+        count.worker_seconds += result.seconds
+        for failure in result.failures:
+            count.reasons[failure.reason.split(":")[0]] += 1
+            words = f"\n{failure.traceback}" if failure.traceback else ""
+            log.warning("stage %s, item %s: %s%s", stage.name, failure.key, failure.reason, words)
+        self._advance(task.items, task.stage)
+        if self.engine.progress is not None:
+            seconds = time.perf_counter() - self.begin
+            done = count.kept + count.done
+            self.engine.progress(Progress(stage.name, done, count.total, dict(count.statuses), seconds))
+
+    def _release(self) -> None:
+        """Stop the workers of pools that have nothing left to do, so that their memory is free for the others."""
+        for pool in list(self.sizes):
+            if not self._open_stages(pool):
+                for actor in [actor for actor in self.actors if actor.pool == pool]:
+                    self.actors.remove(actor)
+                    self.ray.kill(actor.handle)
+                del self.sizes[pool]
+
+    # Deaths
+
+    def _kill_overdue(self) -> None:
+        """Backstop for workers whose own watchdog did not end them (a stopped process, a lost machine)."""
+        for actor in self.actors:
+            call = actor.calls[0] if actor.calls else None
+            if call is None or call.task is None:
+                continue
+            limit = hard_limit(self.stages[call.task.stage], 1, self.engine.hard_margin)
+            # every item may be tried twice, in its batch and alone
+            if limit is not None and time.perf_counter() - call.start > 60 + 2 * limit * len(call.task.items):
+                log.warning("stage %s: a worker does not answer and is ended", self.stages[call.task.stage].name)
+                self.ray.kill(actor.handle)
+
+    def _bury(self, actor: _Actor, error: Exception) -> None:
+        """A worker has died: decide about what it had in hand, and replace it."""
+        self.actors.remove(actor)
+        self.ray.kill(actor.handle)  # where it is only unreachable, it must not go on beside its successor
+        self.summary.restarts += 1
+        running, *queued = actor.calls
+        for call in queued:
+            self._push(call.task)
+        node_died = "node has died" in str(error) or "node died" in str(error).lower()
+        if running.task is None:
+            self.start_failures[actor.pool] += 0 if node_died else 1
+            if self.start_failures[actor.pool] >= _START_TRIES:
+                words = f"workers of pool {actor.pool!r} die while loading their operators: {error}"
+                raise EngineError(words) from error
+        else:
+            self._judge(running, error, node_died)
+        self._spawn(actor.pool)
+
+    def _judge(self, call: _Call, error: Exception, node_died: bool) -> None:
+        task, stage = call.task, self.stages[call.task.stage]
+        elapsed = time.perf_counter() - call.start
+        log.warning(
+            "stage %s: a worker died with %d item(s) in hand, after %.1f s", stage.name, len(task.items), elapsed
+        )
+        self.counts[task.stage].retried += len(task.items)
+        if node_died:
+            self._push(task)
+        elif task.verdict is not None:
+            raise EngineError(f"stage {stage.name}: a worker died while writing the error rows of an item: {error}")
+        elif not task.alone:
+            for item in task.items:
+                self._push(_Task(task.stage, [item], alone=True))
+        else:
+            task.deaths += 1
+            limit = hard_limit(stage, 1, self.engine.hard_margin)
+            if limit is not None and elapsed >= limit:
+                task.verdict = f"TIMEOUT: more than {limit:g} s, and the process could not be interrupted"
+            elif task.deaths >= self.engine.item_deaths:
+                task.verdict = f"WORKER_DIED: the process ended with this item in hand, {task.deaths + 1} times"
+            self._push(task)
+
+
+__all__ = ["Engine", "Plan", "PoolSize", "Progress", "RunSummary", "StageSummary", "size_pools"]

@@ -1,0 +1,102 @@
+"""Connection to Ray: a small local cluster by default, an existing one by address."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.errors import EngineError
+
+# Ray puts Unix sockets some 70 characters below its folder; a socket's path may have 107.
+_LONGEST_TEMP_DIR = 36
+
+
+@contextmanager
+def ray_session(
+    address: str | None = None,
+    *,
+    num_cpus: int | None = None,
+    object_store_bytes: int = 256 * 2**20,
+    temp_dir: str | None = None,
+) -> Iterator[None]:
+    """Have Ray connected inside the block. A connection that exists already is used and left as it is.
+
+    Args:
+        address: of a running cluster ("auto", "HOST:6379"); None starts a local one for this process and stops it at
+            the end. The local one listens on 127.0.0.1 only, has no dashboard and sends no usage statistics.
+        num_cpus: cores the local cluster may use; None for all that this process may use.
+        object_store_bytes: of the local cluster. The engine passes keys and part names, no data, so it can be small.
+        temp_dir: folder for the local cluster's sockets and logs, kept; None for a new one below /tmp, removed at
+            the end. At most 36 characters, because of the limit on the length of a socket's path.
+
+    Raises:
+        EngineError: no cluster answers at `address`, the local one does not start, or `temp_dir` is too long.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray  # takes a second, which commands that run nothing should not pay
+
+    if ray.is_initialized():
+        yield
+        return
+    own_dir = None
+    try:
+        if address is None:
+            if temp_dir is None:
+                parent = "/tmp" if os.access("/tmp", os.W_OK) else None
+                temp_dir = own_dir = tempfile.mkdtemp(prefix="ray-", dir=parent)
+            if len(os.path.abspath(temp_dir)) > _LONGEST_TEMP_DIR:
+                raise EngineError(f"Ray's folder must have at most {_LONGEST_TEMP_DIR} characters: {temp_dir}")
+            settings = dict(
+                address="local",
+                num_cpus=num_cpus if num_cpus is not None else usable_cpus(),
+                object_store_memory=object_store_bytes,
+                include_dashboard=False,
+                _temp_dir=os.path.abspath(temp_dir),
+                _node_ip_address="127.0.0.1",
+            )
+        else:
+            settings = dict(address=address)
+        try:
+            ray.init(**settings, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True)
+        except Exception as error:  # ConnectionError, RuntimeError, TimeoutError, ValueError: by where it fails
+            where = "a local Ray" if address is None else f"Ray at {address}"
+            raise EngineError(f"{where} cannot be reached: {error}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+    finally:
+        if own_dir is not None:
+            shutil.rmtree(own_dir, ignore_errors=True)
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use: its affinity mask, and its control group's quota where one is set."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            count = min(count, max(1, int(int(quota) / int(period))))
+    except (OSError, ValueError):
+        pass
+    return count
+
+
+def import_path() -> str:
+    """PYTHONPATH with which a worker on this machine imports what this process can import."""
+    installed = tuple(os.path.realpath(p) for p in (sys.prefix, sys.base_prefix))
+    paths = []
+    for entry in sys.path:
+        path = os.path.abspath(entry or ".")
+        inside = any(os.path.realpath(path).startswith(os.path.join(p, "")) for p in installed)
+        # a checkout may lie above its own environment, never the other way round
+        if not inside and path not in paths and os.path.exists(path):
+            paths.append(path)
+    return os.pathsep.join(paths)

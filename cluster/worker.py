@@ -1,0 +1,317 @@
+"""What runs inside a worker process: reads a shard's rows, calls the operator, commits the part."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.errors import ContractError, StoreError
+from cluster.stage import ItemTimeout, Operator, Stage, WorkerUnfit
+from cluster.store import PartStore, part_key
+
+T = TypeVar("T")
+log = logging.getLogger("cluster")
+
+
+@dataclass(frozen=True)
+class Input:
+    """Where the rows of a shard's items lie at one earlier stage.
+
+    Attributes:
+        stage: the earlier stage's name.
+        keys: of the items at that stage, in the shard's order.
+        parts: names of the parts that hold them.
+        columns: to read, `key` among them; None for all.
+    """
+
+    stage: str
+    keys: Sequence[str]
+    parts: Sequence[str]
+    columns: Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One call of a worker: some items of one stage.
+
+    Attributes:
+        stage: the stage's position in the engine's chain.
+        keys: of the items at this stage.
+        inputs: where their rows are: the stage before first, then the joined stages.
+        verdict: reason with which the items fail without being tried, because they killed earlier workers.
+    """
+
+    stage: int
+    keys: Sequence[str]
+    inputs: Sequence[Input]
+    verdict: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item that the engine turned into error rows."""
+
+    key: str
+    reason: str
+    traceback: str = ""
+
+
+@dataclass
+class ShardResult:
+    """What a worker reports. `statuses` counts rows; seconds are wall time, of the operator alone and of the call."""
+
+    part: str
+    committed: bool
+    statuses: dict[str, int]
+    operator_seconds: float = 0.0
+    seconds: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+
+
+def hard_limit(stage: Stage, items: int, margin: float) -> float | None:
+    """Seconds after which a call of `items` items ends its process; None where the stage has no limit."""
+    return None if stage.item_seconds is None else 2 * stage.item_seconds * items + margin
+
+
+def with_retries(action: Callable[[], T], attempts: int = 5, first_wait: float = 0.25) -> T:
+    """Call `action`, again after growing, jittered pauses while it raises a transient `StoreError`."""
+    for attempt in range(attempts):
+        try:
+            return action()
+        except StoreError as error:
+            if not error.transient or attempt == attempts - 1:
+                raise
+            pause = first_wait * 2**attempt * random.uniform(0.5, 1.5)
+            log.warning("%s; trying again in %.1f s", error, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+class Worker:
+    """Serves the stages of one pool, one call at a time. Ray makes an actor of it; it works without Ray as well."""
+
+    def __init__(self, store: PartStore, stages: bytes, hard_margin: float):
+        self._store = store
+        self._pickled = stages
+        self._stages: Mapping[int, Stage] = {}
+        self._operators: dict[int, Operator] = {}
+        self._hard_margin = hard_margin
+
+    def start(self, stages: Sequence[int]) -> int:
+        """Load the operators of these stages. Returns the process id."""
+        from ray import cloudpickle
+
+        self._stages = cloudpickle.loads(self._pickled)
+        for position in stages:
+            self._operators[position] = self._stages[position].factory()
+        return os.getpid()
+
+    def run(self, shard: Shard) -> ShardResult:
+        """Do one shard and commit its part.
+
+        Raises:
+            StoreError: the store failed, after retries if transiently.
+            ContractError: `error_rows` failed, so that an item would be left without rows.
+        """
+        begin = time.perf_counter()
+        stage = self._stages[shard.stage]
+        items = split_items(with_retries(lambda: read_input(self._store, stage, shard)))
+        tables: list[pa.Table] = []
+        failures: list[Failure] = []
+        spent = 0.0
+        if shard.verdict is not None:
+            failures = [Failure(key, shard.verdict) for key in shard.keys]
+            tables = [failed_rows(stage, rows, shard.verdict) for rows in items]
+        else:
+            for first in range(0, len(items), stage.batch_items):
+                batch = items[first : first + stage.batch_items]
+                start = time.perf_counter()
+                failure = self._attempt(stage, shard.stage, batch, tables)
+                if failure is not None and len(batch) == 1:
+                    failures.append(failure)
+                elif failure is not None:
+                    single = [self._attempt(stage, shard.stage, [rows], tables) for rows in batch]
+                    failures.extend(f for f in single if f is not None)
+                spent += time.perf_counter() - start
+        table = pa.concat_tables(tables)
+        # Two attempts at a part must name it alike, so it is named by what was asked for.
+        name = part_key(shard.keys)
+        fields = {"cluster.stage_version": stage.version}
+        committed = with_retries(lambda: self._store.write_part(stage.name, name, table, fields))
+        counts = pc.value_counts(table["status"]).to_pylist()
+        return ShardResult(
+            part=name,
+            committed=committed,
+            statuses={entry["values"]: entry["counts"] for entry in counts},
+            operator_seconds=spent,
+            seconds=time.perf_counter() - begin,
+            failures=failures,
+        )
+
+    def _attempt(self, stage: Stage, position: int, items: list[pa.Table], tables: list[pa.Table]) -> Failure | None:
+        """One call of the operator. Appends the rows to `tables`: those of a failed item, none of a failed batch."""
+        rows = pa.concat_tables(items)
+        soft = None if stage.item_seconds is None else stage.item_seconds * len(items)
+        words = ""
+        try:
+            with time_limit(soft, hard_limit(stage, len(items), self._hard_margin)):
+                answer = self._operators[position](rows)
+            tables.append(checked(stage, rows, answer))
+            return None
+        except ItemTimeout:
+            reason = f"TIMEOUT: more than {stage.item_seconds:g} s"
+            words = traceback.format_exc()
+        except WorkerUnfit:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(70)
+        except ContractError as error:
+            reason = f"CONTRACT: {error}"
+        except (Exception, SystemExit) as error:
+            reason = f"EXCEPTION: {type(error).__name__}: {one_line(error)}"
+            words = traceback.format_exc()
+        if len(items) > 1:
+            return Failure("", reason, words)
+        tables.append(failed_rows(stage, rows, reason))
+        return Failure(rows["key"][0].as_py(), reason, words)
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """The error's message on one line, cut to `longest` characters."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= longest else words[: longest - 3] + "..."
+
+
+@contextmanager
+def time_limit(soft: float | None, hard: float | None):
+    """Bound the block's wall time.
+
+    After `soft` seconds `ItemTimeout` is raised inside it, and every second from then on, for as long as something
+    there swallows it. This needs the main thread (signals), and the interpreter: a call into C that does not return
+    is not interrupted. After `hard` seconds, therefore, the process ends with its stacks on standard error: by
+    `faulthandler`, whose watchdog needs neither the interpreter nor its lock. None: no limit.
+    """
+
+    def expired(signum, frame):
+        raise ItemTimeout
+
+    timer = soft is not None and threading.current_thread() is threading.main_thread()
+    if hard is not None:
+        faulthandler.dump_traceback_later(hard, exit=True, file=2)
+    if timer:
+        before = signal.signal(signal.SIGALRM, expired)
+    try:
+        try:
+            if timer:
+                signal.setitimer(signal.ITIMER_REAL, soft, 1.0)
+            yield
+        finally:
+            if timer:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # once more, because the alarm may have gone off inside the inner one
+        if timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        if hard is not None:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def read_input(store: PartStore, stage: Stage, shard: Shard) -> pa.Table:
+    """The rows an operator gets for a shard: those of the stage before, under this stage's keys, with joined columns.
+
+    Rows come in the order of `shard.keys`.
+
+    Raises:
+        StoreError: rows are missing or unreadable.
+        ContractError: a join is not one row to one row.
+    """
+    before, *joined = shard.inputs
+    rows, position = _read(store, before)
+    key = pa.array(shard.keys, pa.string()).take(pa.array(position))
+    rows = rows.set_column(rows.schema.get_field_index("key"), "key", key)
+    for source in joined:
+        other, other_position = _read(store, source)
+        by_row = stage.row_id is not None and stage.row_id in other.column_names and stage.row_id in rows.column_names
+        names = other[stage.row_id].to_pylist() if by_row else [None] * other.num_rows
+        place = {}
+        for row, match in enumerate(zip(other_position.tolist(), names, strict=True)):
+            if place.setdefault(match, row) != row:
+                raise ContractError(f"stage {stage.name}: several rows of {source.stage} match one; set row_id")
+        names = rows[stage.row_id].to_pylist() if by_row else [None] * rows.num_rows
+        take = [place.get(match) for match in zip(position.tolist(), names, strict=True)]
+        if None in take:
+            raise ContractError(f"stage {stage.name}: {source.stage} has no row for one of the item's rows")
+        for name in stage.joins[source.stage]:
+            rows = rows.append_column(f"{source.stage}.{name}", other[name].take(pa.array(take, pa.int64())))
+    return rows
+
+
+def _read(store: PartStore, source: Input) -> tuple[pa.Table, np.ndarray]:
+    rows = store.read_rows(source.stage, source.keys, source.columns, source.parts)
+    found = pc.index_in(rows["key"], value_set=pa.array(source.keys, pa.string())) if rows.num_rows else None
+    position = np.zeros(0, np.int64) if found is None else found.to_numpy().astype(np.int64)
+    missing = np.setdiff1d(np.arange(len(source.keys)), position)
+    if len(missing):
+        raise StoreError(store.url, f"no rows of {source.stage} for item {source.keys[int(missing[0])]}")
+    return rows, position
+
+
+def split_items(rows: pa.Table) -> list[pa.Table]:
+    """Cut a table whose rows are grouped by `key` into one table an item, in order."""
+    keys = rows["key"].to_pylist()
+    starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
+    return [rows.slice(a, b - a) for a, b in zip(starts, [*starts[1:], len(keys)], strict=True)]
+
+
+def checked(stage: Stage, rows: pa.Table, answer: pa.Table) -> pa.Table:
+    """The operator's answer in the stage's schema.
+
+    Raises:
+        ContractError: not a table, columns missing or of another type, a key missing or not asked for, no status.
+    """
+    if not isinstance(answer, pa.Table):
+        raise ContractError(f"the operator returned {type(answer).__name__}, not a pyarrow.Table")
+    absent = [name for name in stage.schema.names if name not in answer.column_names]
+    if absent:
+        raise ContractError(f"the operator's rows have no column {', '.join(absent)}")
+    try:
+        answer = answer.select(stage.schema.names).cast(stage.schema.remove_metadata())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise ContractError(f"the operator's rows do not fit the schema: {one_line(error)}") from error
+    asked, given = set(rows["key"].to_pylist()), set(answer["key"].to_pylist())
+    if given - asked:
+        raise ContractError("the operator returned rows of items that it was not given")
+    if asked - given:
+        raise ContractError("the operator returned no row for the item")
+    if answer["status"].null_count:
+        raise ContractError("the operator returned a row without status")
+    return answer
+
+
+def failed_rows(stage: Stage, rows: pa.Table, reason: str) -> pa.Table:
+    """The stage's own error rows for one item.
+
+    Raises:
+        ContractError: the stage's `error_rows` fails or breaks the contract.
+    """
+    try:
+        return checked(stage, rows, stage.error_rows(rows, reason))
+    except ContractError as error:
+        raise ContractError(f"stage {stage.name}: error_rows breaks the contract: {error}") from error
+    except Exception as error:
+        raise ContractError(f"stage {stage.name}: error_rows failed: {type(error).__name__}: {error}") from error
