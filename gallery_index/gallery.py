@@ -1,0 +1,374 @@
+"""A finished gallery in memory, and the search over it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from gallery_index.errors import GalleryCorruptError, NotEnoughCodesError, QueryError
+from gallery_index.info import Expectation, GalleryInfo
+from gallery_index.search import Exclusion, LayerSearch
+from gallery_index.storage import Folder
+from gallery_index.table import layer_column, read_table, vectors_of
+
+ExcludedIds = Sequence[str | Collection[str] | None]
+ExcludeMask = np.ndarray | Callable[[int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The most similar codes and the least similar one, for every query and layer on its own.
+
+    Attributes:
+        most_ids: (B, L, k) strings, most similar first, equal scores in the order of ids.
+        most_scores: (B, L, k) float32, in the gallery's mode (cosines in [-1, 1] unless ``raw``).
+        most_vectors: (B, L, k, D) float32, the codes as they were given to the builder; None if not asked for.
+        least_ids: (B, L) strings.
+        least_scores: (B, L) float32.
+        least_vectors: (B, L, D) float32, or None.
+    """
+
+    most_ids: np.ndarray
+    most_scores: np.ndarray
+    most_vectors: np.ndarray | None
+    least_ids: np.ndarray
+    least_scores: np.ndarray
+    least_vectors: np.ndarray | None
+
+
+class Gallery:
+    """N codes of L layers with ids, held once in memory and searched exactly.
+
+    Made by ``Gallery.load``.  Searching changes nothing, so threads may share a gallery.
+
+    Attributes:
+        url: where it was loaded from.
+        info: its description (mode, counts, weights, files).
+        ids: (N,) strings, in the order of the store.
+        photo_ids: N strings.
+        person_ids: N strings or None.
+        mean: (stored layers, D) float64.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        info: GalleryInfo,
+        ids: list[str],
+        photo_ids: list[str],
+        person_ids: list[str | None],
+        codes: Tensor,
+        norms: np.ndarray,
+        mean: np.ndarray,
+        embeddings: np.ndarray | None,
+    ) -> None:
+        self._folder, self.url, self.info = folder, folder.url, info
+        self.ids = np.array(ids)
+        self.photo_ids, self.person_ids, self.mean = photo_ids, person_ids, mean
+        self._codes, self._embeddings = codes, embeddings
+        device = codes.device
+        rank = np.empty(len(ids), dtype=np.int64)
+        rank[np.argsort(self.ids, kind="stable")] = np.arange(len(ids))
+        rank_on_device = torch.from_numpy(rank).to(device)
+        self._layers = [
+            LayerSearch(
+                codes[layer],
+                torch.from_numpy(norms[layer]).to(device),
+                torch.from_numpy(mean[layer]).to(device),
+                info.mode,
+                rank_on_device,
+            )
+            for layer in range(len(codes))
+        ]
+        self._row = {id_: row for row, id_ in enumerate(ids)}
+        self._rows_of_photo = _group(photo_ids)
+        self._rows_of_person = _group(person_ids)
+
+    @classmethod
+    def load(
+        cls,
+        url: str | os.PathLike[str],
+        *,
+        expect: Expectation | None = None,
+        device: str | torch.device = "cpu",
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Gallery:
+        """Load a finished gallery, checking every file's sha256 first.
+
+        Memory: N x (stored layers) x D float32, once, plus one file of at most 64 MiB meanwhile.
+
+        Args:
+            url: the folder, a local path or an fsspec URL.
+            expect: what it has to be; nothing is read beyond ``index.json`` if it is not.
+            device: where the codes live and the search runs.
+            storage_options: for fsspec.
+
+        Raises:
+            GalleryNotFoundError: no gallery there, or a build that did not finish.
+            GalleryMismatchError: another mode, L, D or weights; both sides are named.
+            GalleryCorruptError: a file is missing, truncated or altered.
+        """
+        folder = Folder(url, storage_options)
+        info = GalleryInfo.from_bytes(folder.read_index(), folder.url)
+        if expect is not None:
+            expect.check(info, folder.url)
+        for name in info.indexes:
+            folder.verify(info.files[name])
+
+        ids: list[str] = []
+        photo_ids: list[str] = []
+        person_ids: list[str | None] = []
+        codes = torch.empty(info.stored_layers, info.count, info.dim, device=device)
+        embeddings = None if info.embedding_dim is None else np.empty((info.count, info.embedding_dim), np.float32)
+        for name in info.codes:
+            where = f"{folder.url}: {name}"
+            table = read_table(folder.read(info.files[name]), None, where)
+            start, stop = len(ids), len(ids) + len(table)
+            if stop > info.count:
+                raise GalleryCorruptError(f"{where} has more rows than index.json counts ({info.count})")
+            ids += table["id"].to_pylist()
+            photo_ids += table["photo_id"].to_pylist()
+            person_ids += table["person_id"].to_pylist()
+            for layer in range(info.stored_layers):
+                vectors = vectors_of(table, layer_column(layer), info.dim, where)
+                codes[layer, start:stop] = torch.tensor(vectors)
+            if embeddings is not None:
+                embeddings[start:stop] = vectors_of(table, "embedding", info.embedding_dim, where)
+        if len(ids) != info.count:
+            raise GalleryCorruptError(f"{folder.url} holds {len(ids)} codes, index.json counts {info.count}")
+        mean = _read_array(folder, info, info.mean, (info.stored_layers, info.dim))
+        norms = _read_array(folder, info, info.norms, (info.stored_layers, info.count))
+        return cls(folder, info, ids, photo_ids, person_ids, codes, norms, mean, embeddings)
+
+    @property
+    def mode(self) -> str:
+        return self.info.mode
+
+    @property
+    def num_layers(self) -> int:
+        return self.info.layers
+
+    @property
+    def dim(self) -> int:
+        return self.info.dim
+
+    @property
+    def fingerprint(self) -> str:
+        """32 hex digits over ``index.json``: equal only for equal files, mode, mean and weights."""
+        return self.info.fingerprint
+
+    def __len__(self) -> int:
+        return self.info.count
+
+    def codes(self, ids: Sequence[str]) -> np.ndarray:
+        """Codes by id: (n, L, D) float32.
+
+        Raises:
+            KeyError: an id that the gallery does not hold.
+        """
+        rows = torch.tensor([self._row[id_] for id_ in ids], dtype=torch.int64, device=self._codes.device)
+        found = self._codes[:, rows].transpose(0, 1)
+        return found.expand(-1, self.num_layers, -1).contiguous().cpu().numpy()
+
+    def component_std(self) -> np.ndarray:
+        """Standard deviation of each component over the gallery: (L, D) float32 (the unit ``std`` of the inspection)."""
+        result = np.empty((self.info.stored_layers, self.dim))
+        for layer, codes in enumerate(self._codes):
+            mean = torch.from_numpy(self.mean[layer]).to(codes.device)
+            squares = sum((part.double() - mean).square().sum(0) for part in codes.split(4096))
+            result[layer] = (squares / len(codes)).sqrt().cpu().numpy()
+        return np.broadcast_to(result, (self.num_layers, self.dim)).astype(np.float32)
+
+    def faiss_index(self, layer: int) -> faiss.IndexFlatIP:
+        """The exact FAISS index of a layer (vectors centred and normalised as the mode says), read anew."""
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
+        content = self._folder.read(self.info.files[self.info.indexes[0 if self.info.broadcast else layer]])
+        return faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
+
+    def unit_queries(self, codes: np.ndarray) -> np.ndarray:
+        """Codes (B, L, D) as ``faiss_index`` wants them: centred and normalised as the mode says, float32.
+
+        Raises:
+            QueryError: as ``search``.
+        """
+        queries = self._checked(codes).cpu()
+        mean = torch.from_numpy(self.mean)
+        if self.mode == "raw":
+            return queries.numpy()
+        centred = queries.double() - (mean if self.mode == "centred" else 0.0)
+        return (centred / centred.norm(dim=2, keepdim=True)).float().numpy()
+
+    def search(
+        self,
+        codes: np.ndarray | Tensor,
+        k: int,
+        *,
+        exclude_photo_ids: ExcludedIds | None = None,
+        exclude_person_ids: ExcludedIds | None = None,
+        exclude_mask: ExcludeMask | None = None,
+        identity_embeddings: np.ndarray | None = None,
+        identity_ceiling: float | None = None,
+        vectors: bool = True,
+    ) -> SearchResult:
+        """For every layer on its own, the k most similar codes and the least similar one.
+
+        Exact: equal to a float64 search over all codes with ties broken by id (see
+        ``gallery_index.search``).  What one query gets does not depend on the others, on the
+        machine or on the device, to the last bit.  Readings 1 to 3 of the method.
+
+        Args:
+            codes: (B, L, D) float32; B = 0 is allowed.
+            k: how many most similar codes.
+            exclude_photo_ids: for each query a photo id, several, or None: codes of these photos are left out.
+            exclude_person_ids: the same for person ids.
+            exclude_mask: bool (B, N) in the order of ``ids``, True where a code is left out, or a
+                function from the query's index to such a row (N,).
+            identity_embeddings: (B, E) of the queries' faces, by the recogniser that made the gallery's embeddings.
+            identity_ceiling: codes whose embedding has a higher cosine with the query's are left out.
+            vectors: False leaves the vectors out of the result.
+
+        Raises:
+            QueryError: wrong shape or type, NaN or infinity, a code without a direction in this mode,
+                exclusions of another length, or a ceiling on a gallery without embeddings.
+            NotEnoughCodesError: fewer than k codes are left for a query.
+        """
+        queries = self._checked(codes)
+        count = len(queries)
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise QueryError(f"k must be a positive integer, got {k!r}")
+        excluded = self._exclusion(
+            count, exclude_photo_ids, exclude_person_ids, exclude_mask, identity_embeddings, identity_ceiling
+        )
+        left = len(self) - torch.bincount(excluded.query, minlength=count)
+        for query in torch.nonzero(left < k)[:1].flatten().tolist():
+            raise NotEnoughCodesError(query, int(left[query]), int(k), len(self))
+        if k > len(self):
+            raise NotEnoughCodesError(0, len(self), int(k), len(self))
+
+        layers = self.num_layers
+        rows = torch.empty(count, layers, k + 1, dtype=torch.int64, device=queries.device)
+        scored = torch.empty(count, layers, k + 1, dtype=torch.float64, device=queries.device)
+        with torch.inference_mode():
+            if count and self.info.broadcast:
+                ends = self._layers[0].search(queries.flatten(0, 1), int(k), excluded.repeat(layers))
+                rows[:] = torch.cat([end.rows for end in ends], dim=1).view(count, layers, k + 1)
+                scored[:] = torch.cat([end.scores for end in ends], dim=1).view(count, layers, k + 1)
+            elif count:
+                for layer, search in enumerate(self._layers):
+                    ends = search.search(queries[:, layer].contiguous(), int(k), excluded)
+                    rows[:, layer] = torch.cat([end.rows for end in ends], dim=1)
+                    scored[:, layer] = torch.cat([end.scores for end in ends], dim=1)
+        found = None
+        if vectors:
+            stored = torch.arange(layers, device=rows.device) * (not self.info.broadcast)
+            found = self._codes[stored[:, None], rows].cpu().numpy()
+        ids = self.ids[rows.cpu().numpy()]
+        values = scored.float().cpu().numpy()
+        return SearchResult(
+            most_ids=ids[:, :, :k],
+            most_scores=values[:, :, :k],
+            most_vectors=None if found is None else found[:, :, :k],
+            least_ids=ids[:, :, k],
+            least_scores=values[:, :, k],
+            least_vectors=None if found is None else found[:, :, k],
+        )
+
+    def _checked(self, codes: np.ndarray | Tensor) -> Tensor:
+        queries = torch.as_tensor(codes)
+        if queries.dtype != torch.float32 or queries.ndim != 3 or queries.shape[1:] != (self.num_layers, self.dim):
+            raise QueryError(
+                f"codes must be (B, {self.num_layers}, {self.dim}) float32 for this gallery, "
+                f"got {tuple(queries.shape)} {str(queries.dtype).removeprefix('torch.')}"
+            )
+        queries = queries.detach().to(self._codes.device)
+        bad = torch.nonzero(~torch.isfinite(queries).all(dim=2))
+        if len(bad):
+            raise QueryError(f"query {int(bad[0, 0])}: layer {int(bad[0, 1])} has a NaN or an infinity")
+        for layer in range(self.num_layers):
+            length = self._layers[0 if self.info.broadcast else layer].query_norms(queries[:, layer])
+            for query in torch.nonzero(length == 0)[:1].flatten().tolist():
+                what = "the gallery's mean" if self.mode == "centred" else "zero"
+                raise QueryError(f"query {query}: layer {layer} equals {what}: it has no direction to compare")
+        return queries
+
+    def _exclusion(
+        self,
+        count: int,
+        photo_ids: ExcludedIds | None,
+        person_ids: ExcludedIds | None,
+        mask: ExcludeMask | None,
+        embeddings: np.ndarray | None,
+        ceiling: float | None,
+    ) -> Exclusion:
+        rows: list[list[np.ndarray]] = [[] for _ in range(count)]
+        for name, ids, rows_of in (
+            ("exclude_photo_ids", photo_ids, self._rows_of_photo),
+            ("exclude_person_ids", person_ids, self._rows_of_person),
+        ):
+            if ids is None:
+                continue
+            if isinstance(ids, str) or len(ids) != count:
+                raise QueryError(f"{name} must have one entry for each of the {count} queries")
+            for query, entry in enumerate(ids):
+                entries = () if entry is None else (entry,) if isinstance(entry, str) else entry
+                rows[query] += [rows_of[e] for e in entries if e in rows_of]
+        if mask is not None:
+            if not callable(mask) and (np.shape(mask) != (count, len(self)) or np.asarray(mask).dtype != np.bool_):
+                raise QueryError(f"exclude_mask must be bool ({count}, {len(self)}), got {np.shape(mask)}")
+            for query in range(count):
+                row = np.asarray(mask(query) if callable(mask) else mask[query])
+                if row.shape != (len(self),) or row.dtype != np.bool_:
+                    raise QueryError(f"exclude_mask gave {row.shape} {row.dtype}, bool ({len(self)},) is needed")
+                rows[query].append(np.flatnonzero(row))
+        if (embeddings is None) != (ceiling is None):
+            raise QueryError("identity_embeddings and identity_ceiling go together")
+        if embeddings is not None:
+            self._above_ceiling(count, np.asarray(embeddings, dtype=np.float64), float(ceiling), rows)
+        if not any(rows):
+            return Exclusion.none(self._codes.device)
+        unique = [np.unique(np.concatenate(r)) if r else np.empty(0, np.int64) for r in rows]
+        query = np.repeat(np.arange(count), [len(u) for u in unique])
+        row = np.concatenate(unique)
+        order = np.argsort(row, kind="stable")
+        return Exclusion(*(torch.from_numpy(a[order]).to(self._codes.device) for a in (query, row)))
+
+    def _above_ceiling(self, count: int, queries: np.ndarray, ceiling: float, rows: list[list[np.ndarray]]) -> None:
+        if self._embeddings is None:
+            raise QueryError(f"{self.url} holds no identity embeddings, so it knows no identity_ceiling")
+        if queries.shape != (count, self.info.embedding_dim):
+            raise QueryError(f"identity_embeddings must be ({count}, {self.info.embedding_dim}), got {queries.shape}")
+        length = np.linalg.norm(queries, axis=1, keepdims=True)
+        if not (np.isfinite(length).all() and (length > 0).all()):
+            raise QueryError("identity_embeddings has a zero, a NaN or an infinity")
+        for start in range(0, len(self), 4096):
+            part = self._embeddings[start : start + 4096].astype(np.float64)
+            above = (queries / length) @ part.T > ceiling
+            for query in np.flatnonzero(above.any(axis=1)):
+                rows[query].append(np.flatnonzero(above[query]) + start)
+
+
+def _group(names: Sequence[str | None]) -> dict[str, np.ndarray]:
+    groups: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        if name is not None:
+            groups.setdefault(name, []).append(row)
+    return {name: np.array(rows) for name, rows in groups.items()}
+
+
+def _read_array(folder: Folder, info: GalleryInfo, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        array = np.load(io.BytesIO(folder.read(info.files[name])), allow_pickle=False)
+    except ValueError as error:
+        raise GalleryCorruptError(f"{folder.url}: {name}: {error}") from error
+    if array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():
+        raise GalleryCorruptError(f"{folder.url}: {name} is {array.dtype} {array.shape}, expected float64 {shape}")
+    return array

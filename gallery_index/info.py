@@ -1,0 +1,156 @@
+"""``index.json``: what a gallery is, and the digest of every file in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gallery_index.errors import GalleryCorruptError, GalleryMismatchError
+from gallery_index.scoring import MODES
+from gallery_index.storage import FileEntry
+
+FORMAT, VERSION = "scol-gallery", 1
+
+
+@dataclass(frozen=True)
+class GalleryInfo:
+    """The description of a finished gallery.
+
+    Attributes:
+        mode: ``raw``, ``cosine`` or ``centred``.
+        count: N, the number of codes.
+        layers: L, the layers a code has for the caller.
+        dim: D, 512 for StyleGAN's W.
+        broadcast: True where one W per id is stored and stands for all L layers.
+        photos, people: how many different photo ids, and person ids other than null.
+        embedding_dim: width of the identity embeddings, None where the gallery has none.
+        weights: fingerprints of what made the codes, by role (``generator``, ``encoder``,
+            ``recogniser``); None says that the role was not involved.
+        source: words on where the codes come from.
+        codes: the Parquet files, in the order of their rows.
+        indexes: one FAISS file a stored layer.
+        mean: file with the mean over the codes, .npy float64 (stored layers, D).
+        norms: file with the codes' lengths in this mode, .npy float64 (stored layers, N).
+        files: every file with its size and sha256.
+    """
+
+    mode: str
+    count: int
+    layers: int
+    dim: int
+    broadcast: bool
+    photos: int
+    people: int
+    embedding_dim: int | None
+    weights: Mapping[str, str | None]
+    source: str
+    codes: tuple[str, ...]
+    indexes: tuple[str, ...]
+    mean: str
+    norms: str
+    files: Mapping[str, FileEntry]
+    fingerprint: str = field(default="", compare=False)
+
+    @property
+    def stored_layers(self) -> int:
+        return 1 if self.broadcast else self.layers
+
+    def to_bytes(self) -> bytes:
+        """The file's content: JSON, its ``fingerprint`` over all the rest."""
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "mode": self.mode,
+            "count": self.count,
+            "layers": self.layers,
+            "dim": self.dim,
+            "broadcast": self.broadcast,
+            "photos": self.photos,
+            "people": self.people,
+            "embedding_dim": self.embedding_dim,
+            "weights": dict(self.weights),
+            "source": self.source,
+            "codes": list(self.codes),
+            "indexes": list(self.indexes),
+            "mean": self.mean,
+            "norms": self.norms,
+            "files": {name: entry.as_json() for name, entry in sorted(self.files.items())},
+        }
+        return json.dumps(body | {"fingerprint": _digest(body)}, indent=1, ensure_ascii=False).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> GalleryInfo:
+        """Parse and check.
+
+        Raises:
+            GalleryMismatchError: another format or a newer version.
+            GalleryCorruptError: not JSON, altered (the fingerprint differs), or inconsistent.
+        """
+        try:
+            body = json.loads(content)
+            stated = body.pop("fingerprint", None)
+            format_, version = body.pop("format", None), body.pop("version", None)
+        except (ValueError, AttributeError) as error:
+            raise GalleryCorruptError(f"{where}: index.json is not readable: {error}") from error
+        if format_ != FORMAT or version != VERSION:
+            raise GalleryMismatchError(
+                f"{where}: format {format_!r} version {version!r}, this program reads {FORMAT!r} version {VERSION}"
+            )
+        actual = _digest({"format": format_, "version": version} | body)
+        if stated != actual:
+            raise GalleryCorruptError(f"{where}: index.json was altered: fingerprint {stated}, content has {actual}")
+        try:
+            files = {n: FileEntry(n, int(f["bytes"]), str(f["sha256"])) for n, f in body.pop("files").items()}
+            codes, indexes = tuple(body.pop("codes")), tuple(body.pop("indexes"))
+            info = cls(**body, files=files, codes=codes, indexes=indexes, fingerprint=actual)
+            named = {*info.codes, *info.indexes, info.mean, info.norms}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise GalleryCorruptError(f"{where}: index.json is inconsistent: {error!r}") from error
+        if info.mode not in MODES or named != set(files) or len(info.indexes) != info.stored_layers or info.count < 1:
+            raise GalleryCorruptError(f"{where}: index.json is inconsistent")
+        return info
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a caller needs a gallery to be; None leaves a point open.
+
+    Attributes:
+        mode: similarity.
+        layers: L.
+        dim: D.
+        weights: fingerprint by role.  A role that the gallery records as None (not involved: the
+            encoder of a synthetic gallery) fits any; a role that it does not record fits none.
+    """
+
+    mode: str | None = None
+    layers: int | None = None
+    dim: int | None = None
+    weights: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, info: GalleryInfo, where: str) -> None:
+        """Raises GalleryMismatchError, naming both sides of every point that differs."""
+        wrong = [
+            f"{name} is {have!r}, {want!r} is needed"
+            for name, have, want in (
+                ("mode", info.mode, self.mode),
+                ("number of layers", info.layers, self.layers),
+                ("code dimension", info.dim, self.dim),
+            )
+            if want is not None and have != want
+        ]
+        for role, want in sorted(self.weights.items()):
+            if role not in info.weights:
+                wrong.append(f"the {role}'s fingerprint is not recorded, {want!r} is needed")
+            elif info.weights[role] is not None and info.weights[role] != want:
+                wrong.append(f"the {role}'s fingerprint is {info.weights[role]!r}, {want!r} is needed")
+        if wrong:
+            raise GalleryMismatchError(f"{where} does not fit: " + "; ".join(wrong))
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
