@@ -184,7 +184,7 @@ def rank1_matches(
         probe_embeddings: (P, dim) of protected faces.
         probe_ids: P identities, of the originals.
         gallery_embeddings: (G, dim) of unprotected photos, none of them a probe's own original.
-        gallery_ids: G identities.
+        gallery_ids: G identities; ids are any hashable.
 
     Returns:
         bool (P,).
@@ -194,13 +194,13 @@ def rank1_matches(
             identity is not in the gallery (it could not be found, protected or not).
     """
     probes, gallery = _unit_rows(probe_embeddings, "probe"), _unit_rows(gallery_embeddings, "gallery")
-    # Codes by a dictionary, not by np.unique: ids may be any hashable, and numpy would turn mixed ones to strings.
-    code_of = {identity: code for code, identity in enumerate(dict.fromkeys(np.asarray(gallery_ids).tolist()))}
-    own_ids = np.asarray(probe_ids).tolist()
-    if len(own_ids) != len(probes) or np.size(gallery_ids) != len(gallery):
+    # Plain Python ids: numpy would turn mixed ones to strings, and 1 would be "1".
+    own_ids, all_ids = (ids.tolist() if isinstance(ids, np.ndarray) else list(ids) for ids in (probe_ids, gallery_ids))
+    if len(own_ids) != len(probes) or len(all_ids) != len(gallery):
         raise ValueError(
-            f"{len(own_ids)} ids for {len(probes)} probes, {np.size(gallery_ids)} for a gallery of {len(gallery)}"
+            f"{len(own_ids)} ids for {len(probes)} probes, {len(all_ids)} for a gallery of {len(gallery)}"
         )
+    code_of = {identity: code for code, identity in enumerate(dict.fromkeys(all_ids))}
     if not own_ids:
         raise ValueError("no probes")
     if probes.shape[1] != gallery.shape[1]:
@@ -208,7 +208,7 @@ def rank1_matches(
     missing = [identity for identity in own_ids if identity not in code_of]
     if missing:
         raise ValueError(f"{len(missing)} probes' identities are not in the gallery, the first {missing[0]!r}")
-    gallery_codes = np.array([code_of[i] for i in np.asarray(gallery_ids).tolist()])
+    gallery_codes = np.array([code_of[i] for i in all_ids])
     probe_codes = np.array([code_of[i] for i in own_ids])
     matches = np.empty(len(probes), bool)
     for start in range(0, len(probes), 256):  # bounded memory for a large gallery

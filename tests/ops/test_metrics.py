@@ -156,12 +156,16 @@ def test_a_tie_counts_against_the_protection():
     assert metrics.rank1_u([[1.0, 0.2]], ["own"], [[1.0, 0.0], [1.0, 0.01]], ["own", "other"]) == 1
 
 
+def test_ids_are_told_apart_by_type():
+    assert metrics.rank1_u([[1.0, 0.0]], [1], [[1.0, 0.0], [0.0, 1.0]], ["1", 1]) == 1
+
+
 def test_rank1_u_over_several_blocks_agrees_with_a_plain_loop():
     rng = np.random.default_rng(0)
     gallery, probes = rng.standard_normal((300, 8)), rng.standard_normal((700, 8))
     gallery_ids = list(range(100)) * 3
     probe_ids = rng.integers(0, 100, 700).tolist()
-    cosines = (probes / np.linalg.norm(probes, axis=1)[:, None]) @ (gallery / np.linalg.norm(gallery, axis=1)[:, None]).T
+    cosines = probes @ gallery.T / np.linalg.norm(gallery, axis=1)  # a probe's own norm moves no rank
     expected = np.mean([gallery_ids[int(row.argmax())] != own for row, own in zip(cosines, probe_ids, strict=True)])
     assert metrics.rank1_u(probes, probe_ids, gallery, gallery_ids) == pytest.approx(expected)
 
