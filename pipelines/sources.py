@@ -1,0 +1,636 @@
+"""Where photos come from and where they go: folders, globs, lists and tables, on disk or behind any fsspec URL.
+
+`list_photos` yields one `SourceRow` for every file that it meets, sorted by relative path, so that nothing is lost
+silently: a photo; an entry that cannot be used, with a typed reason; or a file that is skipped on purpose (`skipped`:
+other kinds of files, which are neither copied nor changed, and hidden ones).
+
+| SRC | relative path of a photo |
+|---|---|
+| a folder, all depths | below the folder |
+| a glob (`*`, `?`, `[...]`, `**` for all depths) | below its longest part without wildcards |
+| `LIST.txt`: UTF-8, a path or URL a line, empty lines ignored | as written; absolute paths and URLs: below the list's folder if they lie there, else without the leading `/` or `scheme://` |
+| `TABLE.parquet`, `TABLE.csv`: column `path`, optional `person_id` | as in a list |
+| one photo | its name |
+
+In folders and globs files are told apart by suffix (`PHOTO_SUFFIXES`; raw and HEIC count as photos, and are refused
+with a reason when they are decoded). What a list names is always taken for a photo.
+
+Links are followed where they stay inside SRC; loops and links that lead outside get a row with a reason. A path that
+could leave OUT, or name something else there, is refused (`safe_relative`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import os
+import re
+import stat
+import unicodedata
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import fsspec
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+from fsspec.core import url_to_fs
+from fsspec.utils import glob_translate
+
+from pipelines.photo import MAX_BYTES
+
+PHOTO_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .tif .tiff .bmp .dib .gif .heic .heif .hif .avif .jp2 .jxl .psd "
+    ".dng .cr2 .cr3 .nef .arw .raf .orf .rw2 .pef .srw".split()
+)
+TABLE_SUFFIXES = (".parquet", ".pq", ".csv")
+SKIP_CODES = frozenset({"NOT_A_PHOTO", "HIDDEN"})
+
+_MAX_LINKS = 8  # folders entered through links, one inside the other: bounds what links across links can unfold to
+_DEVICES = re.compile(r"(?i)^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?$")
+_PROTOCOL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::|://)")
+
+
+class SourceError(ValueError):
+    """Something about SRC or one of its photos. `str()` is `CODE: words`.
+
+    Codes: NOT_FOUND, UNREADABLE, READ_FAILED, NOT_A_FILE, NOT_A_PHOTO, HIDDEN, TOO_LARGE, BROKEN_LINK, LINK_LOOP,
+    LINK_OUTSIDE, NAME_NOT_UTF8, UNSAFE_PATH, EMPTY_PATH, DUPLICATE, IN_OUT, BAD_LIST, BAD_URL.
+    """
+
+    def __init__(self, code: str, message: str):
+        super().__init__(f"{code}: {message}")
+        self.code, self.message = code, message
+
+    def __reduce__(self):
+        return type(self), (self.code, self.message)
+
+
+class OutputError(SourceError):
+    """Something about OUT. Codes: OUT_IS_SRC, OUT_INSIDE_SRC, SRC_INSIDE_OUT, OUT_NOT_A_FOLDER, NOT_WRITABLE,
+    DISK_FULL, WRITE_FAILED, UNSAFE_PATH, BAD_URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One entry of SRC.
+
+    `path`: relative, POSIX, valid UTF-8, unique in the listing. `url`: what `read_bytes` opens: an absolute local path
+    or an fsspec URL. `size`: bytes, None where unknown. `modified`: nanoseconds since 1970 as text for local files, the
+    store's etag (or modification time) elsewhere, None where unknown. `error`: `CODE: words`, None for a good photo.
+    """
+
+    path: str
+    url: str
+    size: int | None = None
+    modified: str | None = None
+    person_id: str | None = None
+    error: str | None = None
+
+    @property
+    def photo_id(self) -> str:
+        return photo_id(self.path)
+
+    @property
+    def code(self) -> str | None:
+        """The typed part of `error`."""
+        return self.error.split(":", 1)[0] if self.error else None
+
+    @property
+    def skipped(self) -> bool:
+        """Left out on purpose (not a photo, or hidden), as against failed."""
+        return self.code in SKIP_CODES
+
+
+def photo_id(path: str) -> str:
+    """First 16 hex digits of blake2b of the relative POSIX path in UTF-8 (docs/design.md)."""
+    return hashlib.blake2b(path.encode("utf-8")).hexdigest()[:16]
+
+
+def safe_relative(path: str) -> str:
+    """The path in normal form (no `.`, no doubled `/`), sure to name something below the folder that it is joined to.
+
+    Raises SourceError UNSAFE_PATH for `..`, absolute paths, drive letters, backslashes, control characters, line
+    separators, lone surrogates, Windows device names and names of dots and spaces alone; EMPTY_PATH where no name is
+    left. Strict on every system, since OUT may be carried to another one.
+    """
+
+    def refuse(why: str):
+        shown = path.encode("utf-8", "backslashreplace").decode()
+        raise SourceError("UNSAFE_PATH", f"{why}: {shown!r}")
+
+    if path.startswith("/"):
+        refuse("absolute path")
+    if "\\" in path:
+        refuse("backslash")
+    if re.match(r"[A-Za-z]:", path):
+        refuse("drive letter")
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in path):
+        refuse("control character")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    for part in parts:
+        if part == "..":
+            refuse("`..`")
+        if not part.strip(". "):
+            refuse("a name of dots and spaces")
+        if _DEVICES.match(part):
+            refuse("device name")
+    if not parts:
+        raise SourceError("EMPTY_PATH", "no file name")
+    return "/".join(parts)
+
+
+# ---- local or not ----------------------------------------------------------------------------------------------------
+
+
+def _local(url: str) -> str | None:
+    """The local path that `url` means, or None for other stores."""
+    if url.startswith(("file://", "local://")):
+        return url.split("://", 1)[1]
+    return None if _PROTOCOL.match(url) else url
+
+
+def _fs(url: str, error: type[SourceError] = SourceError):
+    try:
+        return url_to_fs(url)
+    except (ValueError, ImportError, TypeError) as e:
+        raise error("BAD_URL", f"{url}: {e}") from e
+
+
+def _modified(info: dict) -> str | None:
+    for key in ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created"):
+        if info.get(key) is not None:
+            return str(info[key]).strip('"')
+    return None
+
+
+def _shown(path: str) -> str:
+    """Valid UTF-8 for any file name: bytes that are none become `\\xNN`."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def _failed(path: str, url: str, error: SourceError) -> SourceRow:
+    return SourceRow(_shown(path), _shown(url), error=str(error))
+
+
+def _os_error(e: OSError, what: str) -> SourceError:
+    if isinstance(e, PermissionError):
+        return SourceError("UNREADABLE", f"{what}: permission denied")
+    if isinstance(e, FileNotFoundError):
+        return SourceError("NOT_FOUND", f"{what}: no such file")
+    if e.errno == errno.ELOOP:
+        return SourceError("LINK_LOOP", f"{what}: the link leads to itself")
+    return SourceError("READ_FAILED", f"{what}: {e.strerror or e}")
+
+
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def _inside(path: str, folder: str) -> bool:
+    """Both real paths."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _stat_row(path: str, full: str, error: SourceError | None = None) -> SourceRow:
+    """A row for a local file; `error`: why it is skipped."""
+    if error is not None:
+        return _failed(path, full, error)
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return _failed(path, full, SourceError("NAME_NOT_UTF8", "the name is not valid UTF-8; rename the file"))
+    try:
+        safe_relative(path)
+        st = os.stat(full)
+        if not stat.S_ISREG(st.st_mode):
+            raise SourceError("NOT_A_FILE", "a device, pipe or folder")
+    except OSError as e:
+        return _failed(path, full, _os_error(e, "file"))
+    except SourceError as e:
+        return _failed(path, full, e)
+    return SourceRow(path, full, st.st_size, str(st.st_mtime_ns))
+
+
+def _by_suffix(path: str) -> SourceError | None:
+    name = path.rsplit("/", 1)[-1]
+    if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES:
+        return None
+    return SourceError("NOT_A_PHOTO", "not a picture by its suffix; left alone")
+
+
+def _walk_local(root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
+    """All files below `root` sorted by path; one folder's names in memory at a time (and those of its parents)."""
+    real_root = os.path.realpath(root)
+
+    def entries(folder: str, prefix: str) -> list[tuple[str, os.DirEntry]]:
+        with os.scandir(folder) as it:
+            found = [(prefix + e.name, e) for e in it]
+        # A folder sorts where its content does: `a-b` < `a.jpg` < `a/...`.
+        return sorted(found, key=lambda f: f[0] + ("/" if is_folder(f[1]) else ""))
+
+    def is_folder(entry: os.DirEntry) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:  # a link to itself
+            return False
+
+    def identity(path: str) -> tuple[int, int]:
+        st = os.stat(path)
+        return st.st_dev, st.st_ino
+
+    # One element a level: what is left of it, the folder's identity, links on the way to it.
+    try:
+        stack = [(iter(entries(root, "")), identity(root), 0)]
+    except OSError as e:
+        raise _os_error(e, root) from e
+    while stack:
+        todo, _, links = stack[-1]
+        path, entry = next(todo, (None, None))
+        if entry is None:
+            stack.pop()
+            continue
+        full = entry.path
+        try:
+            if entry.name.startswith(".") and not hidden:
+                raise SourceError("HIDDEN", "a hidden file or folder; left alone")
+            is_link, is_dir = entry.is_symlink(), is_folder(entry)
+            if is_link:
+                try:
+                    os.stat(full)
+                except FileNotFoundError:
+                    raise SourceError("BROKEN_LINK", f"leads to {_shown(os.readlink(full))}, which is not there") from None
+                if (is_dir or not _by_suffix(path)) and not _inside(os.path.realpath(full), real_root):
+                    raise SourceError("LINK_OUTSIDE", "the link leads outside SRC")
+            if is_dir:
+                if depth is not None and len(stack) >= depth:
+                    continue
+                here = identity(full)
+                if any(here == above for _, above, _ in stack):
+                    raise SourceError("LINK_LOOP", "the link leads to a folder that it lies in")
+                if is_link and links >= _MAX_LINKS:
+                    raise SourceError("LINK_LOOP", f"more than {_MAX_LINKS} links one inside the other")
+                stack.append((iter(entries(full, path + "/")), here, links + is_link))
+                continue
+        except SourceError as e:
+            yield _failed(path, full, e)
+        except OSError as e:
+            yield _failed(path, full, _os_error(e, "folder" if is_folder(entry) else "file"))
+        else:
+            yield _stat_row(path, full, _by_suffix(path))
+
+
+def _walk_store(fs, root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
+    """As `_walk_local`, on any fsspec store."""
+    root = root.rstrip("/")
+
+    def entries(folder: str) -> list[tuple[str, dict]]:
+        found = [(i["name"].rstrip("/")[len(root) + 1 :], i) for i in fs.ls(folder, detail=True)]
+        # Stores list the folder itself where a marker object exists.
+        found = [(p, i) for p, i in found if p and i["name"].rstrip("/") != folder.rstrip("/")]
+        return sorted(found, key=lambda f: f[0] + ("/" if f[1]["type"] == "directory" else ""))
+
+    try:
+        stack = [iter(entries(root))]
+    except FileNotFoundError as e:
+        raise SourceError("NOT_FOUND", f"{root}: no such folder") from e
+    except OSError as e:
+        raise _os_error(e, root) from e
+    while stack:
+        path, info = next(stack[-1], (None, None))
+        if info is None:
+            stack.pop()
+            continue
+        url = fs.unstrip_protocol(info["name"])
+        try:
+            if path.rsplit("/", 1)[-1].startswith(".") and not hidden:
+                raise SourceError("HIDDEN", "a hidden file or folder; left alone")
+            if info["type"] == "directory":
+                if depth is None or len(stack) < depth:
+                    stack.append(iter(entries(info["name"])))
+                continue
+            safe_relative(path)
+            error = _by_suffix(path)
+        except SourceError as e:
+            error = e
+        except OSError as e:
+            error = _os_error(e, "folder")
+        if info["type"] == "directory" or (error and error.code == "UNSAFE_PATH"):
+            yield _failed(path, url, error)
+        else:
+            yield SourceRow(path, url, info.get("size"), _modified(info), error=str(error) if error else None)
+
+
+# ---- lists and tables ------------------------------------------------------------------------------------------------
+
+
+def _open(src: str):
+    local = _local(src)
+    return open(local, "rb") if local is not None else fsspec.open(src, "rb").open()
+
+
+def _read_list(src: str) -> Iterator[tuple[str, str | None]]:
+    with _open(src) as f:
+        text = f.read().removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    for line in text.split("\n"):
+        line = line.removesuffix("\r")
+        if line.strip():
+            yield line, None
+
+
+def _read_table(src: str) -> Iterator[tuple[str, str | None]]:
+    try:
+        with _open(src) as f:
+            if src.lower().endswith(".csv"):
+                options = pa.csv.ConvertOptions(column_types={"path": pa.string(), "person_id": pa.string()},
+                                                strings_can_be_null=True, quoted_strings_can_be_null=True,
+                                                null_values=[""])
+                table = pa.csv.read_csv(f, convert_options=options)
+            else:
+                names = pa.parquet.read_schema(f).names
+                f.seek(0)
+                table = pa.parquet.read_table(f, columns=[n for n in ("path", "person_id") if n in names])
+        if "path" not in table.column_names:
+            raise SourceError("BAD_LIST", f"{src}: no column `path`")
+        paths = table["path"].cast(pa.string())
+        people = table["person_id"].cast(pa.string()) if "person_id" in table.column_names else itertools.repeat(None)
+        for path, person in zip(paths, people, strict=False):
+            yield path.as_py() or "", person.as_py() if person is not None else None
+    except pa.ArrowException as e:
+        raise SourceError("BAD_LIST", f"{src}: {e}") from e
+
+
+def _list_row(number: int, entry: str, person: str | None, base: str) -> SourceRow:
+    """`base`: the list's folder, an absolute local path or a URL without a slash at its end."""
+    if not entry:
+        return SourceRow(f"(row {number})", "", error=str(SourceError("EMPTY_PATH", "the row has no path")))
+    local_base = _local(base)
+    if _PROTOCOL.match(entry) and _local(entry) is None:
+        url = entry
+        path = entry[len(base) + 1 :] if entry.startswith(base + "/") else entry.split("://", 1)[-1].lstrip("/")
+    elif local_base is None and not entry.startswith(("/", "file://")):
+        path, url = entry, f"{base}/{entry}"
+    else:
+        entry = _local(entry) or entry
+        path = entry
+        if os.path.isabs(entry):
+            path = os.path.relpath(entry, local_base) if local_base and _inside(entry, local_base) else entry.lstrip("/")
+        url = os.path.join(local_base or "/", entry)
+    try:
+        path = safe_relative(path)
+    except SourceError as e:
+        if any(unicodedata.category(c) == "Cs" for c in path):
+            e = SourceError("NAME_NOT_UTF8", "the name is not valid UTF-8; rename the file")
+        return replace(_failed(entry, url, e), person_id=person)
+    if _local(url) is not None:
+        return replace(_stat_row(path, os.path.abspath(url)), person_id=person)
+    try:
+        fs, name = _fs(url)
+        info = fs.info(name)
+        if info["type"] != "file":
+            raise SourceError("NOT_A_FILE", "a folder")
+    except SourceError as e:
+        return SourceRow(path, url, person_id=person, error=str(e))
+    except OSError as e:
+        return SourceRow(path, url, person_id=person, error=str(_os_error(e, "file")))
+    except Exception as e:  # each store's client has errors of its own
+        return SourceRow(path, url, person_id=person, error=f"READ_FAILED: {type(e).__name__}: {e}")
+    return SourceRow(path, url, info.get("size"), _modified(info), person)
+
+
+def _list_rows(src: str, entries: Iterator[tuple[str, str | None]]) -> list[SourceRow]:
+    local = _local(src)
+    base = os.path.dirname(os.path.abspath(local)) if local is not None else src.rsplit("/", 1)[0]
+    try:
+        rows = [_list_row(i, entry, person, base) for i, (entry, person) in enumerate(entries, 1)]
+    except OSError as e:
+        raise _os_error(e, src) from e
+    twice = [path for path, n in Counter(row.path for row in rows).items() if n > 1]
+    if twice:
+        names = ", ".join(sorted(twice)[:5])
+        raise SourceError("DUPLICATE", f"{src} names {len(twice)} path(s) more than once: {names}")
+    return sorted(rows, key=lambda row: row.path)
+
+
+def _relation(a: str, b: str) -> str:
+    """How two places lie: `same`, `inside` (a in b), `around` (b in a) or `apart`. Links are resolved."""
+    local_a, local_b = _local(a), _local(b)
+    if (local_a is None) != (local_b is None):
+        return "apart"
+    if local_a is not None:
+        a, b = os.path.realpath(local_a), os.path.realpath(local_b)
+    else:
+        (fs_a, a), (fs_b, b) = _fs(a), _fs(b)
+        if type(fs_a) is not type(fs_b):
+            return "apart"
+        a, b = a.rstrip("/"), b.rstrip("/")
+    return "same" if a == b else "inside" if _inside(a, b) else "around" if _inside(b, a) else "apart"
+
+
+# ---- the listing -----------------------------------------------------------------------------------------------------
+
+
+def _split_glob(src: str) -> tuple[str, str]:
+    """The longest folder without wildcards, and the pattern below it."""
+    parts = src.split("/")
+    first = next(i for i, part in enumerate(parts) if re.search(r"[*?\[]", part))
+    return "/".join(parts[:first]) or ("/" if src.startswith("/") else "."), "/".join(parts[first:])
+
+
+def _kind(src: str) -> str:
+    """folder, glob, list, table or photo. Raises SourceError NOT_FOUND, BAD_URL."""
+    local = _local(src)
+    if local is not None:
+        is_dir, exists = os.path.isdir(local), os.path.exists(local)
+    else:
+        fs, path = _fs(src)
+        try:
+            is_dir = fs.isdir(path)
+            exists = is_dir or fs.exists(path)
+        except OSError as e:
+            raise _os_error(e, src) from e
+    if is_dir:
+        return "folder"
+    if not exists:
+        if re.search(r"[*?\[]", src):
+            return "glob"
+        raise SourceError("NOT_FOUND", f"{src}: no such file or folder")
+    suffix = os.path.splitext(src)[1].lower()
+    return "list" if suffix == ".txt" else "table" if suffix in TABLE_SUFFIXES else "photo"
+
+
+def list_photos(src: str, *, people_from: str | None = None, hidden: bool = False,
+                out: str | None = None) -> Iterator[SourceRow]:
+    """One row for every entry of SRC, sorted by path (Unicode code points). See the module's text.
+
+    `people_from="folder"`: the person is the name of the photo's folder, none for photos at the top; a table's own
+    person_id goes before. `hidden`: also take hidden files and folders. `out`: rows whose file lies inside OUT become
+    errors (IN_OUT), so that a list cannot make a run overwrite its own sources.
+    Folders and globs are streamed; lists and tables are read whole, to sort them and to find duplicates.
+    Raises SourceError where SRC as a whole cannot be used: NOT_FOUND, UNREADABLE, BAD_LIST, BAD_URL, DUPLICATE.
+    """
+    if people_from not in (None, "folder"):
+        raise ValueError(f"people_from: `folder` or None, not {people_from!r}")
+    kind = _kind(src)
+    if kind in ("folder", "glob"):
+        base, pattern = (src, None) if kind == "folder" else _split_glob(src)
+        depth = None if pattern is None or "**" in pattern else pattern.count("/") + 1
+        local = _local(base)
+        if local is not None:
+            rows = _walk_local(os.path.abspath(local), hidden, depth)
+        else:
+            fs, root = _fs(base)
+            fs.invalidate_cache()
+            rows = _walk_store(fs, root, hidden, depth)
+        if pattern is not None:
+            match = re.compile(glob_translate(pattern)).match
+            rows = (row for row in rows if match(row.path) or (row.error and not row.skipped and
+                                                               os.path.isdir(row.url)))
+    elif kind == "photo":
+        local = _local(src)
+        base = os.path.dirname(os.path.abspath(local)) if local is not None else src.rsplit("/", 1)[0]
+        rows = iter([_list_row(1, src.rsplit("/", 1)[-1], None, base)])
+    else:
+        rows = iter(_list_rows(src, (_read_list if kind == "list" else _read_table)(src)))
+
+    for row in rows:
+        if people_from == "folder" and row.person_id is None and "/" in row.path:
+            row = replace(row, person_id=row.path.split("/")[-2])
+        if out is not None and row.error is None and _relation(row.url, out) in ("same", "inside"):
+            row = replace(row, error=str(SourceError("IN_OUT", "the photo lies inside OUT")))
+        yield row
+
+
+def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """A photo's file. Raises SourceError NOT_FOUND, UNREADABLE, NOT_A_FILE, TOO_LARGE, READ_FAILED, BAD_URL."""
+    local = _local(url)
+    try:
+        if local is not None:
+            # Not blocking on a pipe that has taken the file's place.
+            handle = os.open(local, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            try:
+                st = os.fstat(handle)
+                if not stat.S_ISREG(st.st_mode):
+                    raise SourceError("NOT_A_FILE", "a device, pipe or folder")
+                if st.st_size > max_bytes:
+                    raise SourceError("TOO_LARGE", f"{st.st_size:,} bytes; the limit is {max_bytes:,}")
+                with open(handle, "rb", closefd=False) as f:
+                    return f.read()
+            finally:
+                os.close(handle)
+        fs, path = _fs(url)
+        size = fs.info(path).get("size")
+        if size is not None and size > max_bytes:
+            raise SourceError("TOO_LARGE", f"{size:,} bytes; the limit is {max_bytes:,}")
+        return fs.cat_file(path)
+    except SourceError:
+        raise
+    except OSError as e:
+        raise _os_error(e, "file") from e
+    except Exception as e:  # each store's client has errors of its own
+        raise SourceError("READ_FAILED", f"{type(e).__name__}: {e}") from e
+
+
+# ---- OUT -------------------------------------------------------------------------------------------------------------
+
+
+def _out_error(e: OSError, what: str) -> OutputError:
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError("DISK_FULL", f"{what}: {e.strerror}")
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OutputError("NOT_WRITABLE", f"{what}: {e.strerror}")
+    return OutputError("WRITE_FAILED", f"{what}: {e.strerror or e}")
+
+
+def check_out(src: str, out: str) -> None:
+    """Before a run starts: OUT is apart from SRC, is or can become a folder, and can be written to (it is tried).
+
+    Raises OutputError OUT_IS_SRC, OUT_INSIDE_SRC (a second run would take its own output for photos), SRC_INSIDE_OUT (a
+    result could overwrite a source), OUT_NOT_A_FOLDER, NOT_WRITABLE, DISK_FULL, WRITE_FAILED, BAD_URL; SourceError as
+    `list_photos` where SRC cannot be used. Lists and tables name files anywhere: for them, `list_photos(out=...)`
+    refuses the rows concerned.
+    """
+    kind = _kind(src)
+    if kind in ("folder", "glob"):
+        base = src if kind == "folder" else _split_glob(src)[0]
+        relation = _relation(out, base)
+        if relation == "same":
+            raise OutputError("OUT_IS_SRC", f"{out} is the source itself")
+        if relation == "inside":
+            raise OutputError("OUT_INSIDE_SRC", f"{out} lies inside {base}")
+        if relation == "around":
+            raise OutputError("SRC_INSIDE_OUT", f"{base} lies inside {out}")
+
+    local_out = _local(out)
+    if local_out is not None:
+        if os.path.exists(local_out) and not os.path.isdir(local_out):
+            raise OutputError("OUT_NOT_A_FOLDER", f"{out} is a file")
+        probe = os.path.join(local_out, f".scol-{uuid.uuid4().hex}.part")
+        try:
+            os.makedirs(local_out, exist_ok=True)
+            with open(probe, "xb") as f:
+                f.write(b"scol")
+        except OSError as e:
+            raise _out_error(e, out) from e
+        finally:
+            with suppress(OSError):
+                os.unlink(probe)
+        return
+    fs, path = _fs(out, OutputError)
+    try:
+        probe = f"{path.rstrip('/')}/.scol-{uuid.uuid4().hex}.part"
+        fs.makedirs(path, exist_ok=True)
+        fs.pipe_file(probe, b"scol")
+        fs.rm_file(probe)
+    except OSError as e:
+        raise _out_error(e, out) from e
+    except Exception as e:  # each store's client has errors of its own
+        raise OutputError("NOT_WRITABLE", f"{out}: {type(e).__name__}: {e}") from e
+
+
+def write_output(out: str, path: str, data: bytes) -> str:
+    """Writes `data` to OUT/path, replacing what is there, and returns where (absolute local path, or URL).
+
+    Local: written beside its place under a temporary name, flushed to disk, then renamed, so that nobody sees half a
+    file; a folder in OUT that is a link to outside is refused. Other stores: one put, atomic where the store's is (S3,
+    GCS, Azure). Raises OutputError UNSAFE_PATH, NOT_WRITABLE, DISK_FULL, WRITE_FAILED, BAD_URL.
+    """
+    try:
+        path = safe_relative(path)
+    except SourceError as e:
+        raise OutputError(e.code, e.message) from e
+    local = _local(out)
+    if local is None:
+        fs, root = _fs(out, OutputError)
+        target = f"{root.rstrip('/')}/{path}"
+        try:
+            fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            fs.pipe_file(target, data)
+        except OSError as e:
+            raise _out_error(e, path) from e
+        except Exception as e:  # each store's client has errors of its own
+            raise OutputError("WRITE_FAILED", f"{path}: {type(e).__name__}: {e}") from e
+        return fs.unstrip_protocol(target)
+
+    root = os.path.realpath(local)
+    target = os.path.join(root, *path.split("/"))
+    folder = os.path.dirname(target)
+    part = os.path.join(folder, f".scol-{uuid.uuid4().hex}.part")
+    try:
+        # Checked before makedirs, which would follow a link that leads outside.
+        if not _inside(os.path.realpath(folder), root):
+            raise OutputError("UNSAFE_PATH", f"a link in OUT leads outside it: {path!r}")
+        os.makedirs(folder, exist_ok=True)
+        with open(part, "xb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, target)
+    except OSError as e:
+        with suppress(OSError):
+            os.unlink(part)
+        raise _out_error(e, path) from e
+    return target
