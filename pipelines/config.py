@@ -1,0 +1,517 @@
+"""The one typed configuration of a run: fields with units and ranges, profiles, and how a stage's part enters its key.
+
+Built from four layers, later ones win: the fields' defaults (= profile ``standard``), the profile, a TOML file,
+``--set section.key=value``.  Everything is checked before any model loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+STAGES = ("align", "invert", "fuse", "tune", "attack", "publish")
+RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
+ENCODER = "encoder"
+GENERATORS = {"mobilestylegan-256": 256, "mobilestylegan-1024": 1024}
+
+# What differs from the fields' defaults, in one place.
+PROFILES: dict[str, dict[str, Any]] = {
+    "quick": {
+        "gallery.synthetic": 5000,
+        "tune.steps": 40,
+        "refine.steps": 40,
+        "attack.steps": 5,
+        "engine.face_seconds": 300.0,
+    },
+    "standard": {},
+    "paper": {
+        # The paper's own reading: the encoder alone is the identity feature, no hinge, no refinement.
+        "tune.steps": 450,
+        "tune.identity": (ENCODER,),
+        "tune.margins": (0.0,),
+        "tune.hinge": 0.0,
+        "tune.diversity": 0.0,
+        "tune.residual_sigma": 0.0,
+        "refine.steps": 0,
+        "attack.enabled": True,
+        "attack.steps": 10,
+        "engine.face_seconds": 1800.0,
+    },
+}
+
+
+class ConfigError(ValueError):
+    """Mistakes in a configuration, all of them; ``problems`` is one line each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
+
+
+def _none_word(value: Any) -> Any:
+    """TOML has no null: the word ``none`` stands for it."""
+    return None if isinstance(value, str) and value.strip().lower() in ("none", "null", "") else value
+
+
+def _split(value: Any) -> Any:
+    """``a,b`` for a list, so that --set needs no brackets; a single number for a list of one."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return (value,) if isinstance(value, int | float) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
+QualityRange = Annotated[
+    Annotated[tuple[int, int], BeforeValidator(_split)] | None, BeforeValidator(_none_word)
+]
+
+
+class Section(BaseModel):
+    """Frozen, strict about unknown keys; NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class AlignConfig(Section):
+    """Reading photos, finding faces, cutting FFHQ crops."""
+
+    min_face_size: float = Field(20.0, ge=12, le=1000, description="smallest face searched for, px of the search copy")
+    min_confidence: float = Field(0.9, ge=0, lt=1, description="least confidence of a face, 0..1")
+    max_side: int = Field(1600, ge=100, le=20000, description="longest side of the detector's search copy, px")
+    max_faces: int = Field(99, ge=1, le=99, description="most faces of a photo; a photo with more fails, none is left out")
+    max_pixels: int = Field(100_000_000, ge=1, description="larger photos are refused before decoding, px")
+    max_bytes: int = Field(512 * 1024 * 1024, ge=1, description="larger files are refused before reading, bytes")
+
+
+class InvertConfig(Section):
+    """Face to W+ code: the encoder, then optional gradient steps on the code."""
+
+    refine_steps: int = Field(0, ge=0, le=2000, description="Adam steps on the code after the encoder; 0: encoder alone")
+    lr: float = Field(0.02, gt=0, le=1, description="learning rate of these steps")
+    stay: float = Field(0.1, ge=0, le=100, description="weight of the squared distance to the encoder's code")
+
+
+class GalleryConfig(Section):
+    """Style codes of other people, searched layer by layer."""
+
+    url: Annotated[str | None, BeforeValidator(_none_word)] = Field(
+        None, description="folder or fsspec URL of a gallery; none: a synthetic one is made in the run's folder"
+    )
+    synthetic: int = Field(20_000, ge=2, le=10_000_000, description="codes of the synthetic gallery")
+    synthetic_seed: int = Field(0, ge=0, lt=2**63, description="its seed")
+    truncation: float = Field(1.0, gt=0, le=1, description="its truncation psi; 1: full variety")
+    similarity: Literal["centred", "cosine", "raw"] = Field(
+        "centred", description="similarity of codes: minus the layer's mean and unit norm | unit norm | dot product"
+    )
+
+
+class FuseConfig(Section):
+    """Identity-obfuscating fusion of the most similar codes of other people."""
+
+    k: int = Field(10, ge=1, le=1000, description="most similar codes to fuse, at each layer")
+    weighting: Literal["mean", "softmax"] = Field("mean", description="plain mean, or softmax of the similarities")
+    temperature: float = Field(0.1, gt=0, le=100, description="of the softmax, in units of similarity")
+
+
+class IdentitySection(Section):
+    """Common to the sections that steer by identity features."""
+
+    identity: Names = Field(
+        ("mobilefacenet", "dlib_resnet"),
+        description=f"identity features: any of {', '.join((*RECOGNISERS, ENCODER))}; empty: none",
+    )
+    margins: Numbers = Field(
+        (0.0,), description="cosine to the original below which the hinge rests, one for all or one a feature, -1..1"
+    )
+
+    @field_validator("identity")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = (*RECOGNISERS, ENCODER)
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                raise ValueError(f"unknown identity feature {name!r}" + (f", did you mean {near[0]!r}?" if near else
+                                                                         f"; there are {', '.join(known)}"))
+        if len(set(names)) < len(names):
+            raise ValueError("an identity feature is named twice")
+        return names
+
+    @field_validator("margins")
+    @classmethod
+    def _cosines(cls, margins: tuple[float, ...]) -> tuple[float, ...]:
+        if any(not -1 <= m <= 1 for m in margins):
+            raise ValueError(f"margins are cosines, -1..1: {margins}")
+        return margins
+
+    @model_validator(mode="after")
+    def _one_margin_each(self):
+        if len(self.margins) not in (1, len(self.identity)):
+            raise ValueError(f"{len(self.margins)} margins for {len(self.identity)} identity features; give 1 or as many")
+        return self
+
+    def margin_of_each(self) -> tuple[float, ...]:
+        """One margin for each identity feature."""
+        return self.margins * len(self.identity) if len(self.margins) == 1 else self.margins
+
+
+class TuneConfig(IdentitySection):
+    """Generator tuning with the id-lock."""
+
+    steps: int = Field(120, ge=0, le=10_000, description="Adam steps on the generator's weights")
+    lr: float = Field(3e-4, gt=0, le=1e-2, description="learning rate (2e-3 diverged when it was tried)")
+    parameters: Literal["all", "convolutions", "late"] = Field("all", description="which generator weights move")
+    l2_weight: float = Field(10.0, ge=0, le=1e4, description="weight of the pixel L2")
+    ssim_weight: float = Field(1.0, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM")
+    id_lock: float = Field(1.0, ge=0, le=1e3, description="the paper's lambda of the id-lock")
+    hinge: float = Field(1.0, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
+    diversity: float = Field(1.0, ge=0, le=2, description="strength of random resize and shift before the features; 0: none")
+    residual_sigma: float = Field(0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none")
+    target_psnr: float = Field(40.0, ge=0, le=100, description="stop early at this PSNR with the hinge met, dB")
+    bf16: bool = Field(False, description="generator in bfloat16 autocast")
+
+
+class RefineConfig(IdentitySection):
+    """Refinement of the tuned residual in pixels."""
+
+    steps: int = Field(100, ge=0, le=10_000, description="Adam steps on the residual; 0: off")
+    lr: float = Field(0.01, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
+    start: float = Field(1.0, ge=0, le=1, description="share of the tuned residual to begin with")
+    l2_weight: float = Field(10.0, ge=0, le=1e4, description="weight of the pixel L2 to the photo")
+    ssim_weight: float = Field(1.0, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM to the photo")
+    id_lock: float = Field(0.0, ge=0, le=1e3, description="weight of the pull to the fused identity")
+    hinge: float = Field(1.0, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
+    diversity: float = Field(1.0, ge=0, le=2, description="strength of random resize and shift before the features")
+    blur: bool = Field(False, description="random blur as well")
+    jpeg_quality: QualityRange = Field(None, description="random JPEG of a quality in this range (1..100) as well; none: off")
+    residual_sigma: float = Field(0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none")
+    limit: float = Field(0.0, ge=0, le=2, description="largest change of a pixel in [-1, 1] units; 0: none")
+
+
+class InspectConfig(Section):
+    """Latent component inspection: which components the attack may use."""
+
+    tau: float = Field(3.0, ge=0, le=1e6, description="a component is identity related where |w_inv - w| <= tau units")
+    unit: Literal["raw", "std"] = Field("std", description="unit of tau: raw W, or the gallery's standard deviations")
+
+
+class AttackConfig(Section):
+    """Identity inversion attack: PGD on the pixels through the encoder."""
+
+    enabled: bool = Field(True, description="off: the refined face is published as it is")
+    eps: float = Field(8 / 255, ge=0, le=1, description="bound of the change, in [0, 1] pixel units (paper: 8/255)")
+    steps: int = Field(10, ge=0, le=1000, description="PGD steps")
+    step_size: float = Field(2 / 255, ge=0, le=1, description="of one signed step, in [0, 1] pixel units")
+    random_start: float = Field(1.0, ge=0, le=1, description="share of eps of the random start")
+    diversity: float = Field(0.0, ge=0, le=2, description="random resize and shift (EOT); 0: the paper")
+    blur: bool = Field(False, description="random blur (EOT)")
+    jpeg_quality: QualityRange = Field(None, description="random JPEG quality range (EOT), 1..100; none: off")
+
+
+class PublishConfig(Section):
+    """Paste-back, saving, and the verdict on the saved file."""
+
+    judge: str = Field("faceres", description=f"recogniser of the verdict, one of {', '.join(RECOGNISERS)}; never used inside")
+    max_ism: Annotated[float | None, BeforeValidator(_none_word)] = Field(
+        None, ge=-1, le=1, description="ok up to this cosine to the original, weak above; none: the judge's own threshold"
+    )
+    min_psnr: float = Field(0.0, ge=0, le=100, description="weak below this PSNR over the face crop, dB; 0: no limit")
+    on_fail: Literal["skip", "copy"] = Field("skip", description="a photo with a failed face: leave it out, or copy it unprotected")
+
+    @field_validator("judge")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in RECOGNISERS:
+            raise ValueError(f"unknown recogniser {name!r}; there are {', '.join(RECOGNISERS)}")
+        return name
+
+
+class EngineConfig(Section):
+    """How the work is spread. Enters no key: results do not depend on it."""
+
+    workers: Annotated[int | None, BeforeValidator(_none_word)] = Field(
+        None, ge=1, le=4096, description="actors that hold a generator; none: one a GPU, or as cores allow"
+    )
+    threads: Annotated[int | None, BeforeValidator(_none_word)] = Field(
+        None, ge=1, le=256, description="PyTorch threads of such an actor; none: its share of the cores, at most 4"
+    )
+    shard_photos: Annotated[int | None, BeforeValidator(_none_word)] = Field(
+        None, ge=1, le=1024, description="most photos in one part; none: by the size of the run, at most 16"
+    )
+    align_batch: int = Field(8, ge=1, le=256, description="photos that are decoded and searched for faces together")
+    face_seconds: float = Field(600.0, gt=0, le=86400, description="time limit of a face at one stage, s")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run; auto: a GPU if there is one")
+    ray_address: Annotated[str | None, BeforeValidator(_none_word)] = Field(
+        None, description="of a running Ray cluster (HOST:PORT or auto); none: a local one is started"
+    )
+
+
+class Config(Section):
+    """Everything that a run of ``scol protect`` depends on besides the photos and the weights."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="of the run; each face's own is hashed from it and the face's id")
+    generator: Literal["mobilestylegan-256", "mobilestylegan-1024"] = Field(
+        "mobilestylegan-256", description="generator, and with it the crop's size in px"
+    )
+    align: AlignConfig = AlignConfig()
+    invert: InvertConfig = InvertConfig()
+    gallery: GalleryConfig = GalleryConfig()
+    fuse: FuseConfig = FuseConfig()
+    tune: TuneConfig = TuneConfig()
+    refine: RefineConfig = RefineConfig()
+    inspect: InspectConfig = InspectConfig()
+    attack: AttackConfig = AttackConfig()
+    publish: PublishConfig = PublishConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        for section in ("tune", "refine"):
+            if self.publish.judge in getattr(self, section).identity:
+                raise ValueError(
+                    f"publish.judge: {self.publish.judge!r} is in {section}.identity; what is used inside never judges"
+                )
+        for section in ("refine", "attack"):
+            quality = getattr(self, section).jpeg_quality
+            if quality is not None and not 1 <= quality[0] <= quality[1] <= 100:
+                raise ValueError(f"{section}.jpeg_quality: LOW,HIGH with 1 <= LOW <= HIGH <= 100, got {quality}")
+        if self.gallery.url is None and self.fuse.k >= self.gallery.synthetic:
+            raise ValueError(f"fuse.k: {self.fuse.k} codes cannot come from a gallery of {self.gallery.synthetic}")
+        return self
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the aligned crop in px: the generator's resolution."""
+        return GENERATORS[self.generator]
+
+    def stage_config(self, stage: str) -> dict[str, Any]:
+        """The part of the configuration that a stage's result depends on; it enters the stage's key."""
+
+        def of(section: str) -> dict[str, Any]:
+            return getattr(self, section).model_dump(mode="json")
+
+        parts: dict[str, dict[str, Any]] = {
+            "align": {"align": of("align"), "crop_size": self.crop_size, "seed": self.seed},
+            "invert": {"invert": of("invert"), "generator": self.generator},
+            "fuse": {"fuse": of("fuse")},
+            "tune": {"tune": of("tune"), "refine": of("refine")},
+            "attack": {"inspect": of("inspect"), "attack": of("attack")},
+            "publish": {"publish": of("publish")},
+        }
+        if stage not in parts:
+            raise ValueError(f"no stage {stage!r}; there are {', '.join(parts)}")
+        return parts[stage]
+
+    def canonical(self, stage: str) -> str:
+        """``stage_config`` as JSON with sorted keys: equal text for equal settings."""
+        return json.dumps(self.stage_config(stage), sort_keys=True, separators=(",", ":"))
+
+
+# ---- loading ----------------------------------------------------------------------------------------------------------
+
+
+def _sections() -> dict[str, type[Section]]:
+    return {n: f.annotation for n, f in Config.model_fields.items()
+            if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
+
+
+def known_keys() -> list[str]:
+    """Every key in dotted form, in the order of the classes."""
+    sections = _sections()
+    return [key for name in Config.model_fields
+            for key in ([f"{name}.{k}" for k in sections[name].model_fields] if name in sections else [name])]
+
+
+def _unknown(key: str) -> str:
+    keys = known_keys()
+    near = difflib.get_close_matches(key, keys, 1, cutoff=0.5)
+    if not near and "." not in key:  # a bare `steps` is most likely some section's
+        near = [k for k in keys if k.split(".")[-1] == key][:1]
+    return f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else "")
+
+
+def _flatten(tree: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[str]]:
+    sections, flat, problems = _sections(), {}, []
+    for name, value in tree.items():
+        if name in sections:
+            if isinstance(value, Mapping):
+                flat |= {f"{name}.{k}": v for k, v in value.items()}
+            else:
+                problems.append(f"{where}{name}: a section, with keys of its own ({name}.KEY)")
+        else:
+            flat[name] = value
+    return flat, problems
+
+
+def _parse_set(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise ConfigError([f"--set {text}: KEY=VALUE expected, for example tune.steps=200"])
+    try:
+        return key, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, value.strip()
+
+
+def load_config(
+    profile: str | None = None, file: str | Path | None = None, sets: Sequence[str] = (), **overrides: Any
+) -> Config:
+    """The configuration from its layers.
+
+    Args:
+        profile: one of ``PROFILES``; None takes the file's key ``profile``, or ``standard``.
+        file: TOML with the sections as tables; may name its ``profile``.
+        sets: ``section.key=value``, the value as in TOML (or a bare word; ``a,b`` for a list; ``none``).
+        overrides: ``section__key=value``, applied last, None is left out.
+
+    Raises:
+        ConfigError: all mistakes at once, each with its key; an unknown key names the nearest one.
+    """
+    problems: list[str] = []
+    from_file: dict[str, Any] = {}
+    if file is not None:
+        try:
+            tree = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError([f"{file}: {error.strerror or error}"]) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError([f"{file}: not TOML: {error}"]) from error
+        named = tree.pop("profile", None)
+        profile = profile or named
+        from_file, problems = _flatten(tree, f"{file}: ")
+    profile = profile or "standard"
+    if profile not in PROFILES:
+        near = difflib.get_close_matches(str(profile), PROFILES, 1)
+        hint = f", did you mean {near[0]}?" if near else f"; there are {', '.join(PROFILES)}"
+        raise ConfigError([f"profile: unknown profile {profile!r}{hint}"])
+    flat = {**PROFILES[profile], **from_file}
+    for text in sets:
+        try:
+            key, value = _parse_set(text)
+            flat[key] = value
+        except ConfigError as error:
+            problems += error.problems
+    flat |= {k.replace("__", "."): v for k, v in overrides.items() if v is not None}
+
+    known = set(known_keys())
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        if key not in known:
+            problems.append(_unknown(key))
+            continue
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems += [_words(e) for e in error.errors()]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _words(error: Mapping[str, Any]) -> str:
+    # Branches of unions appear in the location as words of pydantic's own; only our names are shown.
+    names = [str(p) for p in error["loc"] if isinstance(p, str) and (p in Config.model_fields or p.isidentifier())]
+    key = ".".join(names[:2])
+    message = error["msg"].removeprefix("Value error, ")
+    given = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{key}: {message}{given}" if key else f"{message}{given}"
+
+
+# ---- showing ----------------------------------------------------------------------------------------------------------
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def fields() -> Iterator[tuple[str, str, Any]]:
+    """(section or "", key, pydantic field) of every setting."""
+    sections = _sections()
+    for name, info in Config.model_fields.items():
+        if name in sections:
+            for key, inner in sections[name].model_fields.items():
+                yield name, key, inner
+        else:
+            yield "", name, info
+
+
+def type_words(annotation: Any) -> str:
+    """A field's type for people: ``int``, ``a | b``, ``list of words``."""
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return type_words(typing.get_args(annotation)[0])
+    if origin is Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else type_words(a) for a in typing.get_args(annotation))
+    if origin is tuple:
+        arguments = typing.get_args(annotation)
+        return "list of " + ("words" if arguments[0] is str else "two integers" if Ellipsis not in arguments else "numbers")
+    return {int: "integer", float: "number", bool: "true | false", str: "text"}.get(annotation, str(annotation))
+
+
+def range_words(info: Any) -> str:
+    """A field's range: ``0 <= x <= 1``; empty where it has none."""
+    low = high = ""
+    for limit in info.metadata:
+        for name, sign in (("ge", "<="), ("gt", "<")):
+            if getattr(limit, name, None) is not None:
+                low = f"{getattr(limit, name):g} {sign} "
+        for name, sign in (("le", "<="), ("lt", "<")):
+            if getattr(limit, name, None) is not None:
+                high = f" {sign} {getattr(limit, name):g}"
+    return f"{low}x{high}" if low or high else ""
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as a TOML file with a comment above every key; ``load_config(file=...)`` reads it back."""
+    lines, current = [], ""
+    for section, key, info in fields():
+        if section != current:
+            lines += ["", f"# {' '.join((_sections()[section].__doc__ or '').split())}", f"[{section}]"]
+            current = section
+        value = getattr(getattr(config, section) if section else config, key)
+        limits = range_words(info)
+        lines.append(f"# {info.description}" + (f" ({limits})" if limits else ""))
+        lines.append(f'{key} = {_toml(value) if value is not None else chr(34) + "none" + chr(34)}')
+    return "\n".join(lines).strip() + "\n"
+
+
+def to_markdown() -> str:
+    """``docs/configuration.md``: every key with type, range, default and what the profiles change."""
+    lines = [
+        "# Configuration",
+        "",
+        "Written by `scol config --markdown > docs/configuration.md`. Later layers win: defaults, `--profile`,",
+        "`--config FILE` (TOML, sections as tables), `--set section.key=value`. Unknown keys are errors.",
+        "Profile `standard` is the defaults.",
+    ]
+    current = None
+    profiles = [p for p in PROFILES if p != "standard"]
+    for section, key, info in fields():
+        if section != current:
+            about = " ".join((_sections()[section].__doc__ or "").split()) if section else "Top level."
+            lines += ["", f"## {section or 'run'}", "", about, "",
+                      "| key | type | range | default | " + " | ".join(profiles) + " | meaning |",
+                      "|---" * (5 + len(profiles)) + "|"]
+            current = section
+        name = f"{section}.{key}" if section else key
+        default = "none" if info.default is None else _toml(info.default)
+        changes = [f"`{_toml(PROFILES[p][name])}`" if name in PROFILES[p] else "" for p in profiles]
+        cells = [f"`{name}`", type_words(info.annotation), range_words(info), f"`{default}`", *changes, info.description]
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,323 @@
+"""What a run's folder holds: schemas of the stages' tables, and readers for reports and scripts.
+
+    RUN/manifests/STAGE/PART.parquet   rows of every stage, ever; see docs/manifests.md
+    RUN/plan.parquet                   the keys that count now: one row a photo of the latest run
+    RUN/run.json, RUN/summary.json, RUN/report.html
+
+Parts are never changed, so rows of photos or settings that are no longer wanted stay in them.  `plan.parquet` says
+which keys count; every reader here goes by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cluster.store import PartStore
+from pipelines.config import STAGES
+
+SCHEMA_VERSION = 1
+SOURCE = "source"
+OK, WEAK, NO_FACE, ERROR = "ok", "weak", "no_face", "error"
+STATUSES = (OK, WEAK, NO_FACE, ERROR)
+
+CODE_LAYERS, CODE_DIM = 16, 512
+CODE = pa.list_(pa.float32(), CODE_LAYERS * CODE_DIM)
+
+COMMON = [
+    pa.field("key", pa.string(), False),
+    pa.field("photo_id", pa.string(), False),
+    pa.field("face_id", pa.string()),
+    pa.field("status", pa.string(), False),
+    pa.field("reason", pa.string()),
+    pa.field("failed_stage", pa.string()),
+    pa.field("seconds", pa.float32()),
+    pa.field("seed", pa.int64()),
+    pa.field("weights", pa.string()),
+]
+
+HISTORY = pa.list_(
+    pa.struct([
+        ("phase", pa.string()),
+        ("step", pa.int32()),
+        ("psnr", pa.float32()),
+        ("reconstruction", pa.float32()),
+        ("id_lock", pa.float32()),
+        ("hinge", pa.float32()),
+    ])
+)
+
+_PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
+    "align": [
+        ("face_index", pa.int16()),
+        ("format", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("box", pa.list_(pa.float32(), 4)),
+        ("landmarks", pa.list_(pa.float32(), 10)),
+        ("quad", pa.list_(pa.float64(), 8)),
+        ("score", pa.float32()),
+        ("crop", pa.binary()),
+    ],
+    "invert": [("code", CODE), ("psnr", pa.float32()), ("id_cosine", pa.float32())],
+    "fuse": [
+        ("fused", CODE),
+        ("target", CODE),
+        ("most_ids", pa.list_(pa.string())),
+        ("most_scores", pa.list_(pa.float32())),
+        ("least_scores", pa.list_(pa.float32(), CODE_LAYERS)),
+    ],
+    "tune": [
+        ("tuned", pa.binary()),
+        ("refined", pa.binary()),
+        ("psnr", pa.float32()),
+        ("ssim", pa.float32()),
+        ("tuned_psnr", pa.float32()),
+        ("tune_steps", pa.int32()),
+        ("refine_steps", pa.int32()),
+        ("tune_seconds", pa.float32()),
+        ("refine_seconds", pa.float32()),
+        ("history", HISTORY),
+    ],
+    "attack": [
+        ("protected", pa.binary()),
+        ("psnr", pa.float32()),
+        ("mask_share", pa.float32()),
+        ("loss_before", pa.float32()),
+        ("loss_after", pa.float32()),
+    ],
+    "publish": [
+        ("path", pa.string()),
+        ("action", pa.string()),
+        ("out_path", pa.string()),
+        ("out_bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("notes", pa.string()),
+        ("psnr", pa.float32()),
+        ("ssim", pa.float32()),
+        ("flip", pa.float32()),
+        ("face_psnr", pa.float32()),
+        ("judge", pa.string()),
+        ("ism", pa.float32()),
+        ("ism_jpeg", pa.float32()),
+        ("max_ism", pa.float32()),
+        ("ism_mobilefacenet", pa.float32()),
+        ("ism_dlib_resnet", pa.float32()),
+        ("ism_faceres", pa.float32()),
+    ],
+}
+
+SOURCE_SCHEMA = pa.schema([
+    pa.field("key", pa.string(), False),
+    pa.field("photo_id", pa.string(), False),
+    pa.field("path", pa.string(), False),
+    pa.field("url", pa.string(), False),
+    pa.field("size", pa.int64()),
+    pa.field("modified", pa.string()),
+    pa.field("person_id", pa.string()),
+    pa.field("status", pa.string(), False),
+    pa.field("reason", pa.string()),
+])
+
+SCHEMAS: dict[str, pa.Schema] = {
+    SOURCE: SOURCE_SCHEMA,
+    **{stage: pa.schema([*COMMON, *(pa.field(*column) for column in _PAYLOAD[stage])]) for stage in STAGES},
+}
+
+PLAN_SCHEMA = pa.schema([pa.field("photo_id", pa.string(), False), pa.field("path", pa.string(), False),
+                         *(pa.field(stage, pa.string(), False) for stage in (SOURCE, *STAGES))])
+
+
+class RunError(ValueError):
+    """A run's folder that is not one, or is unreadable."""
+
+
+def face_id(photo_id: str, index: int) -> str:
+    """`PHOTO-NN`; faces are numbered by descending box area."""
+    return f"{photo_id}-{index:02d}"
+
+
+def row_seed(run_seed: int, name: str) -> int:
+    """A face's own seed, 0 .. 2^63 - 1: hashed from the run's and the face's id, so that no order matters."""
+    digest = hashlib.blake2b(f"{run_seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def payload(stage: str) -> list[str]:
+    """Names of a stage's own columns."""
+    return [name for name, _ in _PAYLOAD[stage]]
+
+
+# ---- the run's folder -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, local or on any fsspec URL."""
+
+    url: str
+
+    def path(self, name: str) -> str:
+        return f"{self.url.rstrip('/')}/{name}"
+
+    @property
+    def store(self) -> PartStore:
+        return PartStore(self.path("manifests"), schema_version=SCHEMA_VERSION)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file of the run's folder whole or not at all (local: temporary name, then rename)."""
+        fs, path = fsspec.core.url_to_fs(self.path(name))
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+            temp = f"{path}.{uuid.uuid4().hex}.tmp"
+            try:
+                with open(temp, "xb") as file:
+                    file.write(data)
+                os.replace(temp, path)
+            finally:
+                if os.path.exists(temp):
+                    os.unlink(temp)
+        else:
+            fs.pipe_file(path, data)
+
+    def read(self, name: str) -> bytes:
+        """Raises RunError where the run has no such file."""
+        fs, path = fsspec.core.url_to_fs(self.path(name))
+        try:
+            return fs.cat_file(path)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.url}: no run of scol, or an unfinished one: {name} cannot be read") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads(self.read(name))
+        except ValueError as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"{self.path(name)}: not JSON: {error}") from error
+
+    def write_plan(self, plan: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(plan.cast(PLAN_SCHEMA), sink, compression="zstd")
+        self.write("plan.parquet", sink.getvalue().to_pybytes())
+
+    def plan(self) -> pa.Table:
+        """One row a photo of the latest run, by path: photo_id, path, and its key at every stage."""
+        try:
+            return pq.read_table(pa.BufferReader(self.read("plan.parquet")))
+        except pa.ArrowInvalid as error:
+            raise RunError(f"{self.path('plan.parquet')}: {error}") from error
+
+
+def _run(run: Run | str) -> Run:
+    return run if isinstance(run, Run) else Run(str(run))
+
+
+def read_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of a stage that count now, in the order of paths; photos that have not come so far have none.
+
+    Raises:
+        RunError: not a run's folder, or an unknown stage.
+        StoreError: unreadable parts.
+    """
+    run = _run(run)
+    if stage not in SCHEMAS:
+        raise RunError(f"no stage {stage!r}; there are {', '.join(SCHEMAS)}")
+    keys = run.plan()[stage].to_pylist()
+    return run.store.read_rows(stage, keys, columns, schema=SCHEMAS[stage])
+
+
+def scan_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """As `read_stage`, a part at a time and in no order: for tables with pictures that do not fit the memory."""
+    run = _run(run)
+    yield from run.store.scan(stage, run.plan()[stage].to_pylist(), columns)
+
+
+def read_photos(run: Run | str) -> pa.Table:
+    """One row a photo, by path: photo_id, path, status, reason, failed_stage, action, out_path, faces.
+
+    A photo's status is the worst of its faces' (`error`, `weak`, `ok`), `no_face`, or `pending` where it has not been
+    published yet.
+    """
+    run = _run(run)
+    plan = run.plan()
+    columns = ["photo_id", "face_id", "status", "reason", "failed_stage", "action", "out_path"]
+    rows: dict[str, dict[str, Any]] = {}
+    worst = {ERROR: 3, WEAK: 2, OK: 1, NO_FACE: 0}
+    for row in read_stage(run, "publish", columns).to_pylist():
+        seen = rows.get(row["photo_id"])
+        faces = (seen["faces"] if seen else 0) + (row["face_id"] is not None)
+        if seen is None or worst[row["status"]] > worst[seen["status"]]:
+            rows[row["photo_id"]] = row
+        rows[row["photo_id"]]["faces"] = faces
+    out = []
+    for photo_id, path in zip(plan["photo_id"].to_pylist(), plan["path"].to_pylist(), strict=True):
+        row = rows.get(photo_id) or {"status": "pending", "faces": None}
+        out.append({"photo_id": photo_id, "path": path} | {
+            name: row.get(name) for name in ("status", "reason", "failed_stage", "action", "out_path", "faces")
+        })
+    return pa.Table.from_pylist(out, pa.schema([
+        ("photo_id", pa.string()), ("path", pa.string()), ("status", pa.string()), ("reason", pa.string()),
+        ("failed_stage", pa.string()), ("action", pa.string()), ("out_path", pa.string()), ("faces", pa.int32()),
+    ]))
+
+
+def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
+    values = [v for v in column.to_pylist() if v is not None and math.isfinite(v)]
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {"mean": sum(values) / len(values), "median": ordered[len(ordered) // 2], "min": ordered[0],
+            "max": ordered[-1]}
+
+
+def summary(run: Run | str) -> dict[str, Any]:
+    """Totals of a run as they stand, from the manifests; see docs/manifests.md (`summary.json`).
+
+    `faces` counts faces; `ok`, `weak`, `no_face`, `error`, `pending` count photos by their worst face.  `psnr`, `ssim`,
+    `flip`, `ism` are over faces that were published protected.
+    """
+    run = _run(run)
+    photos = read_photos(run)
+    counts = Counter(photos["status"].to_pylist())
+    actions = Counter(photos["action"].to_pylist())
+    measures = ["psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg"]
+    faces = read_stage(run, "publish", ["face_id", "status", "reason", "judge", "max_ism", *measures])
+    face_counts = Counter(s for s, f in zip(faces["status"].to_pylist(), faces["face_id"].to_pylist(), strict=True) if f)
+    reasons = Counter((r or "").split(":")[0] for r in faces["reason"].to_pylist() if r)
+    seconds: dict[str, float] = {}
+    for stage in STAGES:
+        column = read_stage(run, stage, ["seconds"])["seconds"] if stage != "publish" else None
+        column = read_stage(run, stage, ["seconds"])["seconds"] if column is None else column
+        seconds[stage] = round(float(pc.sum(column).as_py() or 0.0), 3)
+    judges = {j for j in faces["judge"].to_pylist() if j}
+    limits = {m for m in faces["max_ism"].to_pylist() if m is not None}
+    return {
+        "photos": photos.num_rows,
+        "faces": sum(face_counts.values()),
+        **{status: counts.get(status, 0) for status in (*STATUSES, "pending")},
+        "face_status": {status: face_counts.get(status, 0) for status in (OK, WEAK, ERROR)},
+        "published": actions.get("protected", 0),
+        "copied": actions.get("copied", 0),
+        "reasons": dict(sorted(reasons.items())),
+        **{name: _statistics(faces[name]) for name in measures},
+        "judge": judges.pop() if len(judges) == 1 else None,
+        "max_ism": limits.pop() if len(limits) == 1 else None,
+        "stage_seconds": seconds,
+        "seconds": None,
+    }
