@@ -93,7 +93,7 @@ class GalleryInfo:
             body = json.loads(content)
             stated = body.pop("fingerprint", None)
             format_, version = body.pop("format", None), body.pop("version", None)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise GalleryCorruptError(f"{where}: index.json is not readable: {error}") from error
         if format_ != FORMAT or version != VERSION:
             raise GalleryMismatchError(
