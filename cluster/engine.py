@@ -232,8 +232,8 @@ class Engine:
         address: of a Ray cluster to join; None uses the one this process is connected to, or starts a local one.
         progress: called in the driver after each finished shard.
         hard_margin: seconds added to twice an item's time limit before its process is ended.
-        item_deaths: how many workers an item must kill, being alone in hand, before it fails. The first death of a shard
-            does not count, and the death of a node never does, so an item must be present at `item_deaths` + 1 deaths.
+        item_deaths: how many workers an item must kill, being alone in hand, before it fails. The first death of a
+            shard does not count, and the death of a node never does, so an item must be present at `item_deaths` + 1.
 
     Raises:
         ContractError: stages with the same name, or joins to stages that are not earlier ones.

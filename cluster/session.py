@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from cluster.errors import EngineError
 
+log = logging.getLogger("cluster")
+
 # Ray puts Unix sockets some 70 characters below its folder; a socket's path may have 107.
 _LONGEST_TEMP_DIR = 36
 
@@ -68,12 +70,31 @@ def ray_session(
             where = "a local Ray" if address is None else f"Ray at {address}"
             raise EngineError(f"{where} cannot be reached: {error}") from error
         try:
-            yield
+            with _notices_to_log(ray):
+                yield
         finally:
             ray.shutdown()
     finally:
         if own_dir is not None:
             shutil.rmtree(own_dir, ignore_errors=True)
+
+
+@contextmanager
+def _notices_to_log(ray) -> Iterator[None]:
+    """Ray prints notices (a worker died, ...) on standard output, which belongs to the program: log them instead."""
+    module = ray._private.worker
+    before = getattr(module, "print_to_stdstream", None)  # private; checked by a test
+
+    def to_log(data, ignore_prefix=False):
+        log.debug("ray: %s", " ".join(data.get("lines", ())))
+
+    if before is not None:
+        module.print_to_stdstream = to_log
+    try:
+        yield
+    finally:
+        if before is not None:
+            module.print_to_stdstream = before
 
 
 def usable_cpus() -> int:

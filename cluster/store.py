@@ -471,9 +471,7 @@ class PartStore:
 
 
 def _open(url: str, storage_options: dict, allow_unsafe: bool, schema_version: int) -> PartStore:
-    return PartStore(
-        url, storage_options=storage_options, allow_unsafe=allow_unsafe, schema_version=schema_version
-    )
+    return PartStore(url, storage_options=storage_options, allow_unsafe=allow_unsafe, schema_version=schema_version)
 
 
 def _to_parquet(table: pa.Table, sink) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster import Stage, WorkerUnfit, hash_key
+from cluster import PartStore, Stage, WorkerUnfit, hash_key
 
 COMMON = [("key", pa.string()), ("status", pa.string()), ("reason", pa.string())]
 PARTS = pa.schema([*COMMON, ("row", pa.int64()), ("value", pa.int64())])
@@ -122,9 +122,9 @@ VERSIONS = {"split": "1", "square": "1", "total": "1"}
 
 def stages(log: str | None = None, **split_settings) -> list[Stage]:
     """split -> square -> total; `split_settings` override the first stage's attributes."""
-    first = dict(factory=lambda: make_split(log), columns=["n", "mode"], batch_items=4)
+    first = dict(factory=lambda: make_split(log), error_rows=failed_parts, columns=["n", "mode"], batch_items=4)
     return [
-        Stage("split", "1", PARTS, error_rows=failed_parts, **{**first, **split_settings}),
+        Stage("split", "1", PARTS, **{**first, **split_settings}),
         Stage("square", "1", PARTS, make_square, failed_parts, batch_items=8, row_id="row"),
         Stage(
             "total", "1", TOTAL, make_total, failed_total, columns=["value", "status", "reason"], pool="sums",
@@ -136,3 +136,14 @@ def stages(log: str | None = None, **split_settings) -> list[Stage]:
 def expected_total(n: int) -> int:
     """What `total` must say for item n."""
     return sum((10 * n + row) ** 2 - (10 * n + row) for row in range(n % 3 + 1))
+
+
+def race(path, number, barrier, results):
+    """Write the same 20 parts as other processes do at the same moment; report which of them were committed."""
+    store = PartStore(path)
+    won = []
+    for turn in range(20):
+        table = pa.table({"key": [hash_key(turn)], "value": [number]})
+        barrier.wait(60)
+        won.append(store.write_part("s", None, table))
+    results.put((number, won))

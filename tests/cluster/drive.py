@@ -1,0 +1,19 @@
+"""A driver in a process of its own: `drive.py STORE LOG ITEMS MODE [ADDRESS]`."""
+
+import json
+import sys
+
+from arithmetic import VERSIONS, chain, source_table, stages
+
+from cluster import Engine, PartStore, RunInterrupted
+
+if __name__ == "__main__":
+    url, log, count, mode, *address = sys.argv[1:]
+    source = source_table([mode] * int(count))
+    engine = Engine(PartStore(url), stages(log), shard_items=2, address=address[0] if address else None)
+    try:
+        summary = engine.run(source, chain(source, VERSIONS))
+    except RunInterrupted as stop:
+        print(json.dumps(stop.summary.to_dict()))
+        sys.exit(130)
+    print(json.dumps(summary.to_dict()))
