@@ -15,6 +15,7 @@ from torch import Tensor
 
 # A scale of up to 1 % over 1:1 is sampled once a pixel: it is rounding of a 1:1 warp, and filtering would only blur.
 _SAME_SCALE = 1.01
+_SAMPLES_AT_ONCE = 1 << 18
 
 
 class GeometryError(ValueError):
@@ -174,15 +175,35 @@ def _samples_per_axis(matrix: Tensor) -> list[int]:
     return [1 if s <= _SAME_SCALE else math.ceil(s - 1e-3) for s in scale.tolist()]
 
 
-def _grid(matrix: Tensor, size: tuple[int, int], k: int) -> tuple[Tensor, Tensor]:
-    """Input coordinates x, y, each (B, k * height, k * width), of the k x k samples of every output pixel."""
-    height, width = size
-    ys = (torch.arange(height * k, dtype=matrix.dtype, device=matrix.device) + 0.5) / k - 0.5
+def _grid(matrix: Tensor, rows: range, width: int, k: int) -> tuple[Tensor, Tensor]:
+    """Input coordinates x, y, each (B, k * len(rows), k * width), of the k x k samples of those rows' pixels."""
+    ys = (torch.arange(rows.start * k, rows.stop * k, dtype=matrix.dtype, device=matrix.device) + 0.5) / k - 0.5
     xs = (torch.arange(width * k, dtype=matrix.dtype, device=matrix.device) + 0.5) / k - 0.5
     m = matrix[:, :2, :, None, None]
     x = m[:, 0, 0] * xs + m[:, 0, 1] * ys[:, None] + m[:, 0, 2]
     y = m[:, 1, 0] * xs + m[:, 1, 1] * ys[:, None] + m[:, 1, 2]
     return x, y
+
+
+def _sample(
+    image: Tensor, matrix: Tensor, rows: range, width: int, k: int, padding: str, fill: float, mode: str
+) -> Tensor:
+    """``warp_affine`` for matrices (B, 2 or 3, 3) of one k, and some rows of the output."""
+    (batch, height), (_, channels, in_height, in_width) = (len(matrix), len(rows)), image.shape
+    x, y = _grid(matrix, rows, width, k)
+    grid = torch.stack([(2 * x + 1) / in_width - 1, (2 * y + 1) / in_height - 1], -1).to(image.dtype)
+    if image.shape[0] == 1:  # the faces' grids one above the other: one picture, read and not expanded
+        grid = grid.reshape(1, batch * height * k, width * k, 2)
+    picture = F.grid_sample(
+        image, grid, mode=mode, padding_mode="zeros" if padding == "constant" else padding, align_corners=False
+    )
+    if image.shape[0] == 1:
+        picture = picture[0].reshape(channels, batch, height * k, width * k).transpose(0, 1)
+    if fill != 0:  # the share of each sample's weights that lies inside the picture, and fill for the rest
+        inside_x = torch.minimum(x + 1, in_width - x).clamp(0, 1)
+        inside_y = torch.minimum(y + 1, in_height - y).clamp(0, 1)
+        picture = picture + fill * (1 - inside_x * inside_y)[:, None].to(image.dtype)
+    return F.avg_pool2d(picture, k) if k > 1 else picture
 
 
 def warp_affine(
@@ -235,30 +256,21 @@ def warp_affine(
     if mode == "bicubic" and fill != 0:
         raise ValueError("bicubic takes no fill but 0")
 
-    batch, (_, channels, in_height, in_width) = matrix.shape[0], image.shape
-    # At least float32: pixel coordinates of a large photo have no room in half precision.
+    batch = matrix.shape[0]
+    # At least float32: pixel coordinates have no room in half precision.
     matrix = matrix.to(device=image.device, dtype=torch.promote_types(matrix.dtype, torch.float32))
+    dtype, image = image.dtype, image.to(torch.promote_types(image.dtype, torch.float32))
     counts = _samples_per_axis(matrix) if antialias else [1] * batch
     out: list[Tensor | None] = [None] * batch
     for k in sorted(set(counts)):
         rows = [i for i, c in enumerate(counts) if c == k]
-        x, y = _grid(matrix[rows], (height, width), k)
-        grid = torch.stack([(2 * x + 1) / in_width - 1, (2 * y + 1) / in_height - 1], -1).to(image.dtype)
-        if image.shape[0] == 1:  # the faces' grids one above the other: one picture, read and not expanded
-            source, grid = image, grid.reshape(1, len(rows) * height * k, width * k, 2)
-        else:
-            source = image if len(rows) == batch else image[rows]
-        picture = F.grid_sample(
-            source, grid, mode=mode, padding_mode="zeros" if padding == "constant" else padding, align_corners=False
-        )
-        if image.shape[0] == 1:
-            picture = picture[0].reshape(channels, len(rows), height * k, width * k).transpose(0, 1)
-        if fill != 0:  # the share of each sample's weights that lies inside the picture, and fill for the rest
-            inside_x = torch.minimum(x + 1, in_width - x).clamp(0, 1)
-            inside_y = torch.minimum(y + 1, in_height - y).clamp(0, 1)
-            picture = picture + fill * (1 - inside_x * inside_y)[:, None].to(image.dtype)
-        if k > 1:
-            picture = F.avg_pool2d(picture, k)
+        source = image if len(image) == 1 or len(rows) == batch else image[rows]
+        # In strips, so that a face of thousands of pixels needs megabytes and not gigabytes.
+        strip = max(1, _SAMPLES_AT_ONCE // (len(rows) * width * k * k))
+        picture = torch.cat([
+            _sample(source, matrix[rows], range(y, min(y + strip, height)), width, k, padding, fill, mode)
+            for y in range(0, height, strip)
+        ], dim=2)
         for row, one in zip(rows, picture, strict=True):
             out[row] = one
-    return torch.stack(out) if batch else image.new_zeros((0, channels, height, width))
+    return (torch.stack(out) if batch else image.new_zeros((0, image.shape[1], height, width))).to(dtype)

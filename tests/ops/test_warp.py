@@ -178,6 +178,22 @@ def test_one_photo_serves_many_faces_and_a_batch_changes_nothing():
     assert warp_affine(photo, matrices[:0], 20).shape == (0, 3, 20, 20)
 
 
+def test_strips_change_nothing(monkeypatch):
+    photo = noise(1, 3, 64, 80)
+    matrices = torch.cat([similarity(s, a, 10, 8) for s, a in ((2.2, -9), (2.1, 30), (0.7, 5))])
+    whole = warp_affine(photo, matrices, (21, 17), fill=-1)
+    monkeypatch.setattr(warp, "_SAMPLES_AT_ONCE", 17 * 9 * 4)
+    torch.testing.assert_close(warp_affine(photo, matrices, (21, 17), fill=-1), whole, atol=1e-6, rtol=0)
+
+
+def test_half_precision_pictures_keep_precise_coordinates():
+    ramp_picture = torch.linspace(-1, 1, 2001).expand(1, 1, 8, 2001)
+    out = warp_affine(ramp_picture.half(), similarity(1, 0, 1500.25, 2), 4)
+    assert out.dtype == torch.float16
+    expected = (1500.25 + torch.arange(4)) / 1000 - 1
+    torch.testing.assert_close(out[0, 0, 0].float(), expected, atol=6e-4, rtol=0)
+
+
 def test_gradients_agree_with_finite_differences():
     image = noise(2, 1, 7, 7, dtype=torch.float64).requires_grad_()
     matrix = torch.cat([similarity(0.63, 11, 1.13, 0.57), similarity(2.41, -8, -0.71, 1.37)]).requires_grad_()
