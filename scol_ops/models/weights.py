@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from scol_ops.models.encoder import Encoder
 from scol_ops.models.mobilestylegan import CODE_DIM, MobileStyleGAN, state_dict_from_ir
 from scol_ops.models.openvino_ir import read_constants
 
 DATA = Path(__file__).parent / "data"
 
 SHA256 = {
+    "encoder.safetensors": "e8a04f107073eefd0ea73ade0deabea10849753629257a903f7df54c3370c500",
+    "mobilestylegan_head256.safetensors": "7ffa887b5d902d66b4945440556af166b6e35db05366e6b4d729ceced6ce9697",
     "random_face/MappingNetwork.xml": "73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
     "random_face/MappingNetwork.bin": "212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305",
     "random_face/SynthesisNetwork.xml": "7918fce515243954d3e06628cb39a23902d6b1d5d02932cc0c2faee7a2aeeedd",
@@ -110,3 +113,17 @@ def load_mobilestylegan(resolution: int = 256, head: str | None = "mobilestylega
     state["mean_code"] = _mean_code()
     generator.load_state_dict(state, strict=True)
     return generator.eval().requires_grad_(False)
+
+
+def load_encoder(device: torch.device | str = "cpu") -> Encoder:
+    """The embedded encoder, in eval mode, parameters frozen.
+
+    Raises:
+        WeightsError: see ``read_verified``.
+    """
+    encoder = Encoder()
+    state = read_safetensors("encoder.safetensors")
+    # Counters of batch norm's training are not stored; they play no part in eval mode.
+    state |= {k: v for k, v in encoder.state_dict().items() if k.endswith("num_batches_tracked")}
+    encoder.load_state_dict(state, strict=True)
+    return encoder.eval().requires_grad_(False).to(device)

@@ -1,0 +1,151 @@
+"""Inversion, tuning, refinement and attack on the embedded generator (few steps: their rules, not their quality)."""
+
+import time
+
+import pytest
+import torch
+
+from scol_ops.attack import AttackSettings, attack, attack_loss
+from scol_ops.inversion import InvertSettings, invert
+from scol_ops.models.weights import load_mobilestylegan
+from scol_ops.refinement import RefineSettings, refine
+from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, low_pass, pristine, select_parameters, tune
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return load_mobilestylegan(256)
+
+
+@pytest.fixture(scope="module")
+def faces(generator):
+    z = torch.randn(3, 512, generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        w = generator.mean_code + 0.7 * (generator.mapping(z) - generator.mean_code)
+        codes = w[:, None].expand(-1, 16, -1).contiguous()
+        return codes, torch.cat([generator(c).clamp(-1, 1) for c in codes.split(1)])
+
+
+@pytest.fixture(scope="module")
+def mask():
+    y = torch.linspace(-1, 1, 256)
+    return ((y[:, None] ** 2 + y[None] ** 2) < 0.4).float()[None, None]
+
+
+def thumbnail(x):
+    """A stand-in identity feature for rules that hold for any: the centred 8 x 8 picture, unit norm."""
+    small = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
+    return torch.nn.functional.normalize(small - small.mean(1, keepdim=True), dim=1)
+
+
+SHORT = TuneSettings(steps=3, lr=1e-3, ssim_weight=1.0)
+
+
+def run(generator, faces, mask, i, seed=0):
+    codes, pictures = faces
+    return tune(generator, codes[(i + 1) % 3 : (i + 1) % 3 + 1], pictures[i : i + 1], mask, [thumbnail], [0.2], SHORT, seed)
+
+
+def test_faces_do_not_depend_on_their_order(generator, faces, mask):
+    before = {k: v.clone() for k, v in generator.state_dict().items()}
+    forward = [run(generator, faces, mask, i).picture for i in (0, 1)]
+    backward = [run(generator, faces, mask, i).picture for i in (1, 0)][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    assert all(torch.equal(before[k], v) for k, v in generator.state_dict().items())
+
+
+def test_tuning_reconstructs_and_stays_inside_the_mask(generator, faces, mask):
+    codes, pictures = faces
+    settings = TuneSettings(steps=8, lr=1e-3, hinge=0, id_lock=0)
+    result = tune(generator, codes[1:2], pictures[:1], mask, [], [], settings)
+    assert result.history[-1]["reconstruction"] < 0.8 * result.history[0]["reconstruction"]
+    outside = (mask == 0).expand_as(result.picture)
+    assert torch.equal(result.picture[outside], pictures[:1][outside])
+
+
+def test_the_generator_is_restored_after_a_failure(generator, faces, mask):
+    before = {k: v.clone() for k, v in generator.state_dict().items()}
+    with pytest.raises(DeadlineExceeded):
+        tune(generator, faces[0][:1], faces[1][:1], mask, [], [], SHORT, deadline=time.monotonic() - 1)
+    with pytest.raises(RuntimeError, match="on purpose"), pristine(generator) as g:
+        select_parameters(g, "late")
+        with torch.no_grad():
+            g.const.add_(1)
+        raise RuntimeError("on purpose")
+    assert all(torch.equal(before[k], v) for k, v in generator.state_dict().items())
+    assert not any(p.requires_grad for p in generator.parameters())
+
+
+def test_parameter_sets_are_nested_and_leave_the_mapping(generator):
+    with pristine(generator):
+        sizes = {which: sum(p.numel() for p in select_parameters(generator, which)) for which in ("all", "convolutions", "late")}
+        assert not any(p.requires_grad for p in generator.mapping.parameters())
+        with pytest.raises(ValueError, match="parameters"):
+            select_parameters(generator, "everything")
+    assert sizes["all"] > sizes["convolutions"] > 0 and sizes["all"] > sizes["late"] > 0
+
+
+def test_refinement_lowers_similarity_and_returns_to_the_photo(faces, mask):
+    original, other = faces[1][:1], faces[1][1:2]
+    start = confine(other, original, mask)
+    settings = RefineSettings(steps=30, lr=0.03, diversity=0.0)
+    result = refine(start, original, mask, [thumbnail], [0.9], settings=settings)
+    assert result.history[-1]["psnr"] > result.history[0]["psnr"] + 3
+    assert float((thumbnail(result.picture) * thumbnail(original)).sum()) < 0.97
+    assert torch.equal(refine(start, original, mask, [thumbnail], [0.9], settings=RefineSettings(steps=0)).picture, start)
+    limited = refine(start, original, mask, [thumbnail], [0.5], settings=RefineSettings(steps=5, limit=0.05))
+    assert float((limited.picture - original).abs().max()) <= 0.05 + 1e-6
+
+
+def test_low_pass_keeps_a_constant_and_removes_a_checkerboard():
+    flat = torch.full((1, 3, 32, 32), 0.3)
+    assert torch.allclose(low_pass(flat, 2.0), flat, atol=1e-6)
+    board = ((torch.arange(32)[:, None] + torch.arange(32)) % 2).float().expand(1, 3, -1, -1) * 2 - 1
+    assert float(low_pass(board, 2.0)[..., 8:-8, 8:-8].abs().max()) < 0.01
+    assert low_pass(board, 0) is board
+
+
+def linear_encoder(x):
+    weights = torch.randn(3 * 64, 2 * 512, generator=torch.Generator().manual_seed(1)) / 10
+    return (torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) @ weights).unflatten(1, (2, 512))
+
+
+@pytest.mark.parametrize("settings", [AttackSettings(), AttackSettings(eps=4 / 255, diversity=1.0, blur=True)])
+def test_attack_improves_its_loss_within_its_bound(faces, mask, settings):
+    pictures = faces[1][:2]
+    target = linear_encoder(faces[1][[2, 2]])
+    components = torch.rand(target.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    result = attack(linear_encoder, pictures, target, components, mask, settings, seed=3)
+    assert torch.equal(result.loss_before, attack_loss(linear_encoder, pictures, target, components))
+    assert (result.loss_after < result.loss_before).all()
+    assert torch.allclose(attack_loss(linear_encoder, result.picture, target, components), result.loss_after, rtol=1e-5)
+    change = (result.picture - pictures).abs()
+    assert float(change.max()) <= 2 * settings.eps + 1e-6
+    assert float((change * (mask == 0)).max()) == 0.0
+    again = attack(linear_encoder, pictures, target, components, mask, settings, seed=3)
+    assert torch.equal(again.picture, result.picture)
+
+
+def test_attack_without_components_or_steps_changes_nothing(faces):
+    pictures = faces[1][:1]
+    target = linear_encoder(faces[1][1:2])
+    none = torch.zeros_like(target, dtype=torch.bool)
+    assert torch.equal(attack(linear_encoder, pictures, target, none).picture, pictures)
+    every = torch.ones_like(none)
+    assert torch.equal(attack(linear_encoder, pictures, target, every, settings=AttackSettings(steps=0)).picture, pictures)
+    with pytest.raises(ValueError):
+        attack(linear_encoder, pictures, target, every, settings=AttackSettings(eps=-1))
+
+
+def test_inversion_refinement_comes_closer(generator, faces):
+    codes, pictures = faces
+
+    def mean_encoder(x):
+        return generator.mean_code.expand(x.shape[0], 16, -1)
+
+    plain = invert(mean_encoder, pictures[:1], generator)
+    refined = invert(mean_encoder, pictures[:1], generator, InvertSettings(refine_steps=6, lr=0.05))
+    assert float(refined.psnr) > float(plain.psnr) + 0.5
+    assert refined.codes.shape == (1, 16, 512)
+    with pytest.raises(ValueError, match="faces"):
+        invert(mean_encoder, pictures[0], generator)
