@@ -301,10 +301,12 @@ class Engine:
         for position, name in enumerate(self.names):
             try:
                 column = source["key"] if position == 0 else keys[name]
+                if not isinstance(column, pa.Array | pa.ChunkedArray):
+                    column = pa.array(column, pa.string())
             except KeyError:
                 raise PlanError(f"no keys for stage {name!r}") from None
-            if not isinstance(column, pa.Array | pa.ChunkedArray):
-                column = pa.array(column, pa.string())
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise PlanError(f"stage {name!r}: its keys are not strings ({error})") from error
             if isinstance(column, pa.ChunkedArray):
                 column = column.combine_chunks()
             if len(column) != source.num_rows or column.null_count or not pa.types.is_string(column.type):
@@ -350,6 +352,7 @@ class Engine:
             if any(summary.stages[stage.name].kept < len(plan) for stage in self.stages):
                 with ray_session(self.address):
                     _Run(self, plan, summary, set(source.column_names)).loop()
+                with_retries(self.store.collect_garbage)
         except KeyboardInterrupt:
             raise RunInterrupted(summary) from None
         finally:
@@ -624,7 +627,8 @@ class _Run:
             if limit is not None and elapsed >= limit:
                 task.verdict = f"TIMEOUT: more than {limit:g} s, and the process could not be interrupted"
             elif task.deaths >= self.engine.item_deaths:
-                task.verdict = f"WORKER_DIED: the process ended with this item in hand, {task.deaths + 1} times"
+                why = ", short of memory" if "running low on memory" in str(error) else ""
+                task.verdict = f"WORKER_DIED: the process ended with this item in hand, {task.deaths + 1} times{why}"
             self._push(task)
 
 

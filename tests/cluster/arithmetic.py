@@ -20,7 +20,13 @@ TOTAL = pa.schema([*COMMON, ("total", pa.int64()), ("n", pa.int64())])
 def source_table(modes: list[str], salt: str = "") -> pa.Table:
     """Items 0, 1, 2, ... with one mode each."""
     keys = [hash_key("source", salt, i) for i in range(len(modes))]
-    return pa.table({"key": keys, "n": pa.array(range(len(modes)), pa.int64()), "mode": modes})
+    return pa.table(
+        {
+            "key": pa.array(keys, pa.string()),
+            "n": pa.array(range(len(modes)), pa.int64()),
+            "mode": pa.array(modes, pa.string()),
+        }
+    )
 
 
 def chain(source: pa.Table, versions: dict[str, str]) -> dict[str, list[str]]:
@@ -120,14 +126,14 @@ def failed_total(rows: pa.Table, reason: str) -> pa.Table:
 VERSIONS = {"split": "1", "square": "1", "total": "1"}
 
 
-def stages(log: str | None = None, **split_settings) -> list[Stage]:
+def stages(log: str | None = None, last_pool: str = "default", **split_settings) -> list[Stage]:
     """split -> square -> total; `split_settings` override the first stage's attributes."""
     first = dict(factory=lambda: make_split(log), error_rows=failed_parts, columns=["n", "mode"], batch_items=4)
     return [
         Stage("split", "1", PARTS, **{**first, **split_settings}),
         Stage("square", "1", PARTS, make_square, failed_parts, batch_items=8, row_id="row"),
         Stage(
-            "total", "1", TOTAL, make_total, failed_total, columns=["value", "status", "reason"], pool="sums",
+            "total", "1", TOTAL, make_total, failed_total, columns=["value", "status", "reason"], pool=last_pool,
             joins={"split": ["value"], "source": ["n"]}, row_id="row", batch_items=8,
         ),
     ]  # fmt: skip

@@ -56,7 +56,7 @@ def done(summary):
 def test_a_run_a_second_run_and_a_resumed_one(tmp_path):
     path, log = tmp_path / "m", tmp_path / "log"
     store = PartStore(path)
-    summary, source, keys = run(store, ["ok"] * 10, log=str(log), settings={"shard_items": 5})
+    summary, source, keys = run(store, ["ok"] * 10, log=str(log), settings={"shard_items": 5}, last_pool="sums")
     assert assert_complete(store, source, keys) == {}
     assert done(summary) == {"source": 10, "split": 10, "square": 10, "total": 10}
     assert summary.stages["split"].statuses == {"ok": sum(n % 3 + 1 for n in range(10))}
@@ -212,10 +212,9 @@ def test_two_drivers_at_once_on_one_store(tmp_path):
     store, log = PartStore(tmp_path / "m"), tmp_path / "log"
     results = {}
     half = Resources(num_cpus=0.4)  # so that the pools of both have room at the same time
-    pools = {name: Pool(resources=half) for name in ("default", "sums")}
 
     def drive(name, shard_items):
-        settings = {"shard_items": shard_items, "pools": pools}
+        settings = {"shard_items": shard_items, "pools": {"default": Pool(resources=half)}}
         results[name] = run(store, ["slow:0.05"] * 24, log=str(log), settings=settings)
 
     drivers = [threading.Thread(target=drive, args=args) for args in (("a", 4), ("b", 3))]
@@ -239,7 +238,7 @@ def wait_for(condition, seconds=90.0):
 
 def drive(path, log, address=None):
     here = Path(__file__).parent
-    command = [sys.executable, here / "drive.py", path, log, "30", "slow:0.2", *([address] if address else [])]
+    command = [sys.executable, here / "drive.py", path, log, "18", "slow:0.2", *([address] if address else [])]
     return subprocess.Popen(
         command, cwd=here.parents[1], env={**os.environ, "PYTHONPATH": str(here.parents[1])}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -259,12 +258,12 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     assert driver.returncode == 130, err
     told = json.loads(out)["stages"]["split"]["done"]  # nothing else on standard output
     kept = store.done_keys("split")
-    assert 6 <= told <= len(kept) < 30
+    assert 6 <= told <= len(kept) < 18
     before = log.read_text().split()
-    summary, source, keys = run(store, ["slow:0.2"] * 30, log=str(log), settings={"shard_items": 7})
+    summary, source, keys = run(store, ["slow:0.2"] * 18, log=str(log), settings={"shard_items": 7})
     assert assert_complete(store, source, keys) == {}
     assert summary.stages["split"].kept == len(kept)
-    assert len(log.read_text().split()) - len(before) == 30 - len(kept)
+    assert len(log.read_text().split()) - len(before) == 18 - len(kept)
 
 
 def test_a_driver_that_is_killed_is_resumed_by_another(tmp_path, ray_cluster):
@@ -280,8 +279,8 @@ def test_a_driver_that_is_killed_is_resumed_by_another(tmp_path, ray_cluster):
     finally:
         driver.kill()
     assert driver.returncode == -signal.SIGKILL, err
-    assert 3 <= len(store.parts("split")) < 15
-    summary, source, keys = run(store, ["slow:0.2"] * 30, log=str(log), settings={"shard_items": 7})
+    assert 3 <= len(store.parts("split")) < 9
+    summary, source, keys = run(store, ["slow:0.2"] * 18, log=str(log), settings={"shard_items": 7})
     assert assert_complete(store, source, keys) == {}
     assert summary.stages["split"].kept >= 6
-    assert store.read_rows("split").num_rows == sum(n % 3 + 1 for n in range(30))
+    assert store.read_rows("split").num_rows == sum(n % 3 + 1 for n in range(18))
