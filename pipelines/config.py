@@ -21,6 +21,9 @@ STAGES = ("align", "invert", "fuse", "tune", "attack", "publish")
 RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
 ENCODER = "encoder"
 GENERATORS = {"mobilestylegan-256": 256, "mobilestylegan-1024": 1024}
+# Where the hinge rests unless the configuration says otherwise: near the mean cosine of different people, which is far
+# from 0 for two of the networks (their cards in scol_ops/models/data).
+MARGINS = {"mobilefacenet": 0.0, "dlib_resnet": 0.8, "faceres": 0.35, ENCODER: 0.0}
 
 # What differs from the fields' defaults, in one place.
 PROFILES: dict[str, dict[str, Any]] = {
@@ -36,7 +39,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         # The paper's own reading: the encoder alone is the identity feature, no hinge, no refinement.
         "tune.steps": 450,
         "tune.identity": (ENCODER,),
-        "tune.margins": (0.0,),
         "tune.hinge": 0.0,
         "tune.diversity": 0.0,
         "tune.residual_sigma": 0.0,
@@ -66,6 +68,10 @@ def _split(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return (value,) if isinstance(value, int | float) else value
+
+
+def _split_integers(value: Any) -> Any:
+    return tuple(map(str.strip, value.split(","))) if isinstance(value, str) else _split(value)
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
@@ -120,6 +126,16 @@ class FuseConfig(Section):
     k: int = Field(10, ge=1, le=1000, description="most similar codes to fuse, at each layer")
     weighting: Literal["mean", "softmax"] = Field("mean", description="plain mean, or softmax of the similarities")
     temperature: float = Field(0.1, gt=0, le=100, description="of the softmax, in units of similarity")
+    layers: Annotated[tuple[int, ...] | None, BeforeValidator(_split_integers), BeforeValidator(_none_word)] = Field(
+        None, description="layers that take the fused code, 0..15, the others keep the face's own; none: all"
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _in_range(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if layers is not None and (not layers or any(not 0 <= layer < 16 for layer in layers)):
+            raise ValueError(f"layers are 0..15, at least one: {layers}")
+        return layers
 
 
 class IdentitySection(Section):
@@ -130,7 +146,8 @@ class IdentitySection(Section):
         description=f"identity features: any of {', '.join((*RECOGNISERS, ENCODER))}; empty: none",
     )
     margins: Numbers = Field(
-        (0.0,), description="cosine to the original below which the hinge rests, one for all or one a feature, -1..1"
+        (), description="cosine to the original below which the hinge rests, one a feature, -1..1; empty: "
+        + ", ".join(f"{name} {margin:g}" for name, margin in MARGINS.items())
     )
 
     @field_validator("identity")
@@ -155,13 +172,13 @@ class IdentitySection(Section):
 
     @model_validator(mode="after")
     def _one_margin_each(self):
-        if len(self.margins) not in (1, len(self.identity)):
-            raise ValueError(f"{len(self.margins)} margins for {len(self.identity)} identity features; give 1 or as many")
+        if self.margins and len(self.margins) != len(self.identity):
+            raise ValueError(f"{len(self.margins)} margins for {len(self.identity)} identity features")
         return self
 
     def margin_of_each(self) -> tuple[float, ...]:
         """One margin for each identity feature."""
-        return self.margins * len(self.identity) if len(self.margins) == 1 else self.margins
+        return self.margins or tuple(MARGINS[name] for name in self.identity)
 
 
 class TuneConfig(IdentitySection):
@@ -201,7 +218,9 @@ class InspectConfig(Section):
     """Latent component inspection: which components the attack may use."""
 
     tau: float = Field(3.0, ge=0, le=1e6, description="a component is identity related where |w_inv - w| <= tau units")
-    unit: Literal["raw", "std"] = Field("std", description="unit of tau: raw W, or the gallery's standard deviations")
+    unit: Literal["absolute", "std"] = Field(
+        "std", description="unit of tau: the code's own numbers, or standard deviations of each component over the gallery"
+    )
 
 
 class AttackConfig(Section):

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import statistics
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -242,10 +243,22 @@ def read_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None)
     return run.store.read_rows(stage, keys, columns, schema=SCHEMAS[stage])
 
 
-def scan_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """As `read_stage`, a part at a time and in no order: for tables with pictures that do not fit the memory."""
+def scan_stage(
+    run: Run | str, stage: str, columns: Sequence[str] | None = None, photos: int = 512
+) -> Iterator[pa.Table]:
+    """As `read_stage`, in pieces of some photos, in the same order: for columns that do not fit the memory as a whole."""
     run = _run(run)
-    yield from run.store.scan(stage, run.plan()[stage].to_pylist(), columns)
+    if stage not in SCHEMAS:
+        raise RunError(f"no stage {stage!r}; there are {', '.join(SCHEMAS)}")
+    store = run.store
+    index = store.index(stage)
+    keys = run.plan()[stage].combine_chunks()
+    place = pc.index_in(keys, value_set=index["key"].combine_chunks())
+    parts = index["part"].combine_chunks().take(place)
+    for first in range(0, len(keys), photos):
+        names = {name for name in parts[first : first + photos].to_pylist() if name is not None}
+        if names:
+            yield store.read_rows(stage, keys[first : first + photos].to_pylist(), columns, names, SCHEMAS[stage])
 
 
 def read_photos(run: Run | str) -> pa.Table:
@@ -281,16 +294,20 @@ def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
     values = [v for v in column.to_pylist() if v is not None and math.isfinite(v)]
     if not values:
         return None
-    ordered = sorted(values)
-    return {"mean": sum(values) / len(values), "median": ordered[len(ordered) // 2], "min": ordered[0],
-            "max": ordered[-1]}
+    return {
+        "n": len(values),
+        "mean": round(statistics.fmean(values), 4),
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
 
 
 def summary(run: Run | str) -> dict[str, Any]:
     """Totals of a run as they stand, from the manifests; see docs/manifests.md (`summary.json`).
 
     `faces` counts faces; `ok`, `weak`, `no_face`, `error`, `pending` count photos by their worst face.  `psnr`, `ssim`,
-    `flip`, `ism` are over faces that were published protected.
+    `flip`, `ism` are means over the faces that were published protected, `spread` has their distribution.
     """
     run = _run(run)
     photos = read_photos(run)
@@ -302,9 +319,9 @@ def summary(run: Run | str) -> dict[str, Any]:
     reasons = Counter((r or "").split(":")[0] for r in faces["reason"].to_pylist() if r)
     seconds: dict[str, float] = {}
     for stage in STAGES:
-        column = read_stage(run, stage, ["seconds"])["seconds"] if stage != "publish" else None
-        column = read_stage(run, stage, ["seconds"])["seconds"] if column is None else column
+        column = read_stage(run, stage, ["seconds"])["seconds"]
         seconds[stage] = round(float(pc.sum(column).as_py() or 0.0), 3)
+    spreads = {name: _statistics(faces[name]) for name in measures}
     judges = {j for j in faces["judge"].to_pylist() if j}
     limits = {m for m in faces["max_ism"].to_pylist() if m is not None}
     return {
@@ -315,7 +332,8 @@ def summary(run: Run | str) -> dict[str, Any]:
         "published": actions.get("protected", 0),
         "copied": actions.get("copied", 0),
         "reasons": dict(sorted(reasons.items())),
-        **{name: _statistics(faces[name]) for name in measures},
+        **{name: spread["mean"] if spread else None for name, spread in spreads.items()},
+        "spread": spreads,
         "judge": judges.pop() if len(judges) == 1 else None,
         "max_ism": limits.pop() if len(limits) == 1 else None,
         "stage_seconds": seconds,

@@ -1,0 +1,507 @@
+"""``scol protect``: the driver. Checks, lists, plans, runs the stages, and writes what the run leaves behind."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import fsspec
+import pyarrow as pa
+
+from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key, ray_session
+from pipelines import gallery_jobs, models
+from pipelines.config import STAGES, Config
+from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, summary
+from pipelines.sources import OutputError, SourceRow, check_out, list_photos
+from pipelines.stages import VERSIONS, make_stages
+
+
+class ProtectError(ValueError):
+    """Something about a run as a whole. `str()` is `CODE: words`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+
+
+# ---- the source -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Listing:
+    """What SRC holds: photos (with those that cannot be used, `error` set), and what was skipped, by code."""
+
+    photos: list[SourceRow]
+    skipped: dict[str, int] = field(default_factory=dict)
+    total: int = 0
+
+
+def list_source(
+    src: str, *, out: str | None = None, people_from: str | None = None, limit: int | None = None, seed: int = 0
+) -> Listing:
+    """List SRC; with ``limit`` a random sample of so many photos, the same for the same seed, in order of paths.
+
+    Raises:
+        SourceError: see ``sources.list_photos``.
+        ProtectError: EMPTY, no photo there.
+    """
+    photos, skipped = [], Counter()
+    for row in list_photos(src, people_from=people_from, out=out):
+        if row.skipped:
+            skipped[row.code] += 1
+        else:
+            photos.append(row)
+    if not photos:
+        raise ProtectError("EMPTY", f"no photo at {src}" + (f" ({sum(skipped.values())} other files)" if skipped else ""))
+    total = len(photos)
+    if limit is not None and limit < total:
+        photos = sorted(random.Random(seed).sample(photos, limit), key=lambda row: row.path)
+    return Listing(photos, dict(skipped), total)
+
+
+def source_key(row: SourceRow) -> str:
+    """Key of a photo at the source: where it is, and which version of it."""
+    fields = (row.path, row.url, row.size, row.modified, row.person_id, row.error)
+    return hash_key(SOURCE, *("" if value is None else value for value in fields))
+
+
+def source_table(photos: Sequence[SourceRow]) -> pa.Table:
+    """Rows of the source table (``manifests.SOURCE_SCHEMA``)."""
+    return pa.Table.from_pylist([
+        {
+            "key": source_key(row), "photo_id": row.photo_id, "path": row.path, "url": row.url, "size": row.size,
+            "modified": row.modified, "person_id": row.person_id, "status": ERROR if row.error else OK,
+            "reason": row.error,
+        }
+        for row in photos
+    ], SOURCE_SCHEMA)
+
+
+# ---- keys -------------------------------------------------------------------------------------------------------------
+
+
+def stage_keys(source: pa.Table, config: Config, weights: dict[str, str], out: str = "") -> dict[str, list[str]]:
+    """The photos' keys at every stage, all known before anything runs (docs/design.md)."""
+    keys, before = {}, source["key"].to_pylist()
+    for stage in STAGES:
+        # What is the same for all photos is hashed once.
+        common = hash_key(stage, VERSIONS[stage], config.canonical(stage), weights[stage], out if stage == "publish" else "")
+        before = keys[stage] = [hash_key(common, key) for key in before]
+    return keys
+
+
+def _output_sizes(out: str, paths: Sequence[str]) -> list[int | None]:
+    """Sizes in bytes of files in OUT; None where there is none."""
+    fs, root = fsspec.core.url_to_fs(out)
+    if isinstance(fs.protocol, tuple | str) and "file" in fs.protocol:
+        def size(path: str) -> int | None:
+            try:
+                return os.stat(os.path.join(root, path)).st_size
+            except OSError:
+                return None
+        return [size(path) for path in paths]
+    fs.invalidate_cache()
+    root = root.rstrip("/")
+    try:
+        found = {name[len(root) + 1 :]: info["size"] for name, info in fs.find(root, detail=True).items()}
+    except FileNotFoundError:
+        found = {}
+    return [found.get(path) for path in paths]
+
+
+def renew_missing(run: Run, out: str, source: pa.Table, keys: list[str]) -> list[str]:
+    """Publish keys such that a photo whose file in OUT is gone, or has another size than was written, is done again.
+
+    Parts are never changed, so such a photo gets a new key: that of the next attempt.
+    """
+    store = run.store
+    done = store.done_keys("publish")
+    if not done:
+        return keys
+    attempts: list[list[str]] = []
+    for key in keys:
+        chain = [key]
+        while chain[-1] in done:
+            chain.append(hash_key("again", chain[-1]))
+        attempts.append(chain)
+    latest = [chain[-2] for chain in attempts if len(chain) > 1]
+    if not latest:
+        return keys
+    written: dict[str, int | None] = {}
+    for table in store.scan("publish", latest, ["key", "action", "out_bytes"]):
+        for row in table.to_pylist():
+            if row["action"] in ("protected", "copied"):
+                written[row["key"]] = row["out_bytes"]
+    sizes = _output_sizes(out, source["path"].to_pylist())
+    return [
+        chain[0] if len(chain) == 1 else
+        chain[-2] if chain[-2] not in written or written[chain[-2]] == size else chain[-1]
+        for chain, size in zip(attempts, sizes, strict=True)
+    ]
+
+
+# ---- running ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setting:
+    """What the stages of a run were given."""
+
+    weights: dict[str, str]
+    gallery_url: str
+    gallery: dict[str, Any]
+
+
+def execute(
+    run: Run, photos: Sequence[SourceRow], config: Config, *, out: str | None = None, until: str = "publish",
+    progress: Callable[[Progress], None] | None = None, say: Callable[[str], None] = lambda text: None,
+    on_start: Callable[[Setting], None] | None = None,
+) -> tuple[RunSummary, Setting]:
+    """Plan and run the stages up to ``until`` over these photos; what is done already is not done again.
+
+    Raises:
+        WeightsError: embedded weights are missing or altered.
+        GalleryError, StoreError, EngineError: see their packages.
+        RunInterrupted: Ctrl-C; what is finished is kept.
+    """
+    source = source_table(photos)
+    url, described, std = "", {}, None
+    if STAGES.index(until) >= STAGES.index("fuse"):
+        url, info = gallery_jobs.ensure_gallery(config, run, say)
+        described = {"url": url, "fingerprint": info.fingerprint, "codes": info.count, "similarity": info.mode,
+                     "source": info.source}
+        if config.attack.enabled and config.inspect.unit == "std":
+            std = gallery_jobs.gallery_std(run, url, info)
+    std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
+    weights = models.stage_weights(config, described.get("fingerprint", ""), std_digest)
+    keys = stage_keys(source, config, weights, out or "")
+    if until == "publish":
+        keys["publish"] = renew_missing(run, out, source, keys["publish"])
+    # Stages beyond `until` get their keys in the plan as well: they are what a later run would make.
+    run.write_plan(pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA))
+    setting = Setting(weights, url, described)
+    if on_start is not None:
+        on_start(setting)
+    stages = make_stages(config, weights, gallery=url, std=std, out=out, until=until)
+    engine = Engine(
+        run.store, stages, source=SOURCE, shard_items=config.engine.shard_photos, address=config.engine.ray_address,
+        progress=progress,
+    )
+    if not any(engine.plan(source, keys).missing().values()):
+        return engine.run(source, keys), setting  # counts what is there; starts no Ray
+    with ray_session(config.engine.ray_address):
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        used = {stage.pool for stage in stages}
+        engine.pools = {name: pool for name, pool in layout(config, nodes).items() if name in used}
+        return engine.run(source, keys), setting
+
+
+# A generator, an encoder and two recognisers with their gradients: 1.5 GB at 256 px, more at 1024 px.
+_WORKER_BYTES = {256: 2 * 2**30, 1024: 6 * 2**30}
+
+
+def layout(config: Config, nodes: Sequence[dict[str, float]]) -> dict[str, Pool]:
+    """Pools for a cluster. Nearly all work is tuning, so the generators get the machines: one a GPU, or as many
+    single-threaded ones as there are cores and memory for. The other pools are small and reserve nothing.
+
+    Args:
+        nodes: Ray resources of each live node: "CPU", "GPU", "memory" (bytes).
+    """
+    settings = config.engine
+    cpus = max(1, int(sum(node.get("CPU", 0) for node in nodes)))
+    gpus = 0 if settings.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
+    memory = sum(node.get("memory", 0) for node in nodes)
+    if gpus:
+        actors = settings.workers or gpus
+        threads = settings.threads or max(1, min(4, cpus // actors))
+    else:
+        fitting = max(1, int(memory // _WORKER_BYTES[config.crop_size])) if memory else cpus
+        actors = settings.workers or min(cpus, fitting)
+        threads = settings.threads or max(1, min(8, cpus // actors))
+    generator = Resources(num_cpus=min(threads, cpus / actors), num_gpus=min(1.0, gpus / actors), threads=threads)
+    small = Resources(num_cpus=0.0, threads=1)
+    return {
+        "align": Pool(actors=math.ceil(actors / 16), resources=small),
+        "generator": Pool(actors=actors, resources=generator),
+        "gallery": Pool(actors=1, resources=Resources(num_cpus=0.0, threads=max(1, min(4, cpus // 2)))),
+        "publish": Pool(actors=math.ceil(actors / 4), resources=small),
+    }
+
+
+class Reporter:
+    """Progress for people: one line that is rewritten on a terminal, a plain line now and then in a log.
+
+    Args:
+        total: photos of the run.
+        stream: where to.
+        every: seconds between lines in a log.
+    """
+
+    def __init__(self, total: int, stream: TextIO = sys.stderr, every: float = 15.0) -> None:
+        self.total, self.stream, self.every = total, stream, every
+        self.live = stream.isatty()
+        self.begin = time.monotonic()
+        self.last = 0.0
+        self.first_done: int | None = None
+        self.stages: dict[str, Progress] = {}
+
+    def __call__(self, progress: Progress) -> None:
+        first = progress.stage not in self.stages
+        self.stages[progress.stage] = progress
+        now = time.monotonic()
+        finished = progress.stage == STAGES[-1] and progress.done == progress.total
+        if not finished and not first and now - self.last < (0.2 if self.live else self.every):
+            return
+        self.last = now
+        line = self.line(now)
+        if self.live:
+            self.stream.write("\r\x1b[2K" + line)
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+    def line(self, now: float) -> str:
+        """The state in one line: photos through the last stage, rate, time left, and the stage that works."""
+        seconds = max(1e-9, now - self.begin)
+        steps_done = sum(p.done for p in self.stages.values())
+        last = self.stages.get(STAGES[-1])
+        done = last.done if last else 0
+        if last is not None and self.first_done is None:
+            self.first_done = max(0, last.done - 1)
+        new = done - (self.first_done or 0)
+        text = f"{done}/{self.total} photos"
+        if new > 0:
+            rate = new / seconds
+            text += f", {60 * rate:.1f} photos/min, {duration((self.total - done) / rate)} left"
+        elif steps_done:
+            text += f", {duration(seconds)} so far"
+        behind = [p for p in self.stages.values() if p.done < p.total]
+        text += "".join(f", {p.stage} {p.done}/{p.total}" for p in behind if p.stage != STAGES[-1])
+        failed = sum(p.statuses.get(ERROR, 0) for p in self.stages.values() if p.stage == STAGES[-1])
+        return text + (f", {failed} failed" if failed else "")
+
+    def close(self) -> None:
+        if self.live and self.stages:
+            self.stream.write("\n")
+            self.stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+# ---- what a run leaves behind -----------------------------------------------------------------------------------------
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that results depend on."""
+    names = ("scol", "torch", "torchvision", "numpy", "pyarrow", "pillow", "ray", "faiss-gpu", "faiss-cpu",
+             "scikit-image", "flip-evaluator", "facenet-pytorch", "random-face")
+    found = {name: _version(name) for name in names}
+    return {"python": platform.python_version(), **{k: v for k, v in found.items() if v is not None}}
+
+
+def machine() -> dict[str, Any]:
+    """The driver's machine, in words and numbers."""
+    import torch
+
+    from cluster.session import usable_cpus
+
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {"system": platform.platform(), "cpu": cpu, "cores": usable_cpus(), "memory_bytes": memory, "gpus": gpus}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def default_run(out: str) -> str:
+    """The run's folder, beside OUT."""
+    return out.rstrip("/") + ".run"
+
+
+def check_places(src: str, out: str, run_url: str) -> None:
+    """OUT and RUN are apart from SRC and from each other, and can be written to.
+
+    Raises:
+        OutputError, SourceError: see ``sources.check_out``.
+    """
+    check_out(src, out)
+    try:
+        check_out(src, run_url)
+    except OutputError as error:
+        raise OutputError(error.code, f"the run's folder: {error.message}") from error
+    places = [fsspec.core.url_to_fs(url)[0].unstrip_protocol(fsspec.core.url_to_fs(url)[1]) for url in (out, run_url)]
+    if places[1].rstrip("/") == places[0].rstrip("/") or places[1].startswith(places[0].rstrip("/") + "/"):
+        raise OutputError("OUT_IS_SRC", "the run's folder must not be OUT nor lie in it: OUT gets the photos' tree alone")
+
+
+def protect(
+    src: str,
+    out: str,
+    config: Config,
+    *,
+    run_url: str | None = None,
+    people_from: str | None = None,
+    limit: int | None = None,
+    sample_seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    progress_stream: TextIO | None = None,
+) -> dict[str, Any]:
+    """Protect the photos of SRC into OUT.
+
+    Args:
+        src, out: a path or an fsspec URL; see ``sources``.
+        config: of the run.
+        run_url: the run's folder; by default beside OUT.
+        people_from: ``folder``: a photo's folder names its person.
+        limit, sample_seed: only a random sample of so many photos.
+        say: takes messages for people, one line each.
+        progress_stream: where progress goes; None for nowhere.
+
+    Returns:
+        the content of ``RUN/summary.json``.
+
+    Raises:
+        SourceError, OutputError, ProtectError: SRC, OUT or RUN cannot be used.
+        WeightsError, GalleryError, ClusterError: see their packages.
+        RunInterrupted: Ctrl-C; the tables, the report and the summary of what is finished are written before.
+    """
+    begin = time.monotonic()
+    run = Run(run_url or default_run(out))
+    check_places(src, out, run.url)
+    out = _absolute(out)
+    listing = list_source(src, out=out, people_from=people_from, limit=limit, seed=sample_seed)
+    some = f", of {listing.total}" if len(listing.photos) < listing.total else ""
+    say(f"{len(listing.photos)} photos at {src}{some}" + _skipped_words(listing.skipped))
+    record: dict[str, Any] = {
+        "version": 1, "started": _now(), "finished": None, "source": src, "out": out, "run": run.url,
+        "limit": limit, "sample_seed": sample_seed if limit is not None else None, "people_from": people_from,
+        "skipped": listing.skipped, "config": config.model_dump(mode="json"), "stage_versions": VERSIONS,
+        "versions": versions(), "machine": machine(),
+    }
+
+    def started(setting: Setting) -> None:
+        record["weights"], record["gallery"] = setting.weights, setting.gallery
+        run.write_json("run.json", record)
+
+    reporter = None if progress_stream is None else Reporter(len(listing.photos), progress_stream)
+    interrupted: RunInterrupted | None = None
+    done: RunSummary | None = None
+    try:
+        done, _ = execute(run, listing.photos, config, out=out, progress=reporter, say=say, on_start=started)
+    except RunInterrupted as error:
+        interrupted, done = error, error.summary
+    finally:
+        if reporter is not None:
+            reporter.close()
+    result = summary(run)
+    result["skipped"] = listing.skipped
+    result["seconds"] = round(time.monotonic() - begin, 3)
+    worked = sum(stage.operator_seconds for stage in done.stages.values())
+    result["engine"] = done.to_dict()
+    result["seconds_per_face"] = round(sum(result["stage_seconds"].values()) / result["faces"], 3) if result["faces"] else None
+    result["operator_seconds"] = round(worked, 3)
+    result["interrupted"] = interrupted is not None
+    record["finished"] = _now()
+    run.write_json("run.json", record)
+    run.write_json("summary.json", result)
+    _write_report(run, say)
+    if interrupted is not None:
+        raise interrupted
+    return result
+
+
+def _absolute(url: str) -> str:
+    """Workers may have another working directory."""
+    fs, path = fsspec.core.url_to_fs(url)
+    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
+    return path if local else url
+
+
+def _write_report(run: Run, say: Callable[[str], None]) -> None:
+    from pipelines.report import write_report
+
+    try:
+        write_report(run.url)
+    except Exception as error:  # the photos are done: a report that fails must not look like a run that failed
+        say(f"the report could not be written: {type(error).__name__}: {error}")
+
+
+def _skipped_words(skipped: dict[str, int]) -> str:
+    words = {"NOT_A_PHOTO": "other files", "HIDDEN": "hidden files or folders"}
+    return "".join(f"; {count} {words.get(code, code)} left alone" for code, count in sorted(skipped.items()))
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """The final table of a run."""
+
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = [
+        ("photos", str(result["photos"])),
+        ("faces", str(result["faces"])),
+        ("photos protected", str(result["published"])),
+        ("  of them weak", str(result["weak"])),
+        ("without a face (copied)", str(result["no_face"])),
+        ("failed", str(result["error"])),
+        ("PSNR of the face crop, dB", number(result["psnr"], ".2f")),
+        ("SSIM of the face crop", number(result["ssim"], ".3f")),
+        (f"ISM by {result['judge'] or 'the judge'}", number(result["ism"], ".3f")),
+        ("seconds a face (all stages)", number(result.get("seconds_per_face"), ".1f")),
+        ("seconds in all", number(result.get("seconds"), ".1f")),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value:>10}" for name, value in rows)
+
+
+def exit_status(result: dict[str, Any]) -> int:
+    """0 where nothing failed (weak photos are warned of, not failures), 1 where a photo failed or is still to do."""
+    return 1 if result["error"] or result["pending"] else 0
+
+
+def dump(result: Any) -> str:
+    """JSON for ``--json``."""
+    return json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+
+
+__all__ = [
+    "Listing", "ProtectError", "Reporter", "Setting", "check_places", "default_run", "dump", "duration", "execute",
+    "exit_status", "list_source", "machine", "protect", "renew_missing", "source_table", "stage_keys", "table_of",
+    "versions",
+]

@@ -1,0 +1,70 @@
+"""The stages of a run: thin shells that take rows, call the operators of `scol_ops` and give rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+
+from cluster import Stage
+from pipelines.config import STAGES, Config
+from pipelines.manifests import SCHEMAS
+from pipelines.stages import align, attack, fuse, invert, publish, tune
+from pipelines.stages.common import error_rows
+
+# Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
+VERSIONS = {"align": "1", "invert": "1", "fuse": "1", "tune": "1", "attack": "1", "publish": "1"}
+
+__all__ = ["STAGES", "VERSIONS", "make_stages"]
+
+
+def make_stages(
+    config: Config,
+    weights: Mapping[str, str],
+    *,
+    gallery: str | None = None,
+    std: np.ndarray | None = None,
+    out: str | None = None,
+    until: str = "publish",
+) -> list[Stage]:
+    """The chain of stages for the engine.
+
+    Args:
+        config: of the run.
+        weights: by stage, what ``models.stage_weights`` says.
+        gallery: URL of the gallery; needed from ``fuse`` on.
+        std: (L, 512) of the gallery, where ``inspect.unit`` is ``std``.
+        out: URL of OUT; needed for ``publish``.
+        until: the last stage wanted.
+    """
+    limit = config.engine.face_seconds
+
+    def stage(name: str, factory, pool: str, **options) -> Stage:
+        return Stage(
+            name=name, version=VERSIONS[name], schema=SCHEMAS[name], factory=factory,
+            error_rows=partial(error_rows, name, config.seed), row_id="face_id", pool=pool, **options,
+        )
+
+    # A stage that takes minutes a photo loses all that is in hand when the run is stopped, so its parts are small.
+    slow = 1 if config.engine.shard_photos is None else config.engine.shard_photos
+    common = ["photo_id", "face_id", "status", "reason", "failed_stage", "seed"]
+    geometry = ["landmarks", "box", "quad"]
+    # Stages of many faces a photo keep each face's time themselves; the others have the engine's limit for a photo.
+    chain = [
+        stage("align", partial(align.operator, config, weights["align"]), "align",
+              batch_items=config.engine.align_batch, item_seconds=limit),
+        stage("invert", partial(invert.operator, config, weights["invert"]), "generator",
+              columns=[*common, "crop", *geometry]),
+        stage("fuse", partial(fuse.operator, config, weights["fuse"], gallery), "gallery",
+              columns=[*common, "code"], joins={"source": ["person_id"]}, batch_items=16, item_seconds=limit),
+        stage("tune", partial(tune.operator, config, weights["tune"]), "generator",
+              columns=[*common, "fused"], joins={"align": ["crop", *geometry]}, shard_items=slow),
+        stage("attack", partial(attack.operator, config, weights["attack"], std), "generator",
+              columns=[*common, "tuned", "refined"],
+              joins={"align": ["crop", *geometry], "invert": ["code"], "fuse": ["target"]}, shard_items=slow),
+        stage("publish", partial(publish.operator, config, weights["publish"], out), "publish",
+              columns=[*common, "protected"], item_seconds=limit,
+              joins={"source": ["path", "url"], "align": ["crop", *geometry, "width", "height"]}),
+    ]
+    return chain[: STAGES.index(until) + 1]

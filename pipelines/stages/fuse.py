@@ -1,0 +1,74 @@
+"""Stage ``fuse``: search the gallery at every layer, fuse the most similar codes, note the least similar ones."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster import Operator
+from gallery_index import Gallery, QueryError
+from pipelines import models
+from pipelines.config import Config
+from pipelines.manifests import OK
+from pipelines.stages.common import Row, as_codes, as_vector, base_row, failed, iterate, to_table
+from scol_ops.fusion import fuse
+
+
+def operator(config: Config, weights: str, gallery_url: str) -> Operator:
+    """Loads the gallery; the result takes rows of ``invert`` with ``source.person_id``."""
+    models.set_up()
+    gallery = Gallery.load(gallery_url)
+
+    def run(table: pa.Table) -> pa.Table:
+        rows = list(iterate(table))
+        todo = [i for i, row in enumerate(rows) if row["status"] == OK]
+        out: list[Row] = [base_row(row, weights) for row in rows]
+        begin = time.monotonic()
+        if todo:
+            found = _search(gallery, config, [rows[i] for i in todo])
+            seconds = (time.monotonic() - begin) / len(todo)
+            for i, answer in zip(todo, found, strict=True):
+                if isinstance(answer, str):
+                    out[i] = failed(rows[i], "fuse", answer, weights, seconds)
+                else:
+                    out[i] = base_row(rows[i], weights, seconds) | answer
+        return to_table("fuse", out)
+
+    return run
+
+
+def _search(gallery: Gallery, config: Config, rows: list[Row]) -> list[Row | str]:
+    """Payload, or a reason, for every row. A query that is refused does not take its neighbours with it."""
+    codes = np.concatenate([as_codes(row["code"]).numpy() for row in rows])
+    try:
+        result = gallery.search(
+            codes,
+            config.fuse.k,
+            exclude_photo_ids=[row["photo_id"] for row in rows],
+            exclude_person_ids=[row["source.person_id"] for row in rows],
+        )
+    except QueryError as error:
+        if len(rows) == 1:
+            return [f"GALLERY: {error}"]
+        return [_search(gallery, config, [row])[0] for row in rows]
+    answers: list[Row | str] = []
+    for i in range(len(rows)):
+        fused = fuse(
+            torch.from_numpy(result.most_vectors[i : i + 1]),
+            torch.from_numpy(result.most_scores[i : i + 1]),
+            weighting=config.fuse.weighting,
+            temperature=config.fuse.temperature,
+            layers=config.fuse.layers,
+            original=torch.from_numpy(codes[i : i + 1]),
+        )
+        answers.append({
+            "fused": as_vector(fused),
+            "target": result.least_vectors[i].reshape(-1),
+            "most_ids": result.most_ids[i, 0].tolist(),
+            "most_scores": result.most_scores[i, 0],
+            "least_scores": result.least_scores[i],
+        })
+    return answers
