@@ -1,14 +1,16 @@
 """Photos: bytes to upright pixels, and back to the same format with other pixels. No file system.
 
-What a round trip keeps, by format (`encode(photo, changed_pixels)`):
+What `encode(decode(data), changed_pixels)` keeps, by format:
 
-| format | outside the changed pixels | also kept |
-|---|---|---|
-| JPEG | same quantisation tables, subsampling, progressive flag; the samples of untouched blocks are taken from the file before colour conversion, so most blocks come out identical | JFIF density, EXIF, XMP, ICC, IPTC and other Photoshop resources, comment |
-| PNG | bit-equal; palette becomes true colour (a protected face needs new colours), Adam7 becomes plain | alpha, all text, colour and density chunks, EXIF, XMP |
-| WebP | lossless: bit-equal; lossy: the quality that gives the source's quantiser | alpha, EXIF, XMP, ICC |
-| TIFF | bit-equal; compression none, LZW, Deflate, PackBits and predictor kept; tiles become strips | alpha, all descriptive tags, EXIF, GPS, XMP, ICC |
-| BMP | bit-equal; 24 and 32 bits: header and alpha byte for byte; palette and 16 bits become 24 bits | density, colour space |
+- JPEG: the same quantisation tables, subsampling and progressive flag; JFIF density, EXIF, XMP, ICC, IPTC and other
+  Photoshop resources, comment. Samples of untouched pixels are taken from the file before any colour conversion, so
+  that most untouched blocks come out identical.
+- PNG: bit-equal outside the changed pixels; alpha, all text, colour and density chunks, EXIF, XMP. A palette becomes
+  true colour (a protected face needs new colours), Adam7 interlacing becomes none.
+- WebP: lossless bit-equal; lossy at the quality that gives the source's quantiser. Alpha, EXIF, XMP, ICC.
+- TIFF: bit-equal; the same compression (none, LZW, Deflate, PackBits) and predictor; alpha, all descriptive tags, EXIF,
+  GPS, XMP, ICC. Tiles become strips, a palette true colour.
+- BMP: bit-equal; of 24 and 32 bits, all else byte for byte; other depths become 24 bits.
 
 Greyscale photos are written as greyscale. Orientation: EXIF's tag, or XMP's where EXIF has none (Pillow's rule), is
 applied once to the pixels and set to 1 everywhere. Embedded pictures (thumbnails, previews, further pictures of a
@@ -40,16 +42,31 @@ MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 * 1024 * 1024
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP")
 
-_TURN = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PhotoError(ValueError):
     """A photo that is refused. `code` is one of `CODES`; `str()` is `CODE: words`."""
 
-    CODES = ("EMPTY", "NOT_AN_IMAGE", "TRUNCATED", "CORRUPT", "UNSUPPORTED_FORMAT", "UNSUPPORTED_MODE", "ANIMATED",
-             "TOO_LARGE", "ENCODE_FAILED")
+    CODES = (
+        "EMPTY",
+        "NOT_AN_IMAGE",
+        "TRUNCATED",
+        "CORRUPT",
+        "UNSUPPORTED_FORMAT",
+        "UNSUPPORTED_MODE",
+        "ANIMATED",
+        "TOO_LARGE",
+        "ENCODE_FAILED",
+    )
 
     def __init__(self, code: str, message: str):
         assert code in self.CODES
@@ -139,7 +156,11 @@ def sniff(data: bytes) -> str:
         if data[8:10] == b"CR":
             raise PhotoError("UNSUPPORTED_FORMAT", "Canon raw: develop it to JPEG, PNG or TIFF first")
         return "TIFF"
-    if data[:2] == b"BM" and len(data) >= 26 and struct.unpack_from("<I", data, 14)[0] in (12, 40, 52, 56, 64, 108, 124):
+    if (
+        data[:2] == b"BM"
+        and len(data) >= 26
+        and struct.unpack_from("<I", data, 14)[0] in (12, 40, 52, 56, 64, 108, 124)
+    ):
         return "BMP"
     if data[:6] in (b"GIF87a", b"GIF89a"):
         raise PhotoError("UNSUPPORTED_FORMAT", "GIF: its 256 colours cannot carry a protected face; convert it to PNG")
@@ -148,12 +169,27 @@ def sniff(data: bytes) -> str:
         name = {"avif": "AVIF", "avis": "AVIF"}.get(brand)
         if name is None and brand in ("heic", "heix", "heim", "heis", "hevc", "hevx", "mif1", "msf1"):
             name = "HEIC"
-        what = f"{name}: there is no faithful writer for it here; convert it to JPEG" if name else f"{brand!r} container"
+        what = (
+            f"{name}: there is no faithful writer for it here; convert it to JPEG" if name else f"{brand!r} container"
+        )
         raise PhotoError("UNSUPPORTED_FORMAT", what)
-    known = {b"II+\0": "BigTIFF", b"MM\0+": "BigTIFF", b"8BPS": "Photoshop", b"\xff\x0a": "JPEG XL",
-             b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000", b"\xff\x4f\xff\x51": "JPEG 2000",
-             b"\0\0\1\0": "icon", b"qoif": "QOI", b"IIRO": "Olympus raw", b"FUJIFILMCCD-RAW": "Fujifilm raw",
-             b"IIU\0": "Panasonic raw", b"P5": "Netpbm", b"P6": "Netpbm", b"#?RADIANCE": "Radiance HDR"}
+    known = {
+        b"II+\0": "BigTIFF",
+        b"MM\0+": "BigTIFF",
+        b"8BPS": "Photoshop",
+        b"\xff\x0a": "JPEG XL",
+        b"\0\0\0\x0cJXL ": "JPEG XL",
+        b"\0\0\0\x0cjP  ": "JPEG 2000",
+        b"\xff\x4f\xff\x51": "JPEG 2000",
+        b"\0\0\1\0": "icon",
+        b"qoif": "QOI",
+        b"IIRO": "Olympus raw",
+        b"FUJIFILMCCD-RAW": "Fujifilm raw",
+        b"IIU\0": "Panasonic raw",
+        b"P5": "Netpbm",
+        b"P6": "Netpbm",
+        b"#?RADIANCE": "Radiance HDR",
+    }
     for magic, name in known.items():
         if data.startswith(magic):
             raise PhotoError("UNSUPPORTED_FORMAT", f"{name}: only JPEG, PNG, WebP, TIFF and BMP are written back")
@@ -177,7 +213,8 @@ def decode(data: bytes, limits: Limits | None = None) -> Photo:
     if len(data) > limits.max_bytes:
         raise PhotoError("TOO_LARGE", f"{len(data):,} bytes; the limit is {limits.max_bytes:,}")
     data = bytes(data)
-    reader = {"JPEG": _read_jpeg, "PNG": _read_png, "WEBP": _read_webp, "TIFF": _read_tiff, "BMP": _read_bmp}[sniff(data)]
+    readers = {"JPEG": _read_jpeg, "PNG": _read_png, "WEBP": _read_webp, "TIFF": _read_tiff, "BMP": _read_bmp}
+    reader = readers[sniff(data)]
     try:
         return reader(data, limits)
     except PhotoError:
@@ -236,8 +273,9 @@ def _orientation(exif: bytes | None, xmp: bytes | None) -> int:
     return found or 1
 
 
-def _clean(exif: bytes | None, xmp: bytes | None, stored: tuple[int, int], orientation: int,
-           notes: list[str]) -> tuple[bytes | None, bytes | None]:
+def _clean(
+    exif: bytes | None, xmp: bytes | None, stored: tuple[int, int], orientation: int, notes: list[str]
+) -> tuple[bytes | None, bytes | None]:
     """EXIF and XMP corrected for upright pixels; adds to `notes`. `stored`: width and height in the file."""
     turned = orientation >= 5
     size = stored[::-1] if turned else stored
@@ -367,8 +405,12 @@ def _read_jpeg(data: bytes, limits: Limits) -> Photo:
         tables.pop()
     if len(tables) == 1 and len(im.quantization) > 1 and components == 3:
         tables *= 2
-    params = JpegParams(tuple(tables), JpegImagePlugin.get_sampling(im) if components == 3 else -1,
-                        bool(im.info.get("progressive")), rgb)
+    params = JpegParams(
+        tuple(tables),
+        JpegImagePlugin.get_sampling(im) if components == 3 else -1,
+        bool(im.info.get("progressive")),
+        rgb,
+    )
     if components == 3 and params.subsampling == -1:
         notes.append("chroma subsampling is none of 4:4:4, 4:2:2, 4:2:0: written as 4:4:4")
 
@@ -384,8 +426,21 @@ def _read_jpeg(data: bytes, limits: Limits) -> Photo:
             chunks.append((name, payload))
     im.load()
     pixels, _ = _planes(im, orientation)
-    return Photo(pixels, "JPEG", im.mode, data, orientation, exif=exif, xmp=xmp, icc=icc, dpi=dpi, jpeg=params,
-                 lossless=False, chunks=tuple(chunks), notes=tuple(notes))
+    return Photo(
+        pixels,
+        "JPEG",
+        im.mode,
+        data,
+        orientation,
+        exif=exif,
+        xmp=xmp,
+        icc=icc,
+        dpi=dpi,
+        jpeg=params,
+        lossless=False,
+        chunks=tuple(chunks),
+        notes=tuple(notes),
+    )
 
 
 # libjpeg's "fancy upsampling" (jdsample.c) puts chroma at (3 near + far) / 4 in each direction. Least squares inverts
@@ -429,8 +484,9 @@ def _stored_samples(photo: Photo) -> np.ndarray:
 
 
 # JFIF 1.02, "Conversion to and from RGB".
-_TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]],
-                   dtype=np.float32)
+_TO_YCC = np.array(
+    [[0.299, 0.587, 0.114], [-0.168735892, -0.331264108, 0.5], [0.5, -0.418687589, -0.081312411]], dtype=np.float32
+)
 
 
 def _ycc(photo: Photo, pixels: np.ndarray) -> Image.Image:
@@ -585,8 +641,20 @@ def _read_png(data: bytes, limits: Limits) -> Photo:
         kept.append((b"eXIf", exif))
     if xmp:
         kept.append((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp))
-    return Photo(pixels, "PNG", mode, data, orientation, alpha, exif, xmp, im.info.get("icc_profile"), _dpi(im.info),
-                 chunks=tuple(kept), notes=tuple(notes))
+    return Photo(
+        pixels,
+        "PNG",
+        mode,
+        data,
+        orientation,
+        alpha,
+        exif,
+        xmp,
+        im.info.get("icc_profile"),
+        _dpi(im.info),
+        chunks=tuple(kept),
+        notes=tuple(notes),
+    )
 
 
 def _with_alpha(photo: Photo, pixels: np.ndarray) -> Image.Image:
@@ -603,7 +671,9 @@ def _write_png(photo: Photo, pixels: np.ndarray) -> bytes:
     chunks = _png_chunks(buffer.getvalue())
     out = bytearray(b"\x89PNG\r\n\x1a\n")
     for name, payload in (chunks[0], *photo.chunks, *(c for c in chunks[1:] if c[0] in (b"IDAT", b"IEND"))):
-        out += len(payload).to_bytes(4, "big") + name + payload + zlib.crc32(payload, zlib.crc32(name)).to_bytes(4, "big")
+        out += (
+            len(payload).to_bytes(4, "big") + name + payload + zlib.crc32(payload, zlib.crc32(name)).to_bytes(4, "big")
+        )
     return bytes(out)
 
 
@@ -724,15 +794,28 @@ def _read_webp(data: bytes, limits: Limits) -> Photo:
     orientation = _orientation(exif, xmp)
     exif, xmp = _clean(exif, xmp, im.size, orientation, notes)
     pixels, alpha = _planes(im, orientation)
-    return Photo(pixels, "WEBP", im.mode, data, orientation, alpha, exif, xmp, im.info.get("icc_profile"),
-                 lossless=lossless, quality=quality, notes=tuple(notes))
+    return Photo(
+        pixels,
+        "WEBP",
+        im.mode,
+        data,
+        orientation,
+        alpha,
+        exif,
+        xmp,
+        im.info.get("icc_profile"),
+        lossless=lossless,
+        quality=quality,
+        notes=tuple(notes),
+    )
 
 
 def _write_webp(photo: Photo, pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     how = {"lossless": True, "exact": True} if photo.lossless else {"quality": photo.quality, "alpha_quality": 100}
-    _with_alpha(photo, pixels).save(out, "WEBP", exif=photo.exif or b"", xmp=photo.xmp or b"",
-                                    icc_profile=photo.icc or b"", **how)
+    _with_alpha(photo, pixels).save(
+        out, "WEBP", exif=photo.exif or b"", xmp=photo.xmp or b"", icc_profile=photo.icc or b"", **how
+    )
     return out.getvalue()
 
 
@@ -744,6 +827,7 @@ _TIFF_LOSSLESS = ("raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate", "pack
 def _read_tiff(data: bytes, limits: Limits) -> Photo:
     # Pillow turns a TIFF by itself on loading (other formats not). It is handed an upright one, so that all formats go
     # the same way here.
+    next(photo_meta.walk(data))  # Pillow reads a directory that is cut off; its tags could not be written back
     stored, orientation = photo_meta.without_orientation(data)
     im = TiffImagePlugin.TiffImageFile(io.BytesIO(stored))
     im.getexif()[photo_meta.ORIENTATION] = 1
@@ -770,8 +854,19 @@ def _read_tiff(data: bytes, limits: Limits) -> Photo:
     im.load()
     pixels, alpha = _planes(im, orientation)
     notes = ["palette: written as true colour"] if mode == "P" else []
-    return Photo(pixels, "TIFF", mode, data, orientation, alpha, xmp=xmp if isinstance(xmp, bytes) else None, icc=icc,
-                 dpi=dpi, compression=compression if predictor != 2 else f"{compression}+predictor", notes=tuple(notes))
+    return Photo(
+        pixels,
+        "TIFF",
+        mode,
+        data,
+        orientation,
+        alpha,
+        xmp=xmp if isinstance(xmp, bytes) else None,
+        icc=icc,
+        dpi=dpi,
+        compression=compression if predictor != 2 else f"{compression}+predictor",
+        notes=tuple(notes),
+    )
 
 
 def _write_tiff(photo: Photo, pixels: np.ndarray) -> bytes:
@@ -796,7 +891,7 @@ def _bmp_rows(data: bytes) -> tuple[int, int, int, int, bool] | None:
     width, height, _, bits, packing = struct.unpack_from("<iiHHI", data, 18)
     masks = struct.unpack_from("<III", data, 54) if len(data) >= 66 else ()
     plain = packing == 0 or (packing == 3 and bits == 32 and masks == (0xFF0000, 0xFF00, 0xFF))
-    if bits not in (24, 32) or not plain or width < 1 or height == 0:
+    if bits not in (24, 32) or not plain or width < 1 or height == 0 or offset < 14 + head:
         return None
     if offset + (width * bits // 8 + 3 & ~3) * abs(height) > len(data):
         raise PhotoError("TRUNCATED", "the BMP has fewer rows than its header says")

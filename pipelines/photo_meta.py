@@ -2,8 +2,8 @@
 
 Kept as it is: camera data, dates, GPS, captions, colour profiles, also maker notes byte for byte at their old offsets.
 Corrected: every orientation tag becomes 1, since the pixels are written upright; sizes are exchanged where the picture
-was turned by 90 degrees. Removed: every embedded picture (EXIF thumbnail, previews in maker notes, Photoshop thumbnails,
-base64 pictures in XMP), since it still shows the unprotected face.
+was turned by 90 degrees. Removed: every embedded picture (EXIF thumbnail, previews in maker notes, Photoshop
+thumbnails, base64 pictures in XMP), since it still shows the unprotected face.
 
 Formats: TIFF 6.0 (sections 2 and 8), Exif 3.0 (JEITA CP-3451F, sections 4.5 and 4.6), XMP part 3 (Adobe 2020),
 Photoshop image resources (Adobe Photoshop file formats specification, "Image resources section").
@@ -176,8 +176,8 @@ def clean_exif(block: bytes, size: tuple[int, int], turned: bool) -> tuple[bytes
 
     Orientation becomes 1 in every directory. With `turned`, the size tags become `size` = (width, height) of the
     upright picture. The thumbnail (IFD1) is unlinked and zeroed, as is every other JPEG stream in the block. All else
-    keeps its place, so that offsets inside maker notes stay right. Returns the block and the number of pictures removed.
-    Raises MetadataError where the block cannot be read.
+    keeps its place, so that offsets inside maker notes stay right. Returns the block and how many pictures were
+    removed. Raises MetadataError where the block cannot be read.
     """
     bo = byte_order(block)
     buf, removed = bytearray(block), 0
@@ -238,8 +238,10 @@ def clean_xmp(xmp: bytes, size: tuple[int, int], turned: bool) -> tuple[bytes | 
         return None, 0
     text = _property(text, _TIFF_NS, "Orientation").sub(r"\g<1>1\g<3>", text)
     if turned:
-        for namespace, names in ((_TIFF_NS, ("ImageWidth", "ImageLength")),
-                                 (_EXIF_NS, ("PixelXDimension", "PixelYDimension"))):
+        for namespace, names in (
+            (_TIFF_NS, ("ImageWidth", "ImageLength")),
+            (_EXIF_NS, ("PixelXDimension", "PixelYDimension")),
+        ):
             for name, value in zip(names, size, strict=True):
                 text = _property(text, namespace, name).sub(rf"\g<1>{value}\g<3>", text)
     text, removed = _PICTURE.subn("", text)
@@ -273,10 +275,12 @@ def clean_irb(data: bytes) -> tuple[bytes, int]:
 
 # ---- whole TIFF files ------------------------------------------------------------------------------------------------
 
-# Not carried over: how the old pixels lay in the file, previews, and Photoshop's layers (37724), which hold the original.
-_PIXEL_TAGS = {254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 280, 281, 284, 288, 289, 292, 293, 317, 320,
-               322, 323, 324, 325, 330, 338, 339, 340, 341, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530,
-               531, 532, 34118, 37724, 50255}
+# Not carried over: how the old pixels lay in the file, previews, and Photoshop's layers (37724) with the original.
+_PIXEL_TAGS = {
+    254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 280, 281, 284, 288, 289, 292, 293, 317, 320, 322, 323,
+    324, 325, 330, 338, 339, 340, 341, 347, 512, 513, 514, 515, 517, 518, 519, 520, 521, 529, 530, 531, 532, 34118,
+    37724, 50255,
+}  # fmt: skip
 
 
 def _little(raw: bytes, kind: int, bo: str) -> bytes:
@@ -288,8 +292,11 @@ def _little(raw: bytes, kind: int, bo: str) -> bytes:
 
 def _read_values(block: bytes, ifd: Ifd, skip: set[int]) -> dict[int, tuple[int, int, bytes]]:
     bo = byte_order(block)
-    return {e.tag: (e.type, e.count, _little(block[e.value_at : e.value_at + e.nbytes], e.type, bo))
-            for e in ifd.entries if e.tag not in skip}
+    return {
+        e.tag: (e.type, e.count, _little(block[e.value_at : e.value_at + e.nbytes], e.type, bo))
+        for e in ifd.entries
+        if e.tag not in skip
+    }
 
 
 def _write_ifd(out: bytearray, values: dict[int, tuple[int, int, bytes]]) -> int:

@@ -4,13 +4,14 @@
 silently: a photo; an entry that cannot be used, with a typed reason; or a file that is skipped on purpose (`skipped`:
 other kinds of files, which are neither copied nor changed, and hidden ones).
 
-| SRC | relative path of a photo |
-|---|---|
-| a folder, all depths | below the folder |
-| a glob (`*`, `?`, `[...]`, `**` for all depths) | below its longest part without wildcards |
-| `LIST.txt`: UTF-8, a path or URL a line, empty lines ignored | as written; absolute paths and URLs: below the list's folder if they lie there, else without the leading `/` or `scheme://` |
-| `TABLE.parquet`, `TABLE.csv`: column `path`, optional `person_id` | as in a list |
-| one photo | its name |
+SRC, and the relative path of a photo:
+
+- a folder, all depths: below the folder
+- a glob (`*`, `?`, `[...]`, `**` for all depths): below its longest part without wildcards
+- `LIST.txt`, UTF-8, a path or URL a line, empty lines ignored: as written; of an absolute path or URL, what lies below
+  the list's folder, else all of it without the leading `/` or `scheme://`
+- `TABLE.parquet`, `TABLE.csv`, column `path`, optional `person_id`: as in a list
+- one photo: its name
 
 In folders and globs files are told apart by suffix (`PHOTO_SUFFIXES`; raw and HEIC count as photos, and are refused
 with a reason when they are decoded). What a list names is always taken for a photo.
@@ -162,7 +163,17 @@ def _fs(url: str, error: type[SourceError] = SourceError):
 
 
 def _modified(info: dict) -> str | None:
-    for key in ("ETag", "etag", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "updated", "created"):
+    for key in (
+        "ETag",
+        "etag",
+        "md5Hash",
+        "content_md5",
+        "mtime",
+        "LastModified",
+        "last_modified",
+        "updated",
+        "created",
+    ):
         if info.get(key) is not None:
             return str(info[key]).strip('"')
     return None
@@ -262,7 +273,9 @@ def _walk_local(root: str, hidden: bool, depth: int | None) -> Iterator[SourceRo
                 try:
                     os.stat(full)
                 except FileNotFoundError:
-                    raise SourceError("BROKEN_LINK", f"leads to {_shown(os.readlink(full))}, which is not there") from None
+                    raise SourceError(
+                        "BROKEN_LINK", f"leads to {_shown(os.readlink(full))}, which is not there"
+                    ) from None
                 if (is_dir or not _by_suffix(path)) and not _inside(os.path.realpath(full), real_root):
                     raise SourceError("LINK_OUTSIDE", "the link leads outside SRC")
             if is_dir:
@@ -345,9 +358,12 @@ def _read_table(src: str) -> Iterator[tuple[str, str | None]]:
     try:
         with _open(src) as f:
             if src.lower().endswith(".csv"):
-                options = pa.csv.ConvertOptions(column_types={"path": pa.string(), "person_id": pa.string()},
-                                                strings_can_be_null=True, quoted_strings_can_be_null=True,
-                                                null_values=[""])
+                options = pa.csv.ConvertOptions(
+                    column_types={"path": pa.string(), "person_id": pa.string()},
+                    strings_can_be_null=True,
+                    quoted_strings_can_be_null=True,
+                    null_values=[""],
+                )
                 table = pa.csv.read_csv(f, convert_options=options)
             else:
                 names = pa.parquet.read_schema(f).names
@@ -377,14 +393,16 @@ def _list_row(number: int, entry: str, person: str | None, base: str) -> SourceR
         entry = _local(entry) or entry
         path = entry
         if os.path.isabs(entry):
-            path = os.path.relpath(entry, local_base) if local_base and _inside(entry, local_base) else entry.lstrip("/")
+            path = (
+                os.path.relpath(entry, local_base) if local_base and _inside(entry, local_base) else entry.lstrip("/")
+            )
         url = os.path.join(local_base or "/", entry)
     try:
         path = safe_relative(path)
     except SourceError as e:
-        if any(unicodedata.category(c) == "Cs" for c in path):
-            e = SourceError("NAME_NOT_UTF8", "the name is not valid UTF-8; rename the file")
-        return replace(_failed(entry, url, e), person_id=person)
+        not_utf8 = any(unicodedata.category(c) == "Cs" for c in path)
+        error = SourceError("NAME_NOT_UTF8", "the name is not valid UTF-8; rename the file") if not_utf8 else e
+        return replace(_failed(entry, url, error), person_id=person)
     if _local(url) is not None:
         return replace(_stat_row(path, os.path.abspath(url)), person_id=person)
     try:
@@ -462,8 +480,9 @@ def _kind(src: str) -> str:
     return "list" if suffix == ".txt" else "table" if suffix in TABLE_SUFFIXES else "photo"
 
 
-def list_photos(src: str, *, people_from: str | None = None, hidden: bool = False,
-                out: str | None = None) -> Iterator[SourceRow]:
+def list_photos(
+    src: str, *, people_from: str | None = None, hidden: bool = False, out: str | None = None
+) -> Iterator[SourceRow]:
     """One row for every entry of SRC, sorted by path (Unicode code points). See the module's text.
 
     `people_from="folder"`: the person is the name of the photo's folder, none for photos at the top; a table's own
@@ -487,8 +506,9 @@ def list_photos(src: str, *, people_from: str | None = None, hidden: bool = Fals
             rows = _walk_store(fs, root, hidden, depth)
         if pattern is not None:
             match = re.compile(glob_translate(pattern)).match
-            rows = (row for row in rows if match(row.path) or (row.error and not row.skipped and
-                                                               os.path.isdir(row.url)))
+            rows = (
+                row for row in rows if match(row.path) or (row.error and not row.skipped and os.path.isdir(row.url))
+            )
     elif kind == "photo":
         local = _local(src)
         base = os.path.dirname(os.path.abspath(local)) if local is not None else src.rsplit("/", 1)[0]

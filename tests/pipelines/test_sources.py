@@ -38,7 +38,17 @@ def codes(src, **kw):
 
 
 def test_folder_all_depths_sorted_as_text(tmp_path):
-    names = ["a/x.jpg", "a-b.jpg", "a.jpg", "a/b/z.PNG", "Z/q.webp", "日本/猫.jpeg", "ваня/é.tif", "b 1/👩‍🚀.jpg", "a0/c.bmp"]
+    names = [
+        "a/x.jpg",
+        "a-b.jpg",
+        "a.jpg",
+        "a/b/z.PNG",
+        "Z/q.webp",
+        "日本/猫.jpeg",
+        "ваня/é.tif",
+        "b 1/👩‍🚀.jpg",
+        "a0/c.bmp",
+    ]
     for name in names:
         touch(tmp_path / name, b"12345")
     rows = list(list_photos(str(tmp_path)))
@@ -55,8 +65,15 @@ def test_other_files_are_reported_as_skipped(tmp_path):
     for name in ("a.jpg", "notes.txt", "b.heic", "c.nef", ".hidden.jpg", ".thumbs/d.jpg", "noend"):
         touch(tmp_path / name)
     rows = {row.path: row for row in list_photos(str(tmp_path))}
-    assert {p: r.code for p, r in rows.items()} == {"a.jpg": None, "notes.txt": "NOT_A_PHOTO", "b.heic": None, "c.nef": None,
-                                                    ".hidden.jpg": "HIDDEN", ".thumbs": "HIDDEN", "noend": "NOT_A_PHOTO"}
+    assert {p: r.code for p, r in rows.items()} == {
+        "a.jpg": None,
+        "notes.txt": "NOT_A_PHOTO",
+        "b.heic": None,
+        "c.nef": None,
+        ".hidden.jpg": "HIDDEN",
+        ".thumbs": "HIDDEN",
+        "noend": "NOT_A_PHOTO",
+    }
     assert [p for p, r in rows.items() if r.skipped] == [".hidden.jpg", ".thumbs", "noend", "notes.txt"]
     shown = codes(tmp_path, hidden=True)
     assert shown[".hidden.jpg"] is None and shown[".thumbs/d.jpg"] is None
@@ -84,9 +101,18 @@ def test_links_loops_and_ways_out(tmp_path):
     (src / "link.jpg").symlink_to(src / "d/a.jpg")
     (src / "linked").symlink_to(src / "d")
     got = codes(src)
-    assert got == {"d/a.jpg": None, "d/loop": "LINK_LOOP", "d/self.jpg": "LINK_LOOP", "gone.jpg": "BROKEN_LINK",
-                   "out": "LINK_OUTSIDE", "out.jpg": "LINK_OUTSIDE", "link.jpg": None, "linked/a.jpg": None,
-                   "linked/loop": "LINK_LOOP", "linked/self.jpg": "LINK_LOOP"}
+    assert got == {
+        "d/a.jpg": None,
+        "d/loop": "LINK_LOOP",
+        "d/self.jpg": "LINK_LOOP",
+        "gone.jpg": "BROKEN_LINK",
+        "out": "LINK_OUTSIDE",
+        "out.jpg": "LINK_OUTSIDE",
+        "link.jpg": None,
+        "linked/a.jpg": None,
+        "linked/loop": "LINK_LOOP",
+        "linked/self.jpg": "LINK_LOOP",
+    }
 
 
 def test_mutual_links_end(tmp_path):
@@ -170,8 +196,14 @@ def test_read_bytes_limits(tmp_path):
 
 @pytest.mark.parametrize(
     ("pattern", "wanted"),
-    [("*.jpg", ["a.jpg", "b.jpg"]), ("**/*.jpg", ["a.jpg", "b.jpg", "d/c.jpg", "d/e/f.jpg"]), ("[ab].jpg", ["a.jpg", "b.jpg"]),
-     ("d/?.jpg", ["c.jpg"]), ("*/e/*", ["d/e/f.jpg", "d/e/g.txt"]), ("*.tif", [])],
+    [
+        ("*.jpg", ["a.jpg", "b.jpg"]),
+        ("**/*.jpg", ["a.jpg", "b.jpg", "d/c.jpg", "d/e/f.jpg"]),
+        ("[ab].jpg", ["a.jpg", "b.jpg"]),
+        ("d/?.jpg", ["c.jpg"]),
+        ("*/e/*", ["d/e/f.jpg", "d/e/g.txt"]),
+        ("*.tif", []),
+    ],
 )
 def test_globs(tmp_path, pattern, wanted):
     for name in ("a.jpg", "b.jpg", "n.txt", "d/c.jpg", "d/e/f.jpg", "d/e/g.txt"):
@@ -199,8 +231,14 @@ def test_text_list(tmp_path):
     rows = {row.path: row for row in list_photos(str(tmp_path / "in/list.txt"))}
     outside = str(elsewhere).lstrip("/")
     assert {p: r.code for p, r in rows.items()} == {
-        "b": None, "a.jpg": None, outside: None, "missing.jpg": "NOT_FOUND", "../far/c.jpg": "UNSAFE_PATH",
-        "C:\\x.jpg": "UNSAFE_PATH", "caf\\xe9.jpg": "NAME_NOT_UTF8"}
+        "b": None,
+        "a.jpg": None,
+        outside: None,
+        "missing.jpg": "NOT_FOUND",
+        "../far/c.jpg": "UNSAFE_PATH",
+        "C:\\x.jpg": "UNSAFE_PATH",
+        "caf\\xe9.jpg": "NAME_NOT_UTF8",
+    }
     assert list(rows) == sorted(rows, key=lambda p: rows[p].path)
     assert rows[outside].url == str(elsewhere)
 
@@ -215,11 +253,20 @@ def test_a_list_that_names_a_path_twice(tmp_path):
 def test_tables(tmp_path):
     for name in ("a.jpg", "b.jpg", "007.jpg"):
         touch(tmp_path / name)
-    pq.write_table(pa.table({"path": ["b.jpg", "a.jpg", None], "person_id": [7, None, 1], "x": [1, 2, 3]}), tmp_path / "t.parquet")
+    pq.write_table(
+        pa.table({"path": ["b.jpg", "a.jpg", None], "person_id": [7, None, 1], "x": [1, 2, 3]}), tmp_path / "t.parquet"
+    )
     rows = list(list_photos(str(tmp_path / "t.parquet")))
-    assert [(r.path, r.person_id, r.code) for r in rows] == [("(row 3)", None, "EMPTY_PATH"), ("a.jpg", None, None), ("b.jpg", "7", None)]
+    assert [(r.path, r.person_id, r.code) for r in rows] == [
+        ("(row 3)", None, "EMPTY_PATH"),
+        ("a.jpg", None, None),
+        ("b.jpg", "7", None),
+    ]
     touch(tmp_path / "t.csv", b"person_id,path\n007,007.jpg\n,a.jpg\n")
-    assert [(r.path, r.person_id) for r in list_photos(str(tmp_path / "t.csv"))] == [("007.jpg", "007"), ("a.jpg", None)]
+    assert [(r.path, r.person_id) for r in list_photos(str(tmp_path / "t.csv"))] == [
+        ("007.jpg", "007"),
+        ("a.jpg", None),
+    ]
     touch(tmp_path / "bad.csv", b"file\na.jpg\n")
     touch(tmp_path / "bad.parquet", b"PAR1 this is none PAR1")
     for name in ("bad.csv", "bad.parquet"):
@@ -249,8 +296,14 @@ def test_a_store(store):
         fs.pipe_file(f"{store}/src/{name}", b"data")
     rows = {row.path: row for row in list_photos(f"{store}/src")}
     assert list(rows) == sorted(rows)
-    assert {p: r.code for p, r in rows.items()} == {".h.jpg": "HIDDEN", "a/x.jpg": None, "a-b.jpg": None, "a.jpg": None,
-                                                    "n.txt": "NOT_A_PHOTO", "ж/ü.png": None}
+    assert {p: r.code for p, r in rows.items()} == {
+        ".h.jpg": "HIDDEN",
+        "a/x.jpg": None,
+        "a-b.jpg": None,
+        "a.jpg": None,
+        "n.txt": "NOT_A_PHOTO",
+        "ж/ü.png": None,
+    }
     row = rows["ж/ü.png"]
     assert row.size == 4 and row.modified and read_bytes(row.url) == b"data"
     assert paths(f"{store}/src/**/x*") == ["a/x.jpg"]
@@ -270,7 +323,10 @@ def test_a_store(store):
         check_out(f"{store}/src", f"{store}/src/")
 
 
-@pytest.mark.parametrize("path", ["a.jpg", "a/b.jpg", "日本/猫.jpg", "a b/c (1).jpg", "..a.jpg", "a..jpg", "console.jpg", "2020-01-01 10:20.jpg"])
+@pytest.mark.parametrize(
+    "path",
+    ["a.jpg", "a/b.jpg", "日本/猫.jpg", "a b/c (1).jpg", "..a.jpg", "a..jpg", "console.jpg", "2020-01-01 10:20.jpg"],
+)
 def test_safe_paths(path):
     assert safe_relative(path) == path
 
@@ -280,8 +336,29 @@ def test_normal_form():
 
 
 @pytest.mark.parametrize(
-    "path", ["../a.jpg", "a/../../b.jpg", "a/..", "/etc/passwd", "C:a.jpg", "c:/a.jpg", "a\\b.jpg", "\\\\host\\a", "a\0.jpg", "a\n.jpg",
-             "a\x7f.jpg", "a\u2028.jpg", "\ud800.jpg", "con", "a/NUL.jpg", "Com1.png", "aux .jpg", "...", "a/. ./b.jpg"])
+    "path",
+    [
+        "../a.jpg",
+        "a/../../b.jpg",
+        "a/..",
+        "/etc/passwd",
+        "C:a.jpg",
+        "c:/a.jpg",
+        "a\\b.jpg",
+        "\\\\host\\a",
+        "a\0.jpg",
+        "a\n.jpg",
+        "a\x7f.jpg",
+        "a\u2028.jpg",
+        "\ud800.jpg",
+        "con",
+        "a/NUL.jpg",
+        "Com1.png",
+        "aux .jpg",
+        "...",
+        "a/. ./b.jpg",
+    ],
+)
 def test_unsafe_paths(path):
     with pytest.raises(SourceError) as e:
         safe_relative(path)
@@ -298,8 +375,13 @@ def test_out_against_src(tmp_path):
     src = tmp_path / "src"
     touch(src / "a.jpg")
     (tmp_path / "alias").symlink_to(src)
-    for out, code in ((src, "OUT_IS_SRC"), (src / "sub/deep", "OUT_INSIDE_SRC"), (tmp_path / "alias/o", "OUT_INSIDE_SRC"),
-                      (tmp_path, "SRC_INSIDE_OUT"), (src / ".." / "src", "OUT_IS_SRC")):
+    for out, code in (
+        (src, "OUT_IS_SRC"),
+        (src / "sub/deep", "OUT_INSIDE_SRC"),
+        (tmp_path / "alias/o", "OUT_INSIDE_SRC"),
+        (tmp_path, "SRC_INSIDE_OUT"),
+        (src / ".." / "src", "OUT_IS_SRC"),
+    ):
         with pytest.raises(OutputError) as e:
             check_out(str(src), str(out))
         assert e.value.code == code, out
@@ -339,8 +421,16 @@ def test_write_output_replaces_whole_files(tmp_path):
     assert os.listdir(tmp_path / "out/d") == ["日本.jpg"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "DISK_FULL"), (errno.EDQUOT, "DISK_FULL"), (errno.EROFS, "NOT_WRITABLE"),
-                                              (errno.EACCES, "NOT_WRITABLE"), (errno.EIO, "WRITE_FAILED")])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, "DISK_FULL"),
+        (errno.EDQUOT, "DISK_FULL"),
+        (errno.EROFS, "NOT_WRITABLE"),
+        (errno.EACCES, "NOT_WRITABLE"),
+        (errno.EIO, "WRITE_FAILED"),
+    ],
+)
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, code):
     write_output(str(tmp_path), "a.jpg", b"old")
 
