@@ -16,12 +16,14 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from scol_ops.models.encoder import Encoder
-from scol_ops.models.mobilestylegan import CODE_DIM, MobileStyleGAN, state_dict_from_ir
+from scol_ops.models.mobilestylegan import MobileStyleGAN, state_dict_from_ir
 from scol_ops.models.openvino_ir import read_constants
 
 DATA = Path(__file__).parent / "data"
 
 SHA256 = {
+    # Mean of 65,536 W codes of seed 0: ``python -m pipelines.training.mean_code`` makes it again.
+    "mobilestylegan_mean.safetensors": "e4583dbad36362b9f9ce5a1089d6ac41ad95106a63dc02a25ebcf120ba5c6a22",
     "encoder.safetensors": "e8a04f107073eefd0ea73ade0deabea10849753629257a903f7df54c3370c500",
     "mobilestylegan_head256.safetensors": "7ffa887b5d902d66b4945440556af166b6e35db05366e6b4d729ceced6ce9697",
     "random_face/MappingNetwork.xml": "73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
@@ -81,19 +83,6 @@ def _mobilestylegan_state() -> dict[str, Tensor]:
     return state_dict_from_ir(*graphs)
 
 
-@functools.cache
-def _mean_code() -> Tensor:
-    """Mean of 65,536 W codes of a fixed seed, in float64: (512,)."""
-    mapping = MobileStyleGAN(256).mapping
-    mapping.load_state_dict({k[8:]: v for k, v in _mobilestylegan_state().items() if k.startswith("mapping.")})
-    rng = torch.Generator().manual_seed(0)
-    total = torch.zeros(CODE_DIM, dtype=torch.float64)
-    with torch.no_grad():
-        for _ in range(16):
-            total += mapping(torch.randn(4096, CODE_DIM, generator=rng)).double().sum(0)
-    return (total / 65536).float()
-
-
 def load_mobilestylegan(resolution: int = 256, head: str | None = "mobilestylegan_head256.safetensors") -> MobileStyleGAN:
     """The embedded generator, in eval mode, parameters frozen.
 
@@ -110,7 +99,7 @@ def load_mobilestylegan(resolution: int = 256, head: str | None = "mobilestylega
     if resolution == 256:
         own = generator.head.state_dict() if head is None else read_safetensors(head)
         state |= {f"head.{k}": v for k, v in own.items()}
-    state["mean_code"] = _mean_code()
+    state["mean_code"] = read_safetensors("mobilestylegan_mean.safetensors")["mean_code"]
     generator.load_state_dict(state, strict=True)
     return generator.eval().requires_grad_(False)
 
