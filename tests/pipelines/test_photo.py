@@ -367,8 +367,8 @@ def test_tiff_tags_are_kept(bo):
     tags = [
         (256, 3, 1, 144), (257, 3, 1, 112), (258, 3, 3, struct.pack(bo + "3H", 8, 8, 8)), (259, 3, 1, 1),
         (262, 3, 1, 2), (270, 2, 10, b"Ann & Bob\0"), (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, 112),
-        (279, 4, 1, pixels.nbytes), (282, 5, 1, struct.pack(bo + "II", 300, 1)), (283, 5, 1, struct.pack(bo + "II", 300, 1)),
-        (296, 3, 1, 2),
+        (279, 4, 1, pixels.nbytes), (282, 5, 1, struct.pack(bo + "II", 300, 1)),
+        (283, 5, 1, struct.pack(bo + "II", 300, 1)), (296, 3, 1, 2),
         (65000, 4, 1, 12345), (0x010F, 2, 6, b"Maker\0"), (0x0112, 3, 1, 6),
     ]  # fmt: skip
     data = bytearray({">": b"MM\0*", "<": b"II*\0"}[bo] + bytes(4) + pixels.tobytes())

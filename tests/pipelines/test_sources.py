@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import socket
+from contextlib import suppress
 
 import fsspec
 import pyarrow as pa
@@ -127,17 +128,25 @@ def test_mutual_links_end(tmp_path):
 
 
 def test_deep_trees_do_not_hit_the_recursion_limit(tmp_path):
-    here = os.open(tmp_path, os.O_RDONLY)
+    depth, handles = 1200, [os.open(tmp_path, os.O_RDONLY)]
     try:
-        for _ in range(1200):
-            os.mkdir("d", dir_fd=here)
-            below = os.open("d", os.O_RDONLY, dir_fd=here)
-            os.close(here)
-            here = below
-        os.close(os.open("x.jpg", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+        for _ in range(depth):
+            os.mkdir("d", dir_fd=handles[-1])
+            handles.append(os.open("d", os.O_RDONLY, dir_fd=handles[-1]))
+            os.close(handles[-2])
+        os.close(os.open("x.jpg", os.O_CREAT | os.O_WRONLY, dir_fd=handles[-1]))
+        assert paths(tmp_path) == ["d/" * depth + "x.jpg"]
     finally:
+        # By hand: pytest's own cleaning up (shutil.rmtree) recurses.
+        here = handles[-1]
+        with suppress(FileNotFoundError):
+            os.unlink("x.jpg", dir_fd=here)
+        for _ in range(len(handles) - 1):
+            above = os.open("..", os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            os.rmdir("d", dir_fd=above)
+            here = above
         os.close(here)
-    assert paths(tmp_path) == ["d/" * 1200 + "x.jpg"]
 
 
 def test_names_that_are_not_utf8_or_not_safe(tmp_path):
