@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
+# No warnings of conflicts: those of requirements-nodeps.txt are known, see there.
+PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --quiet --no-warn-conflicts
 STAMP  := $(VENV)/.setup-done
 TSTAMP := $(VENV)/.setup-test-done
 BENCHES := align gallery stages
@@ -42,11 +43,11 @@ test: $(TSTAMP)
 	$(PY) -m pytest -q tests
 
 $(addprefix bench-,$(BENCHES)): bench-%: $(STAMP)
-	$(PY) -m pipelines.bench.$*
+	$(PY) -m pipelines.bench.$(notdir $(basename $(wildcard pipelines/bench/$*.py pipelines/bench/bench_$*.py)))
 
 # One after the other, also under -j: they measure time.
 bench: $(STAMP)
-	@for name in $(BENCHES); do $(PY) -m pipelines.bench.$$name || exit 1; done
+	@for name in $(BENCHES); do $(MAKE) --no-print-directory bench-$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build
