@@ -27,7 +27,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.config import STAGES
+from pipelines.inspect_run import errors
 from pipelines.manifests import ERROR, NO_FACE, OK, WEAK, Run, RunError, read_photos, read_stage, summary
+from pipelines.photo import MAX_BYTES, PhotoError, decode
+from pipelines.sources import SourceError, read_bytes
 
 AMPLIFICATION = 10
 SAMPLE = 24  # faces shown of those that are well protected
@@ -59,10 +62,17 @@ def _name(text: object) -> str:
 
 @dataclass(frozen=True, eq=False)
 class FacePictures:
-    """A face's aligned crop before and after, uint8 (S, S, 3) RGB; `protected` is None where the run has none yet."""
+    """A face's aligned crop before and after, uint8 (S, S, 3) RGB.
+
+    Attributes:
+        original: as it was aligned.
+        protected: None where the run has none yet.
+        saved: `protected` was cut out of the saved file; otherwise it is as the last stage left it.
+    """
 
     original: Pixels
     protected: Pixels | None
+    saved: bool = False
 
     def difference(self, amplification: float = AMPLIFICATION) -> Pixels | None:
         """|protected - original| times `amplification`, clipped at 255: black where nothing changed."""
@@ -82,19 +92,19 @@ def _decode(data: bytes | None) -> Pixels | None:
         return None  # a report leaves a picture out rather than fail
 
 
-def read_pictures(run: Run | str, face_ids: Iterable[str], column: tuple[str, str] = ("attack", "protected")) -> dict[
-    str, FacePictures
-]:
-    """Crops of some faces from a run's manifests.
-
-    Args:
-        run: the run or its folder's URL.
-        face_ids: the faces; those that the manifests do not have are left out.
-        column: stage and column of the picture after.
+def read_crops(run: Run | str, face_ids: Iterable[str], stage: str, column: str) -> dict[str, Pixels]:
+    """Pictures of some faces from a stage's table, uint8 (S, S, 3); faces that have none there are left out.
 
     Raises:
         RunError, StoreError: see `manifests.read_stage`.
     """
+    return {face: pixels for face, row in _face_rows(run, face_ids, stage, [column]).items()
+            if (pixels := _decode(row[column])) is not None}
+
+
+def _face_rows(
+    run: Run | str, face_ids: Iterable[str], stage: str, columns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     run = run if isinstance(run, Run) else Run(str(run))
     wanted = set(face_ids)
     if not wanted:
@@ -102,17 +112,62 @@ def read_pictures(run: Run | str, face_ids: Iterable[str], column: tuple[str, st
     photo_ids = {face.rsplit("-", 1)[0] for face in wanted}
     plan = run.plan()
     chosen = plan.filter(pa.array([p in photo_ids for p in plan["photo_id"].to_pylist()], pa.bool_()))
+    rows = run.store.read_rows(stage, chosen[stage].to_pylist(), ["face_id", *columns])
+    return {row["face_id"]: row for row in rows.to_pylist() if row["face_id"] in wanted} if rows.num_rows else {}
 
-    def pictures(stage: str, name: str) -> dict[str, bytes]:
-        rows = run.store.read_rows(stage, chosen[stage].to_pylist(), ["face_id", name])
-        if not rows.num_rows:
-            return {}
-        return {f: p for f, p in zip(rows["face_id"].to_pylist(), rows[name].to_pylist(), strict=True)
-                if f in wanted and p is not None}
 
-    before, after = pictures("align", "crop"), pictures(*column)
-    decoded = {face: (_decode(crop), _decode(after.get(face))) for face, crop in before.items()}
-    return {face: FacePictures(*pair) for face, pair in decoded.items() if pair[0] is not None}
+def read_pictures(run: Run | str, face_ids: Iterable[str]) -> dict[str, FacePictures]:
+    """Before and after of some faces: the original from the manifests, the protected one from the saved file.
+
+    Where the saved file cannot be read (moved, another machine) the picture after is the one that the last stage left
+    in the manifests.
+
+    Raises:
+        RunError, StoreError: see `manifests.read_stage`.
+    """
+    face_ids = list(face_ids)
+    geometry = ["crop", "quad", "box", "landmarks", "width", "height"]
+    aligned = _face_rows(run, face_ids, "align", geometry)
+    published = _face_rows(run, face_ids, "publish", ["action", "out_path"])
+    made: dict[str, Pixels] | None = None
+    out: dict[str, FacePictures] = {}
+    last: tuple[str, Any] = ("", None)  # faces of one photo come one after the other
+    for face in face_ids:
+        row, done = aligned.get(face), published.get(face)
+        original = _decode(row["crop"]) if row else None
+        if original is None:
+            continue
+        cut = None
+        if done and done["action"] == "protected" and done["out_path"] and row["quad"] is not None:
+            if last[0] != done["out_path"]:
+                last = (done["out_path"], _read_photo(done["out_path"]))
+            cut = _cut(last[1], row, len(original))
+        if cut is None:
+            made = read_crops(run, face_ids, "attack", "protected") if made is None else made
+            out[face] = FacePictures(original, made.get(face))
+        else:
+            out[face] = FacePictures(original, cut, saved=True)
+    return out
+
+
+def _read_photo(url: str) -> Pixels | None:
+    try:
+        return decode(read_bytes(url, 2 * MAX_BYTES)).pixels
+    except (SourceError, PhotoError):
+        return None
+
+
+def _cut(photo: Pixels | None, row: Mapping[str, Any], size: int) -> Pixels | None:
+    """The aligned crop of a face in a saved photo, cut as the verdict's is."""
+    if photo is None or photo.shape[:2] != (row["height"], row["width"]):
+        return None
+    from pipelines.stages.common import to_tensor  # torch: seconds that a report without faces need not take
+    from pipelines.stages.publish import FaceWindow
+    from scol_ops.alignment import align_crops
+    from scol_ops.metrics import to_uint8
+
+    window = FaceWindow({f"align.{k}": row[k] for k in ("quad", "box", "landmarks")}, row["width"], row["height"])
+    return to_uint8(align_crops(to_tensor(photo[window.rows, window.columns]), window.quad, size)[0])
 
 
 def _data_url(pixels: Pixels) -> str:
@@ -187,7 +242,8 @@ def histogram(
         return f"<div><h3>{escape(title)}</h3><p class=soft>No face has this measure yet.</p></div>"
     low, high = min([*finite, *(m for m, _ in marks)]), max([*finite, *(m for m, _ in marks)])
     if high - low < 1e-6:
-        low, high = low - 0.5, high + 0.5
+        pad = max(abs(low) * 0.05, 0.01)
+        low, high = low - pad, high + pad
     ticks = _ticks(low, high)
     low, high = ticks[0], ticks[-1]
     counts, edges = np.histogram(finite, bins=bins, range=(low, high))
@@ -248,7 +304,7 @@ class _Data:
     totals: dict[str, Any]
     photos: list[dict[str, Any]]
     faces: list[dict[str, Any]]  # rows of publish with a face
-    failures: list[dict[str, Any]]  # rows of publish with status error, of faces and of photos
+    failures: list[dict[str, Any]]  # rows with status error, of faces and of photos, at any stage
 
 
 def _collect(run: Run) -> _Data:
@@ -267,7 +323,7 @@ def _collect(run: Run) -> _Data:
     except RunError:
         pass  # not finished
     faces = [r for r in rows if r["face_id"] is not None]
-    return _Data(run, info, totals, photos, faces, [r for r in rows if r["status"] == ERROR])
+    return _Data(run, info, totals, photos, faces, errors(run.url, weak=False))
 
 
 def _face_words(row: Mapping[str, Any]) -> str:
@@ -335,10 +391,11 @@ def _card(row: Mapping[str, Any], pictures: FacePictures, budget: _Budget) -> st
         f'<div><img loading=lazy decoding=async width={PICTURE_SIDE} height={PICTURE_SIDE} alt="{alt}" src="{url}">'
         f"<span>{label}</span></div>" for url, (label, alt) in zip(urls, labels, strict=True)
     )
+    source = "" if pictures.saved else " (before saving: the saved file could not be read)"
     words = [f"PSNR {_number(row['psnr'], 1, 'dB')}", f"SSIM {_number(row['ssim'], 3)}", f"ISM {_number(row['ism'], 3)}"]
     reason = f"<br><span class={escape(row['status'])}>{escape(row['reason'])}</span>" if row["reason"] else ""
     return (f"<li><figure><div class=triple>{images}</div><figcaption>{_name(_face_words(row))}<br>"
-            f"{' · '.join(words)}{reason} <button type=button data-do=blink aria-pressed=false>blink</button>"
+            f"{' · '.join(words)}{source}{reason} <button type=button data-do=blink aria-pressed=false>blink</button>"
             f"</figcaption></figure></li>")
 
 
@@ -359,14 +416,13 @@ def _order(seed: int, name: str) -> bytes:
 
 
 _PICTURES_NOTE = (
-    f"Pictures are the aligned crops at {PICTURE_SIDE} px as the method left them, before they are pasted into the photo "
-    f"with a soft mask and saved; the numbers are measured on the saved files. Differences are absolute, {AMPLIFICATION} "
-    "times amplified: black is no change."
+    f"Aligned crops, shown at {PICTURE_SIDE} px at most, of the original photo and of the saved file. Differences are "
+    f"absolute and {AMPLIFICATION} times amplified: black is no change."
 )
 
 
 def _sample(data: _Data, budget: _Budget, count: int) -> str:
-    good = [r for r in data.faces if r["status"] == OK]
+    good = [r for r in data.faces if r["status"] == OK and r["psnr"] is not None]  # measured, so published
     if not good:
         return "<p class=soft>No face was protected well in this run.</p>"
     seed = int(data.info.get("config", {}).get("seed", 0) or 0)
@@ -488,6 +544,8 @@ def _settings(data: _Data) -> str:
     text = ""
     groups = {k: v for k, v in data.info.items() if isinstance(v, Mapping)}
     plain = {k: v for k, v in data.info.items() if k not in groups}
+    titles = {"config": "configuration", "weights": "fingerprints of the weights, by stage",
+              "stage_versions": "versions of the stages", "versions": "versions of the packages"}
     for title, group in (("run", plain), *groups.items()):
         rows = list(_flat(group))
         if not rows:
@@ -497,7 +555,8 @@ def _settings(data: _Data) -> str:
             f"{escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}</code></td></tr>"
             for key, value in rows
         )
-        text += (f"<details{' open' if title != 'config' else ''}><summary>{escape(title)} ({len(rows)})</summary>"
+        text += (f"<details{' open' if title != 'config' else ''}><summary>{escape(titles.get(title, title))}"
+                 f" ({len(rows)})</summary>"
                  f"<div class=wide><table><tbody>{body}</tbody></table></div></details>")
     return text
 
