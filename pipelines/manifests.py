@@ -323,7 +323,7 @@ def summary(run: Run | str) -> dict[str, Any]:
         seconds[stage] = round(float(pc.sum(column).as_py() or 0.0), 3)
     spreads = {name: _statistics(faces[name]) for name in measures}
     judges = {j for j in faces["judge"].to_pylist() if j}
-    limits = {m for m in faces["max_ism"].to_pylist() if m is not None}
+    limits = {round(m, 4) for m in faces["max_ism"].to_pylist() if m is not None}
     return {
         "photos": photos.num_rows,
         "faces": sum(face_counts.values()),

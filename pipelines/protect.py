@@ -194,7 +194,7 @@ def execute(
     setting = Setting(weights, url, described)
     if on_start is not None:
         on_start(setting)
-    stages = make_stages(config, weights, gallery=url, std=std, out=out, until=until)
+    stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=len(photos), until=until)
     engine = Engine(
         run.store, stages, source=SOURCE, shard_items=config.engine.shard_photos, address=config.engine.ray_address,
         progress=progress,
@@ -235,10 +235,9 @@ def layout(config: Config, nodes: Sequence[dict[str, float]]) -> dict[str, Pool]
     generator = Resources(num_cpus=min(threads, cpus / actors), num_gpus=min(1.0, gpus / actors), threads=threads)
     small = Resources(num_cpus=0.0, threads=1)
     return {
-        "align": Pool(actors=math.ceil(actors / 16), resources=small),
         "generator": Pool(actors=actors, resources=generator),
         "gallery": Pool(actors=1, resources=Resources(num_cpus=0.0, threads=max(1, min(4, cpus // 2)))),
-        "publish": Pool(actors=math.ceil(actors / 4), resources=small),
+        "photos": Pool(actors=math.ceil(actors / 4), resources=small),
     }
 
 

@@ -26,6 +26,7 @@ def make_stages(
     gallery: str | None = None,
     std: np.ndarray | None = None,
     out: str | None = None,
+    photos: int = 1,
     until: str = "publish",
 ) -> list[Stage]:
     """The chain of stages for the engine.
@@ -36,6 +37,7 @@ def make_stages(
         gallery: URL of the gallery; needed from ``fuse`` on.
         std: (L, 512) of the gallery, where ``inspect.unit`` is ``std``.
         out: URL of OUT; needed for ``publish``.
+        photos: how many the run has.
         until: the last stage wanted.
     """
     limit = config.engine.face_seconds
@@ -46,13 +48,14 @@ def make_stages(
             error_rows=partial(error_rows, name, config.seed), row_id="face_id", pool=pool, **options,
         )
 
-    # A stage that takes minutes a photo loses all that is in hand when the run is stopped, so its parts are small.
-    slow = 1 if config.engine.shard_photos is None else config.engine.shard_photos
+    # What is in hand when a run is stopped is lost, and these stages take a minute a face: one photo a part. Only runs
+    # of very many photos get larger parts, since the next run has to look into each.
+    slow = config.engine.shard_photos or min(16, max(1, photos // 5000))
     common = ["photo_id", "face_id", "status", "reason", "failed_stage", "seed"]
     geometry = ["landmarks", "box", "quad"]
     # Stages of many faces a photo keep each face's time themselves; the others have the engine's limit for a photo.
     chain = [
-        stage("align", partial(align.operator, config, weights["align"]), "align",
+        stage("align", partial(align.operator, config, weights["align"]), "photos",
               batch_items=config.engine.align_batch, item_seconds=limit),
         stage("invert", partial(invert.operator, config, weights["invert"]), "generator",
               columns=[*common, "crop", *geometry]),
@@ -63,7 +66,7 @@ def make_stages(
         stage("attack", partial(attack.operator, config, weights["attack"], std), "generator",
               columns=[*common, "tuned", "refined"],
               joins={"align": ["crop", *geometry], "invert": ["code"], "fuse": ["target"]}, shard_items=slow),
-        stage("publish", partial(publish.operator, config, weights["publish"], out), "publish",
+        stage("publish", partial(publish.operator, config, weights["publish"], out), "photos",
               columns=[*common, "protected"], item_seconds=limit,
               joins={"source": ["path", "url"], "align": ["crop", *geometry, "width", "height"]}),
     ]

@@ -1,0 +1,374 @@
+"""The command ``scol``. Thin: parses, calls, prints. Heavy packages are imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+_PROFILES = ("quick", "standard", "paper")  # pipelines.config.PROFILES, which costs half a second to import
+
+
+def _known_errors() -> tuple[type[BaseException], ...]:
+    """What is shown as one line instead of a traceback; only packages that are loaded can have raised."""
+    wanted = {
+        "pipelines.config": ("ConfigError",),
+        "pipelines.sources": ("SourceError",),
+        "pipelines.protect": ("ProtectError",),
+        "pipelines.manifests": ("RunError",),
+        "pipelines.photo": ("PhotoError",),
+        "cluster.errors": ("ClusterError",),
+        "gallery_index.errors": ("GalleryError",),
+        "scol_ops.models.weights": ("WeightsError",),
+    }
+    found: list[type[BaseException]] = [OSError]
+    for module, names in wanted.items():
+        if module in sys.modules:
+            found += [getattr(sys.modules[module], name) for name in names]
+    return tuple(found)
+
+
+def guarded(command: Callable) -> Callable:
+    """Adds --verbose; typed errors become one line on stderr and status 2 (Ctrl-C: 130)."""
+
+    @click.option("--verbose", is_flag=True, help="Show tracebacks and the packages' own messages.")
+    @wraps(command)
+    def run(*args, verbose: bool, **kwargs):
+        if verbose:
+            import logging
+
+            logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        try:
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            if verbose:
+                raise
+            click.echo("interrupted; what is finished is kept, the same command goes on from there", err=True)
+            sys.exit(130)
+        except Exception as error:
+            if verbose or not isinstance(error, _known_errors()):
+                raise
+            for line in getattr(error, "problems", None) or [str(error)]:
+                click.echo(f"error: {line}", err=True)
+            sys.exit(2)
+
+    return run
+
+
+def configured(command: Callable) -> Callable:
+    """Adds --profile, --config and --set, and hands over ``config``."""
+
+    @click.option("--profile", type=click.Choice(_PROFILES), help="Set of defaults.  [default: standard]")
+    @click.option("--config", "config_file", metavar="FILE", help="TOML file with settings; see `scol config`.")
+    @click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="One setting, e.g. tune.steps=200; repeatable.")
+    @wraps(command)
+    def run(*args, profile: str | None, config_file: str | None, sets: tuple[str, ...], **kwargs):
+        from pipelines.config import load_config
+
+        def load(**overrides: Any):
+            return load_config(profile, config_file, sets, **overrides)
+
+        return command(*args, load=load, **kwargs)
+
+    return run
+
+
+def engine_options(command: Callable) -> Callable:
+    """Adds the options of the engine that are used most."""
+    command = click.option("--workers", type=int, help="Actors that hold a generator (engine.workers).")(command)
+    return click.option("--ray-address", metavar="HOST:PORT", help="Join this Ray cluster (engine.ray_address); "
+                        "by default a local one is started.")(command)
+
+
+def json_option(command: Callable) -> Callable:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")(command)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+class Ordered(click.Group):
+    """Commands in the order in which they are defined."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 110}
+
+
+@click.group(cls=Ordered, context_settings=_CONTEXT)
+@click.version_option(package_name="scol", message="%(version)s")
+def main() -> None:
+    """Protect the faces in photo archives against face swappers (SCOL).
+
+    Photos look the same to people, but face recognisers and the identity extractors of face swappers see someone else.
+
+    \b
+    First steps:
+      scol demo                          a small archive of generated people, protected, with its report
+      scol protect PHOTOS --out OUT      the job itself
+      scol doctor                        is everything in place?
+    """
+
+
+# ---- protect ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.argument("src")
+@click.option("--out", required=True, metavar="OUT", help="Folder or fsspec URL; gets the same tree, names and formats.")
+@click.option("--run", "run_url", metavar="RUN", help="Folder of the run's tables and report.  [default: OUT.run]")
+@click.option("--gallery", metavar="GALLERY", help="Gallery of other people's codes (gallery.url); by default a synthetic "
+              "one is made in RUN.")
+@click.option("--on-fail", type=click.Choice(["skip", "copy"]), help="A photo that fails: leave it out of OUT, or copy it "
+              "unprotected (publish.on_fail).  [default: skip]")
+@click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only a random sample of so many photos.")
+@click.option("--seed", type=int, default=0, help="Of that sample. (The run's own seed is --set seed=N.)")
+@json_option
+@configured
+@engine_options
+@guarded
+def protect(src, out, run_url, gallery, on_fail, people_from, limit, seed, as_json, load, workers, ray_address):
+    """Protect the photos of SRC into OUT.
+
+    SRC is a folder (all depths), a glob in quotes, a text list (.txt), or a table (.csv, .parquet) with a column `path`
+    and optionally `person_id`; paths or fsspec URLs. A second run of the same command does only what is missing.
+
+    Exit status: 0 if no photo failed (photos that came out weak are warned of), 1 if one failed, 2 if the run could not
+    start or go on, 130 after Ctrl-C.
+    """
+    config = load(
+        gallery__url=gallery, publish__on_fail=on_fail, engine__workers=workers, engine__ray_address=ray_address
+    )
+    from pipelines import protect as job
+
+    result = job.protect(
+        src, out, config, run_url=run_url, people_from=people_from, limit=limit, sample_seed=seed, say=_say,
+        progress_stream=sys.stderr,
+    )
+    run_url = run_url or job.default_run(out)
+    if as_json:
+        _print(result)
+    else:
+        click.echo(job.table_of(result))
+        click.echo(f"report: {run_url}/report.html")
+    if result["weak"]:
+        _say(f"warning: {result['weak']} photo(s) came out weak: {result['judge']} may still know a face "
+             f"(scol errors {run_url})")
+    if result["error"]:
+        _say(f"{result['error']} photo(s) failed: scol errors {run_url}")
+    sys.exit(job.exit_status(result))
+
+
+# ---- gallery ----------------------------------------------------------------------------------------------------------
+
+
+@main.group(cls=Ordered)
+def gallery() -> None:
+    """Build a gallery of style codes, or describe one."""
+
+
+@gallery.command("build")
+@click.argument("photos", required=False)
+@click.option("--synthetic", type=click.IntRange(min=2), metavar="N", help="N codes of people who do not exist, instead "
+              "of PHOTOS.")
+@click.option("--out", required=True, metavar="GALLERY", help="Folder or fsspec URL; must not hold a gallery yet.")
+@click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
+@json_option
+@configured
+@engine_options
+@guarded
+def gallery_build(photos, synthetic, out, people_from, as_json, load, workers, ray_address):
+    """Build a gallery from the faces of PHOTOS (as for protect), or a synthetic one."""
+    if (photos is None) == (synthetic is None):
+        raise click.UsageError("give either PHOTOS or --synthetic N")
+    config = load(gallery__synthetic=synthetic, engine__workers=workers, engine__ray_address=ray_address)
+    from pipelines import gallery_jobs, protect as job
+
+    if synthetic is not None:
+        gallery_jobs.build_synthetic(out, config.gallery)
+    else:
+        reporter = job.Reporter(0, sys.stderr)
+        gallery_jobs.build_from_photos(photos, out, config, people_from=people_from, progress=reporter, say=_say)
+        reporter.close()
+    _show_gallery(gallery_jobs.describe(out), as_json)
+
+
+@gallery.command("info")
+@click.argument("gallery_url", metavar="GALLERY")
+@json_option
+@guarded
+def gallery_info(gallery_url, as_json):
+    """Describe a gallery: size, similarity, weights, fingerprint."""
+    from pipelines import gallery_jobs
+
+    _show_gallery(gallery_jobs.describe(gallery_url), as_json)
+
+
+def _show_gallery(described: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print(described)
+        return
+    for name, value in described.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v or 'not involved'}" for k, v in value.items())
+        click.echo(f"{name.replace('_', ' '):22} {value}")
+
+
+# ---- about a run ------------------------------------------------------------------------------------------------------
+
+
+@main.command(short_help="Write a run's report anew.")
+@click.argument("run")
+@guarded
+def report(run):
+    """Write RUN/report.html anew from the run's tables."""
+    from pipelines.report import write_report
+
+    click.echo(write_report(run))
+
+
+@main.command(short_help="How far a run is, and how it came out so far.")
+@click.argument("run")
+@json_option
+@guarded
+def status(run, as_json):
+    """How far RUN is, and how it came out so far. Also while it runs."""
+    from pipelines import inspect_run
+
+    result = inspect_run.status(run)
+    if as_json:
+        _print(result)
+        return
+    click.echo(f"{result['photos']} photos, {result['faces']} faces found")
+    for stage, entry in result["stages"].items():
+        counts = ", ".join(f"{n} {word}" for word, n in entry["rows"].items() if n)
+        click.echo(f"  {stage:8} {entry['done']:>7}/{result['photos']} photos  {counts}")
+    for word in ("ok", "weak", "no_face", "error", "pending"):
+        click.echo(f"{word:8} {result[word]:>7}")
+
+
+@main.command(short_help="List the photos that failed or came out weak.")
+@click.argument("run")
+@click.option("--weak/--no-weak", default=True, help="Also list faces that came out weak.")
+@json_option
+@guarded
+def errors(run, weak, as_json):
+    """Every photo of RUN that failed or came out weak, with stage and reason."""
+    from pipelines import inspect_run
+
+    rows = inspect_run.errors(run, weak=weak)
+    if as_json:
+        _print(rows)
+        return
+    for row in rows:
+        click.echo(f"{row['status']:6} {row['failed_stage'] or '-':8} {row['path']}: {row['reason']}")
+    click.echo(f"{len(rows)} row(s)", err=True)
+
+
+@main.command(short_help="What protecting SRC would take: photos, faces, time, memory.")
+@click.argument("src")
+@click.option("--run", "run_url", metavar="RUN", help="Take times from this earlier run instead of measuring a face now.")
+@click.option("--sample", default=16, type=click.IntRange(1, 1000), help="Photos in which faces are counted.")
+@json_option
+@configured
+@guarded
+def plan(src, run_url, sample, as_json, load):
+    """What protecting SRC would take: photos, bytes, faces (by a sample), time, memory. Changes nothing."""
+    from pipelines import inspect_run
+
+    result = inspect_run.plan(src, load(), run_url=run_url, sample=sample)
+    if as_json:
+        _print(result)
+        return
+    for name, value in result["words"].items():
+        click.echo(f"{name:18} {value}")
+
+
+# ---- about the installation -------------------------------------------------------------------------------------------
+
+
+@main.command(short_help="The embedded networks: use, source, licence, sha256.")
+@json_option
+@guarded
+def models(as_json):
+    """The embedded networks: what for, source, licence, size, sha256 (checked now)."""
+    from dataclasses import asdict
+
+    from pipelines.models import model_cards
+
+    cards = model_cards()
+    if as_json:
+        _print([asdict(card) for card in cards])
+    else:
+        for card in cards:
+            click.echo(f"{card.name}  ({card.role}; {card.size / 1e6:.1f} MB; {card.licence})")
+            click.echo(f"  source   {card.source}\n  used in  {card.used_in}")
+            if card.card:
+                click.echo(f"  card     {card.card}")
+            for file, digest in card.files.items():
+                click.echo(f"  sha256   {digest}  {file}")
+            if card.problem:
+                click.echo(f"  PROBLEM  {card.problem}")
+    sys.exit(0 if all(card.found for card in cards) else 1)
+
+
+@main.command(short_help="Check the installation.")
+@click.option("--out", metavar="OUT", default=".", help="Where space on the disk is checked.")
+@json_option
+@guarded
+def doctor(out, as_json):
+    """Check Python, PyTorch, Ray (starts one), FAISS, weights, GPU and disk."""
+    from pipelines import inspect_run
+
+    checks = inspect_run.doctor(out)
+    if as_json:
+        _print(checks)
+    else:
+        for check in checks:
+            click.echo(f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']:14} {check['words']}")
+    sys.exit(0 if all(check["ok"] for check in checks) else 1)
+
+
+@main.command("config", short_help="Print all settings with meanings and ranges.")
+@click.option("--markdown", is_flag=True, help="Document every setting (docs/configuration.md) instead.")
+@json_option
+@configured
+@guarded
+def show_config(markdown, as_json, load):
+    """Print the settings of a profile as a TOML file, each with its meaning and range."""
+    from pipelines.config import to_markdown, to_toml
+
+    config = load()
+    if markdown:
+        click.echo(to_markdown(), nl=False)
+    elif as_json:
+        _print(config.model_dump(mode="json"))
+    else:
+        click.echo(to_toml(config), nl=False)
+
+
+@main.command(short_help="Protect a small archive of generated people.")
+@click.option("--folder", default="build/demo", help="Where the archive, its protected copy and the report go.")
+@configured
+@guarded
+def demo(folder, load):
+    """Draw a small archive of people who do not exist, protect it, and show the result."""
+    from pipelines.demo import run_demo
+
+    sys.exit(run_demo(folder, load()))
+
+
+if __name__ == "__main__":
+    main()

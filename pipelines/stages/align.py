@@ -1,0 +1,104 @@
+"""Stage ``align``: read photos, find the faces, cut an FFHQ-aligned crop of each."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cluster import Operator
+from pipelines import models
+from pipelines.config import Config
+from pipelines.manifests import NO_FACE, OK, SOURCE, face_id, row_seed
+from pipelines.photo import Limits, Photo, PhotoError, decode
+from pipelines.sources import SourceError, read_bytes
+from pipelines.stages.common import FaceError, Row, encode_png, failed, iterate, reason_of, to_table, to_tensor
+from scol_ops.alignment import align_crops, ffhq_quads
+from scol_ops.detection import Face, FaceDetector
+from scol_ops.warp import GeometryError
+
+# Photos of more pixels than this together are not held decoded at the same time.
+_PIXELS_AT_ONCE = 40_000_000
+
+
+def operator(config: Config, weights: str) -> Operator:
+    """Loads the detector; the result takes rows of the source table."""
+    models.set_up()
+    settings = config.align
+    device = torch.device("cpu")  # the generators have the GPUs
+    detector = models.detector(
+        device, settings.min_face_size, settings.min_confidence, settings.max_side, config.engine.align_batch
+    )
+    limits = Limits(settings.max_pixels, settings.max_bytes)
+
+    def run(table: pa.Table) -> pa.Table:
+        answers: dict[int, list[Row]] = {}
+        waiting: list[tuple[int, Row, Photo, float]] = []
+        for i, row in enumerate(iterate(table)):
+            row |= {"face_id": None, "seed": row_seed(config.seed, row["photo_id"])}
+            if row["status"] != OK:
+                answers[i] = [failed(row, SOURCE, row["reason"], weights)]
+                continue
+            begin = time.monotonic()
+            try:
+                photo = decode(read_bytes(row["url"], limits.max_bytes), limits)
+            except (PhotoError, SourceError) as error:
+                answers[i] = [failed(row, "align", reason_of(error), weights, time.monotonic() - begin)]
+                continue
+            waiting.append((i, row, photo, time.monotonic() - begin))
+            if sum(w[2].width * w[2].height for w in waiting) >= _PIXELS_AT_ONCE:
+                answers |= _detect(detector, waiting, config, weights)
+                waiting = []
+        answers |= _detect(detector, waiting, config, weights)
+        return to_table("align", [row for i in sorted(answers) for row in answers[i]])
+
+    return run
+
+
+def _detect(
+    detector: FaceDetector, photos: list[tuple[int, Row, Photo, float]], config: Config, weights: str
+) -> dict[int, list[Row]]:
+    if not photos:
+        return {}
+    begin = time.monotonic()
+    found = detector.detect([photo.pixels for _, _, photo, _ in photos])
+    detecting = (time.monotonic() - begin) / len(photos)
+    answers = {}
+    for (i, row, photo, reading), faces in zip(photos, found, strict=True):
+        begin = time.monotonic()
+        try:
+            rows = _faces(row, photo, faces, config)
+        except (FaceError, GeometryError) as error:
+            reason = str(error) if isinstance(error, FaceError) else f"GEOMETRY: {error}"
+            answers[i] = [failed(row, "align", reason, weights, reading + detecting)]
+            continue
+        seconds = (reading + detecting + time.monotonic() - begin) / len(rows)
+        answers[i] = [r | {"weights": weights, "seconds": seconds} for r in rows]
+    return answers
+
+
+def _faces(row: Row, photo: Photo, faces: list[Face], config: Config) -> list[Row]:
+    common = {
+        "key": row["key"], "photo_id": row["photo_id"], "format": photo.format, "width": photo.width,
+        "height": photo.height,
+    }
+    if not faces:
+        return [common | {"face_id": None, "status": NO_FACE, "reason": "NO_FACE: no face was found",
+                          "failed_stage": "align", "seed": row["seed"]}]
+    if len(faces) > config.align.max_faces:
+        raise FaceError("TOO_MANY_FACES", f"{len(faces)} faces, align.max_faces is {config.align.max_faces}")
+    landmarks = torch.from_numpy(np.stack([face.landmarks for face in faces])).double()
+    quads = ffhq_quads(landmarks)
+    crops = align_crops(to_tensor(photo.pixels), quads, config.crop_size)
+    out = []
+    for index, face in enumerate(faces):
+        name = face_id(row["photo_id"], index)
+        out.append(common | {
+            "face_id": name, "status": OK, "seed": row_seed(config.seed, name), "face_index": index,
+            "box": face.box.astype(np.float32), "landmarks": face.landmarks.astype(np.float32).reshape(-1),
+            "quad": quads[index].numpy().astype(np.float64).reshape(-1), "score": face.score,
+            "crop": encode_png(crops[index]),
+        })
+    return out
