@@ -31,7 +31,14 @@ _BRIEF = 2.0  # seconds; calls shorter than this are queued one ahead, so that a
 
 @dataclass(frozen=True)
 class Progress:
-    """Said after every finished shard. Counts of `statuses` are rows of this run; `done` and `total` are items."""
+    """Said once for each stage at the start of a run, then after every finished shard.
+
+    Attributes:
+        stage: the stage's name.
+        done, total: items finished (by this run or found so) and wanted.
+        statuses: rows written by this run, by status.
+        seconds: since work began.
+    """
 
     stage: str
     done: int
@@ -230,7 +237,7 @@ class Engine:
         shard_items: most items in one part. Default: such that each worker of the largest pool gets four shards, at
             most 16.
         address: of a Ray cluster to join; None uses the one this process is connected to, or starts a local one.
-        progress: called in the driver after each finished shard.
+        progress: called in the driver with a `Progress` for each stage at the start, and after each finished shard.
         hard_margin: seconds added to twice an item's time limit before its process is ended.
         item_deaths: how many workers an item must kill, being alone in hand, before it fails. The first death of a
             shard does not count, and the death of a node never does, so an item must be present at `item_deaths` + 1.
@@ -349,6 +356,8 @@ class Engine:
             summary.stages[name] = StageSummary(total=len(plan), kept=len(plan) - missing)
         try:
             self._write_source(source, plan, summary.stages[self.names[0]])
+            for name in self.names:
+                self._tell(summary, name, 0.0)
             if any(summary.stages[stage.name].kept < len(plan) for stage in self.stages):
                 with ray_session(self.address):
                     _Run(self, plan, summary, set(source.column_names)).loop()
@@ -358,6 +367,11 @@ class Engine:
         finally:
             summary.seconds = time.perf_counter() - begin
         return summary
+
+    def _tell(self, summary: RunSummary, name: str, seconds: float) -> None:
+        if self.progress is not None:
+            count = summary.stages[name]
+            self.progress(Progress(name, count.kept + count.done, count.total, dict(count.statuses), seconds))
 
     def _write_source(self, source: pa.Table, plan: Plan, summary: StageSummary) -> None:
         missing = np.flatnonzero(plan.part[0] < 0)
@@ -393,7 +407,7 @@ class _Run:
         self.order = itertools.count()
         self.actors: list[_Actor] = []
         self.start_failures: Counter[str] = Counter()
-        self.last_event = time.perf_counter()
+        self.last_event = self.last_check = self.begin
         self.pace = [0.0] * len(self.stages)  # seconds that a call took lately
         self.sizes = self._layout()
         self.pickled = {}
@@ -514,13 +528,15 @@ class _Run:
             ready, _ = self.ray.wait(list(heads), num_returns=len(heads), timeout=0, fetch_local=False)
         for ref in ready:
             self._finish(heads[ref])
+        now = time.perf_counter()
         if ready:
-            self.last_event = time.perf_counter()
-            return
-        self._kill_overdue()
-        if time.perf_counter() - self.last_event > 60 and not any(actor.ready for actor in self.actors):
+            self.last_event = now
+        elif now - self.last_event > 60 and not any(actor.ready for actor in self.actors):
             log.warning("no worker has started for a minute; the cluster's resources may be taken")
-            self.last_event = time.perf_counter()
+            self.last_event = now
+        if now - self.last_check > 5:
+            self.last_check = now
+            self._kill_overdue()
 
     def _finish(self, actor: _Actor) -> None:
         call = actor.calls[0]
@@ -561,10 +577,7 @@ class _Run:
             words = f"\n{failure.traceback}" if failure.traceback else ""
             log.warning("stage %s, item %s: %s%s", stage.name, failure.key, failure.reason, words)
         self._advance(task.items, task.stage)
-        if self.engine.progress is not None:
-            seconds = time.perf_counter() - self.begin
-            done = count.kept + count.done
-            self.engine.progress(Progress(stage.name, done, count.total, dict(count.statuses), seconds))
+        self.engine._tell(self.summary, stage.name, time.perf_counter() - self.begin)
 
     def _release(self) -> None:
         """Stop the workers of pools that have nothing left to do, so that their memory is free for the others."""

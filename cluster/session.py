@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -30,7 +31,9 @@ def ray_session(
 
     Args:
         address: of a running cluster ("auto", "HOST:6379"); None starts a local one for this process and stops it at
-            the end. The local one listens on 127.0.0.1 only, has no dashboard and sends no usage statistics.
+            the end. The local one has no dashboard and sends no usage statistics. Ray listens on all interfaces, so
+            it is made to ask for a random token, which child processes inherit through their environment; not so
+            where RAY_AUTH_MODE is set, or where Ray was imported before and has read its settings.
         num_cpus: cores the local cluster may use; None for all that this process may use.
         object_store_bytes: of the local cluster. The engine passes keys and part names, no data, so it can be small.
         temp_dir: folder for the local cluster's sockets and logs, kept; None for a new one below /tmp, removed at
@@ -41,6 +44,8 @@ def ray_session(
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray  # takes a second, which commands that run nothing should not pay
 
     if ray.is_initialized():
@@ -60,13 +65,13 @@ def ray_session(
                 object_store_memory=object_store_bytes,
                 include_dashboard=False,
                 _temp_dir=os.path.abspath(temp_dir),
-                _node_ip_address="127.0.0.1",
             )
         else:
             settings = dict(address=address)
         try:
             ray.init(**settings, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True)
         except Exception as error:  # ConnectionError, RuntimeError, TimeoutError, ValueError: by where it fails
+            ray.shutdown()
             where = "a local Ray" if address is None else f"Ray at {address}"
             raise EngineError(f"{where} cannot be reached: {error}") from error
         try:

@@ -110,7 +110,7 @@ def test_bad_items_cost_only_themselves(tmp_path, caplog):
     assert summary.stages["total"].failed == 0
     assert summary.stages["total"].statuses == {"ok": 12, "error": 4}
     assert summary.restarts == 0
-    assert [event.done for event in events if event.stage == "total"] == [8, 16]
+    assert [event.done for event in events if event.stage == "total"] == [0, 8, 16]
     assert {event.total for event in events} == {16}
     assert "in misbehave" in caplog.text and keys["split"][0] in caplog.text
 
