@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -93,7 +92,9 @@ def _say(text: str) -> None:
 
 
 def _print(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    from pipelines.manifests import to_json
+
+    click.echo(to_json(value))
 
 
 class Ordered(click.Group):

@@ -202,7 +202,7 @@ class Run:
             raise RunError(f"{self.url}: no run of scol, or an unfinished one: {name} cannot be read") from error
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write(name, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self.write(name, (to_json(value) + "\n").encode())
 
     def read_json(self, name: str) -> dict[str, Any]:
         try:
@@ -223,6 +223,19 @@ class Run:
             return pq.read_table(pa.BufferReader(self.read("plan.parquet")))
         except pa.ArrowInvalid as error:
             raise RunError(f"{self.path('plan.parquet')}: {error}") from error
+
+
+def to_json(value: Any) -> str:
+    """JSON for files and ``--json``: NaN and infinity, which JSON does not have, become null."""
+
+    def plain(item: Any) -> Any:
+        if isinstance(item, float) and not math.isfinite(item):
+            return None
+        if isinstance(item, dict):
+            return {str(k): plain(v) for k, v in item.items()}
+        return [plain(v) for v in item] if isinstance(item, list | tuple) else item
+
+    return json.dumps(plain(value), indent=1, ensure_ascii=False, default=str)
 
 
 def _run(run: Run | str) -> Run:
@@ -339,3 +352,14 @@ def summary(run: Run | str) -> dict[str, Any]:
         "stage_seconds": seconds,
         "seconds": None,
     }
+
+
+def type_words(kind: pa.DataType) -> str:
+    """An Arrow type as docs/manifests.md writes it."""
+    if pa.types.is_struct(kind):
+        return "struct"
+    if pa.types.is_fixed_size_list(kind):
+        return f"{type_words(kind.value_type)}[{kind.list_size}]"
+    if pa.types.is_list(kind):
+        return f"list of {type_words(kind.value_type)}"
+    return {"float": "float32", "double": "float64"}.get(str(kind), str(kind))

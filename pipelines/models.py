@@ -25,6 +25,7 @@ INVERSION_RECOGNISER = "mobilefacenet"
 ENCODER_SIZE = 256
 _MAPPING = ("random_face/MappingNetwork.xml", "random_face/MappingNetwork.bin")
 _SYNTHESIS = ("random_face/SynthesisNetwork.xml", "random_face/SynthesisNetwork.bin")
+_MEAN = "mobilestylegan_mean.safetensors"
 _HEAD = "mobilestylegan_head256.safetensors"
 _ENCODER = "encoder.safetensors"
 
@@ -113,12 +114,12 @@ def _digest(*names: str) -> str:
 
 def generator_fingerprint(name: str) -> str:
     """16 hex digits over the digests of a generator's files."""
-    return _digest(*_MAPPING, *_SYNTHESIS, *((_HEAD,) if GENERATORS[name] == 256 else ()))
+    return _digest(*_MAPPING, *_SYNTHESIS, _MEAN, *((_HEAD,) if GENERATORS[name] == 256 else ()))
 
 
 def mapping_fingerprint() -> str:
     """Of the mapping network alone, which both generators share: what a synthetic gallery depends on."""
-    return _digest(*_MAPPING)
+    return _digest(*_MAPPING, _MEAN)
 
 
 def encoder_fingerprint() -> str:
@@ -178,7 +179,7 @@ class ModelCard:
 
 _CARDS = (
     ("mobilestylegan-1024", "generator", "invert, tune (generator = \"mobilestylegan-1024\")",
-     "PyPI random-face 2021.7.21.1 (OpenVINO export of MobileStyleGAN, FFHQ)", "Apache-2.0", (*_MAPPING, *_SYNTHESIS)),
+     "PyPI random-face 2021.7.21.1 (OpenVINO export of MobileStyleGAN, FFHQ)", "Apache-2.0", (*_MAPPING, *_SYNTHESIS, _MEAN)),
     ("mobilestylegan-256", "generator's 256 px head", "invert, tune", "distilled here: pipelines/training", "Apache-2.0",
      (_HEAD,)),
     (ENCODER, "encoder", "invert, attack, identity feature \"encoder\"", "trained here: pipelines/training", "Apache-2.0",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -492,15 +491,3 @@ def table_of(result: dict[str, Any]) -> str:
 def exit_status(result: dict[str, Any]) -> int:
     """0 where nothing failed (weak photos are warned of, not failures), 1 where a photo failed or is still to do."""
     return 1 if result["error"] or result["pending"] else 0
-
-
-def dump(result: Any) -> str:
-    """JSON for ``--json``."""
-    return json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-
-
-__all__ = [
-    "Listing", "ProtectError", "Reporter", "Setting", "check_places", "default_run", "dump", "duration", "execute",
-    "exit_status", "list_source", "machine", "protect", "renew_missing", "source_table", "stage_keys", "table_of",
-    "versions",
-]

@@ -148,7 +148,7 @@ def decode_png(data: bytes, device: torch.device | str = "cpu") -> Tensor:
 
 def to_tensor(pixels: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (H, W, 3) to (1, 3, H, W) float32 in [-1, 1]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    tensor = torch.from_numpy(np.array(pixels)).to(device)
     return tensor.permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
