@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import io
 import os
+import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageDraw, ImageFilter
+from PIL import Image, ImageCms, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from pipelines.config import Config
+from pipelines.inspect_run import errors
+from pipelines.manifests import OK, WEAK, Run, read_stage
+from pipelines.report import AMPLIFICATION, read_pictures
 from scol_ops.models.weights import load_mobilestylegan
 
 TRUNCATION = 0.7
@@ -338,3 +344,112 @@ def make_archive(folder: str | os.PathLike[str], seed: int = 0) -> list[Path]:
             path.write_bytes(data)
         paths.append(path)
     return paths
+
+
+# ---- the demo ---------------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(run: Run | str, path: str | os.PathLike[str], faces: int = 6, side: int = 224) -> int:
+    """A PNG of protected faces, one a column: the original, the saved one, the amplified difference.
+
+    Args:
+        run: a run or its folder's URL.
+        path: the PNG; its folder is made if missing.
+        faces: most columns; taken from as many photos, in the order of paths, as there are.
+        side: of a picture, px.
+
+    Returns:
+        number of faces shown; with 0 no file is written.
+
+    Raises:
+        RunError, StoreError: see `manifests.read_stage`; OSError where the file cannot be written.
+    """
+    rows = read_stage(run, "publish", ["path", "face_id", "status", "psnr"]).to_pylist()
+    good = [r for r in rows if r["status"] in (OK, WEAK) and r["psnr"] is not None and r["face_id"]]
+    # One a photo first, so that a group photo does not fill the sheet.
+    good.sort(key=lambda r: (int(r["face_id"].rsplit("-", 1)[1]), r["path"]))
+    pictures = read_pictures(run, [r["face_id"] for r in good[:faces]])
+    columns = [p for p in pictures.values() if p.protected is not None]
+    if not columns:
+        return 0
+    gap, margin, size = 6, 104, 17
+    sheet = Image.new("RGB", (margin + len(columns) * (side + gap), 3 * (side + gap) + gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
+    for row, words in enumerate(("before", "after", f"difference\n× {AMPLIFICATION}")):
+        top = gap + row * (side + gap)
+        draw.multiline_text((margin / 2, top + side / 2), words, "black", font, anchor="mm", align="center")
+        for column, face in enumerate(columns):
+            pixels = (face.original, face.protected, face.difference())[row]
+            if pixels is not None:
+                picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+                sheet.paste(picture, (margin + column * (side + gap), top))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path, optimize=True)
+    return len(columns)
+
+
+def check_outcome(run: Run | str) -> list[str]:
+    """What did not go as `ARCHIVE` says, one line each: files that failed, or did not fail, against expectation."""
+    run = run if isinstance(run, Run) else Run(str(run))
+    expected = {photo.path: photo.failure for photo in ARCHIVE if photo.failure}
+    failed = {row["path"]: row["reason"] or "" for row in errors(run.url, weak=False)}
+    lines = [f"{path}: failed: {reason}" for path, reason in sorted(failed.items()) if path not in expected]
+    for path, code in expected.items():
+        if path not in failed:
+            lines.append(f"{path}: did not fail, though it must ({code})")
+        elif failed[path].split(":", 1)[0] != code:
+            lines.append(f"{path}: failed with another reason than {code}: {failed[path]}")
+    done = set(read_stage(run, "publish", ["path"])["path"].to_pylist())
+    return lines + [f"{photo.path}: not done" for photo in ARCHIVE if photo.path not in done]
+
+
+def run_demo(
+    folder: str | os.PathLike[str] = "build/demo", config: Config | None = None, *, seed: int = 0,
+    say: Callable[[str], None] = functools.partial(print, flush=True),
+) -> int:
+    """Make the archive, protect it, show what came out.
+
+    Args:
+        folder: gets `photos/`, `protected/`, `protected.run/` (tables and report) and `faces.png`.
+        config: of the run; by default the defaults.
+        seed: of the archive.
+        say: takes lines for people.
+
+    Returns:
+        exit status: 0 when exactly the file failed that is broken on purpose, else 1.
+
+    Raises:
+        what `make_archive` and `protect.protect` raise.
+    """
+    from pipelines import protect as job  # Ray: seconds that drawing alone need not take
+
+    folder = Path(folder)
+    photos, protected = folder / "photos", folder / "protected"
+    begin = time.monotonic()
+    say(f"drawing {len(ARCHIVE)} photos of people who do not exist (the embedded generator, 1024 px) ...")
+    make_archive(photos, seed)
+    for photo in ARCHIVE:
+        width, height = photo.size
+        people = {0: "nobody", 1: "1 face"}.get(len(photo.faces), f"{len(photo.faces)} faces")
+        say(f"  {photo.path:36} {width:>4} x {height:<4}  {people:8} {photo.what}".rstrip())
+    say(f"drawn in {time.monotonic() - begin:.0f} s; now: scol protect {photos} --out {protected}")
+    result = job.protect(str(photos), str(protected), config or Config(), say=say, progress_stream=sys.stderr)
+    run = Run(job.default_run(str(protected)))
+    say("")
+    say(job.table_of(result))
+    say("")
+    problems = check_outcome(run)
+    if not problems:
+        for photo in ARCHIVE:
+            if photo.failure:
+                say(f"{photo.path} failed with {photo.failure}, as it must: it is {photo.what}")
+    for line in problems:
+        say(f"not as expected: {line}")
+    if result["weak"]:
+        say(f"{result['weak']} photo(s) came out weak: {result['judge']} may still know a face in them")
+    if contact_sheet(run, folder / "faces.png"):
+        say(f"before and after: {folder / 'faces.png'}")
+    say(f"protected photos: {protected}")
+    say(f"report: {run.path('report.html')}")
+    return 1 if problems else 0
