@@ -213,7 +213,7 @@ def _draw_wall(person: Pixels, rng: np.random.Generator) -> Pixels:
     width, height = 4000, 3000
     x, y = np.linspace(-1, 1, width, dtype=np.float32), np.linspace(-1, 1, height, dtype=np.float32)
     light = 1.02 - 0.22 * ((x[None] + 0.3) ** 2 + (y[:, None] + 0.2) ** 2) / 2
-    plaster = 1 + 0.008 * _fractal(height, width, rng, 64, 5)
+    plaster = 1 + 0.008 * _fractal(height // 2, width // 2, rng, 32, 5).repeat(2, axis=0).repeat(2, axis=1)
     wall = Image.fromarray(_to_bytes(np.array([205, 203, 190], np.float32) * (light * plaster)[..., None]))
     draw = ImageDraw.Draw(wall)
     floor = 2560
@@ -223,21 +223,22 @@ def _draw_wall(person: Pixels, rng: np.random.Generator) -> Pixels:
             draw.rectangle((left, top, left + 697, top + 72), (136 + tone, 98 + tone, 66 + tone))
     draw.rectangle((0, floor - 110, width, floor), (236, 234, 228))
     draw.line((0, floor, width, floor), (90, 70, 52), 5)
-    shadow = Image.new("L", wall.size)
+    shadow = Image.new("L", (width // 4, height // 4))
     mountains = Image.fromarray(draw_mountains(900, 620, rng))
     portrait = Image.fromarray(person).resize((400, 400), Image.Resampling.LANCZOS)
     hung = [(portrait, (2460, 900), 60, (48, 38, 30)), (mountains, (760, 860), 90, (150, 118, 70))]
     for picture, (left, top), mat, _ in hung:
         box = (left - mat - 14, top - mat - 6, left + picture.width + mat + 44, top + picture.height + mat + 54)
-        ImageDraw.Draw(shadow).rectangle(box, 130)
-    wall.paste((70, 66, 60), mask=shadow.filter(ImageFilter.GaussianBlur(18)))
+        ImageDraw.Draw(shadow).rectangle([v / 4 for v in box], 130)
+    soft = shadow.filter(ImageFilter.GaussianBlur(5)).resize(wall.size, Image.Resampling.BILINEAR)
+    wall.paste((70, 66, 60), mask=soft)
     for picture, (left, top), mat, frame in hung:
         right, bottom = left + picture.width, top + picture.height
         draw.rectangle((left - mat - 24, top - mat - 24, right + mat + 24, bottom + mat + 24), frame)
         draw.rectangle((left - mat, top - mat, right + mat, bottom + mat), (244, 242, 234))
         wall.paste(picture, (left, top))
-    soft = np.asarray(wall.filter(ImageFilter.GaussianBlur(0.6)), np.float32)
-    return _to_bytes(soft + rng.normal(0, 1.5, (height, width, 1)).astype(np.float32))
+    grain = np.rint(rng.standard_normal((height, width, 1), np.float32) * 1.5).astype(np.int16)
+    return np.clip(np.asarray(wall) + grain, 0, 255).astype(np.uint8)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
