@@ -102,17 +102,28 @@ def _notices_to_log(ray) -> Iterator[None]:
             module.print_to_stdstream = before
 
 
-def usable_cpus() -> int:
-    """Cores that this process may use: its affinity mask, and its control group's quota where one is set."""
+def usable_cpus(cgroup: str = "/sys/fs/cgroup") -> int:
+    """Cores that this process may use: its affinity mask, and its control group's quota where one is set.
+
+    Args:
+        cgroup: where the control groups are mounted (version 2: `cpu.max`; version 1: `cpu/cpu.cfs_quota_us`).
+    """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            count = min(count, max(1, int(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
+    words = _words(f"{cgroup}/cpu.max") or [
+        *_words(f"{cgroup}/cpu/cpu.cfs_quota_us"),
+        *_words(f"{cgroup}/cpu/cpu.cfs_period_us"),
+    ]
+    if len(words) == 2 and words[0].isdigit() and words[1].isdigit():  # "max" and -1 mean no quota
+        count = min(count, max(1, int(words[0]) // int(words[1])))
     return count
+
+
+def _words(path: str) -> list[str]:
+    try:
+        with open(path) as file:
+            return file.read().split()
+    except OSError:
+        return []
 
 
 def import_path() -> str:

@@ -8,6 +8,7 @@ from arithmetic import PARTS, VERSIONS, chain, failed_parts, make_square, source
 
 from cluster import ContractError, Engine, PartStore, PlanError, Pool, Resources, Stage, UnsafeStoreError
 from cluster.engine import size_pools
+from cluster.session import usable_cpus
 
 
 def test_a_plan_says_what_is_missing_and_starts_nothing(tmp_path):
@@ -125,3 +126,23 @@ def test_all_pools_fit_at_the_same_time(cpus, gpus, pools):
     assert sum(size.actors * size.num_gpus for size in sizes.values()) <= gpus + 1e-9
     for size in sizes.values():
         assert size.num_cpus > 0 and (size.num_gpus < 1 or size.num_gpus == int(size.num_gpus))
+
+
+@pytest.mark.parametrize(
+    "files, cores",
+    [
+        ({"cpu.max": "150000 100000"}, 1),
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({"cpu.max": "1000 100000"}, 1),
+        ({}, 8),
+    ],
+)
+def test_a_containers_quota_bounds_the_cores(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for name, words in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(words + "\n")
+    assert usable_cpus(str(tmp_path)) == cores
