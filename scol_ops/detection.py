@@ -23,7 +23,7 @@ import hashlib
 import importlib.util
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def _load_weights(name: str) -> dict[str, Tensor]:
     # Found without importing: the package's __init__ needs packages that we do not, and unpickles its files unchecked.
     spec = importlib.util.find_spec("facenet_pytorch")
     if spec is None or spec.origin is None:
-        raise WeightsError("the package facenet-pytorch is not installed (pip install --no-deps facenet-pytorch==2.6.0)")
+        raise WeightsError("facenet-pytorch is not installed (pip install --no-deps facenet-pytorch==2.6.0)")
     path = Path(spec.origin).parent / "data" / name
     try:
         content = path.read_bytes()
@@ -279,8 +279,8 @@ class FaceDetector:
         min_face_size: side of the smallest face searched for, in pixels of the search copy.
         thresholds: least confidence of the three stages.
         min_confidence: least confidence of a face that is returned, applied after suppression.  The third threshold
-            alone (MTCNN's usual 0.7) lets through ties, microphones and picture frames; of what facenet-pytorch gives 0.7 to
-            0.9 on LFW nearly nothing is a face, and a false face costs as much work as a real one.
+            alone (MTCNN's usual 0.7) lets through ties, microphones and picture frames; a false face costs as much work
+            as a real one, and its photo is changed for nothing.
         max_side: longest side of the search copy in pixels.  A larger photo is searched on a reduced copy, so the
             smallest face found is ``min_face_size * longest side / max_side`` pixels of the photo: 20 px up to 1600 px,
             68 px for 20 MP (5472 x 3648).  Landmarks of faces that the copy shows smaller than the third network's
@@ -310,7 +310,7 @@ class FaceDetector:
         if len(thresholds) != 3 or not all(0 < t < 1 for t in thresholds) or not 0 <= min_confidence < 1:
             raise ValueError(f"thresholds must be three numbers in 0..1, got {thresholds}, {min_confidence}")
         if max_side < _OUTPUT_SIDE or not 0.3 <= factor <= 0.95 or batch_size < 1:
-            raise ValueError(f"max_side >= 48, factor 0.3..0.95, batch_size >= 1: got {max_side}, {factor}, {batch_size}")
+            raise ValueError(f"max_side >= 48, factor 0.3..0.95, batch_size >= 1: {max_side}, {factor}, {batch_size}")
         self.device = torch.device(device)
         self.min_face_size, self.max_side, self.factor = min_face_size, max_side, factor
         self.thresholds, self.min_confidence, self.batch_size = thresholds, min_confidence, batch_size
@@ -335,7 +335,8 @@ class FaceDetector:
         groups: dict[tuple[int, int], list[int]] = {}
         for i, photo in enumerate(photos):
             if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8:
-                raise TypeError(f"photo {i}: expected a uint8 array, got {getattr(photo, 'dtype', type(photo).__name__)}")
+                kind = getattr(photo, "dtype", type(photo).__name__)
+                raise TypeError(f"photo {i}: expected a uint8 array, got {kind}")
             if photo.ndim != 3 or photo.shape[2] != 3:
                 raise ValueError(f"photo {i}: expected shape (H, W, 3), got {photo.shape}")
             groups.setdefault(photo.shape[:2], []).append(i)
@@ -440,7 +441,7 @@ class FaceDetector:
         second: bool,
         threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Second or third stage: squares (N, 4) and owners, or boxes with score (N, 5), owners and landmarks (N, 5, 2)."""
+        """Second or third stage: squares (N, 4) and owners, or boxes with scores (N, 5), owners, landmarks (N, 5, 2)."""
         side = _REFINE_SIDE if second else _OUTPUT_SIDE
         threshold = self.thresholds[1 if second else 2] if threshold is None else threshold
         crops, order = [boxes.new_zeros(0, 3, side, side)], [torch.zeros(0, dtype=torch.int64, device=boxes.device)]
@@ -490,9 +491,8 @@ class FaceDetector:
         points = torch.minimum(points.clamp(min=0.5), place[:, None, 2:] - 0.5) + place[:, None, :2]
         points = points * (2 / points.new_tensor([octave.shape[3], octave.shape[2]])) - 1
         n = len(boxes)
-        grid = torch.stack(
-            [points[:, None, :, 0].expand(n, 2 * side, 2 * side), points[:, :, None, 1].expand(n, 2 * side, 2 * side)], -1
-        )
+        shape = (n, 2 * side, 2 * side)
+        grid = torch.stack([points[:, None, :, 0].expand(shape), points[:, :, None, 1].expand(shape)], -1)
         picture = F.grid_sample(octave, grid.reshape(1, n * 2 * side, 2 * side, 2), align_corners=False)
         return F.avg_pool2d(picture, 2)[0].reshape(3, n, side, side).transpose(0, 1).contiguous()
 

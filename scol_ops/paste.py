@@ -1,152 +1,207 @@
-"""Put protected faces back into their photo, and say which part of a crop is face.
+"""Paste-back: where a face may change, and how the change gets into the photo.
 
-Only the residual between the protected and the original crop is brought to the photo's own grid and added:
-a photo of 20 MP keeps its detail, and where nothing changed no value changes.
+METHOD.md: "the residual between protected and original crop is warped back into the photo with a soft mask, so a 20 MP
+photo keeps its own detail".  The photo's pixels are never resampled: only the difference is, and only it is added.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scol_ops.warp import crop_transform, invert_affine, transform_points, warp_affine
+from scol_ops.warp import crop_transform, invert_affine, warp_affine
 
-# The face's ellipse in units of the distance from eyes to mouth, found by looking at it on photos: from
-# the hairline to below the chin, cheek to cheek; hair, ears and background stay outside on frontal faces.
-_CENTRE = 0.32  # centre below the eyes
-_HALF_WIDTH, _HALF_HEIGHT = 1.18, 1.45
-_FEATHER = 0.18  # share of the radius over which the mask falls from 1 to 0
+# The face's outline about the middle of eyes and mouth, in its own upright frame, as multiples of a length that
+# turning the head hardly changes (see ``face_mask``).  Set by eye on generated and real faces: forehead to the
+# hairline, chin, cheeks without the ears.
+_HALF_WIDTH, _UP, _DOWN = 1.16, 1.42, 1.34
+_ROUNDNESS = 2.3  # 2 would be an ellipse; cheeks and temples are fuller
 
 
-def face_mask(landmarks: Tensor, size: int = 256) -> Tensor:
-    """A soft mask of each face: an ellipse that turns with it, 1 inside, 0 outside, feathered in between.
+def face_mask(landmarks: Tensor, size: int, *, scale: float = 1.0, feather: float = 0.22, border: float = 0.06) -> Tensor:
+    """Soft masks of faces in their crops: forehead to chin and cheek to cheek, without hair and background.
+
+    Five points show neither hairline nor jaw, so this is an outline of usual proportions, placed by eyes and mouth and
+    shifted by the nose where the head is turned.
 
     Args:
-        landmarks: (B, 5, 2) in the crop's pixels.
-        size: side of the crop in pixels.
+        landmarks: (B, 5, 2) in pixels of the crop (``align``).
+        size: side of the crop.
+        scale: the outline's size, 1 for the usual face.
+        feather: width of the soft edge as a share of the outline's radius; it lies inside the outline.
+        border: the mask falls to zero over this share of the side at the crop's edge.
 
     Returns:
-        (B, 1, size, size) float32 in [0, 1]; 0 on the crop's border.
+        float32 (B, 1, size, size) in [0, 1]; zero in the crop's outermost pixels.
 
     Raises:
-        ValueError: another shape.
+        ValueError: wrong shape, or parameters out of range.
     """
     if landmarks.ndim != 3 or landmarks.shape[1:] != (5, 2):
         raise ValueError(f"landmarks must be (B, 5, 2), got {tuple(landmarks.shape)}")
-    points = landmarks.double()
-    eyes, mouth = (points[:, 0] + points[:, 1]) / 2, (points[:, 3] + points[:, 4]) / 2
-    down = mouth - eyes
-    height = down.norm(dim=1, keepdim=True).clamp_min(1.0)
-    down = down / height
-    centre = eyes + down * height * _CENTRE
-    axis = torch.arange(size, dtype=torch.float64, device=landmarks.device)
-    dx = axis[None, None, :] - centre[:, 0, None, None]
-    dy = axis[None, :, None] - centre[:, 1, None, None]
-    across = (dx * down[:, 1, None, None] - dy * down[:, 0, None, None]) / (_HALF_WIDTH * height[:, :, None])
-    along = (dx * down[:, 0, None, None] + dy * down[:, 1, None, None]) / (_HALF_HEIGHT * height[:, :, None])
-    t = ((1 - (across.square() + along.square()).sqrt()) / _FEATHER).clamp(0, 1)
-    mask = t * t * (3 - 2 * t)
-    # An odd face may reach the border; there the residual has to end.
-    edge = (torch.minimum(axis, size - 1 - axis) / (size / 32)).clamp(0, 1)
-    return (mask * edge[None, :, None] * edge[None, None, :])[:, None].float()
+    if size < 8 or not scale > 0 or not 0 < feather <= 1 or not 0 < border <= 0.5:
+        raise ValueError(
+            f"size >= 8, scale > 0, 0 < feather <= 1, 0 < border <= 0.5: got {size}, {scale}, {feather}, {border}"
+        )
+    points = landmarks.detach().float()
+    eyes, mouth, nose = (points[:, 0] + points[:, 1]) / 2, (points[:, 3] + points[:, 4]) / 2, points[:, 2]
+    across, down = points[:, 1] - points[:, 0], mouth - eyes
+    # The frame: x along the eyes and mouth, as the crop's is (``ffhq_quads``).
+    x = across + torch.stack([down[:, 1], -down[:, 0]], 1)
+    x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    y = torch.stack([-x[:, 1], x[:, 0]], 1)
+    # Turning the head shortens the distance of the eyes, nodding that to the mouth: the larger is the nearer to truth.
+    unit = torch.maximum(across.norm(dim=1), down.norm(dim=1)).clamp_min(1e-3) * scale
+    centre = (eyes + mouth) / 2
+    # A turned head shows more cheek on the side that the nose points away from.
+    turn = (((nose - centre) * x).sum(1) / unit).clamp(-0.5, 0.5)
+    at = torch.arange(size, device=points.device, dtype=torch.float32)
+    grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)  # (S, S, 2) x, y
+    offset = grid[None] - centre[:, None, None]
+    u = (offset * x[:, None, None]).sum(-1) / unit[:, None, None]
+    v = (offset * y[:, None, None]).sum(-1) / unit[:, None, None]
+    turn = turn[:, None, None]
+    narrower, wider = (1 - 1.5 * turn.abs()).clamp_min(0.5), 1 + 0.3 * turn.abs()
+    half_width = _HALF_WIDTH * torch.where(u * turn > 0, narrower, wider)
+    half_height = torch.where(v < 0, _UP, _DOWN)
+    radius = ((u / half_width).abs() ** _ROUNDNESS + (v / half_height).abs() ** _ROUNDNESS) ** (1 / _ROUNDNESS)
+    mask = _smooth((1 - radius) / feather)
+    edge = torch.minimum(at, size - 1 - at) / (border * size)
+    edge = _smooth(torch.minimum(edge[:, None], edge[None, :]))
+    return (mask * edge)[:, None]
 
 
-def _window(mask: Tensor, to_photo: Tensor, height: int, width: int) -> tuple[int, int, int, int] | None:
-    """Rows and columns (top, bottom, left, right; half open) of the photo that a mask (S, S) can touch."""
-    rows, columns = torch.nonzero(mask.amax(1)).flatten(), torch.nonzero(mask.amax(0)).flatten()
-    if not len(rows):
-        return None
-    y0, y1, x0, x1 = float(rows[0]), float(rows[-1]), float(columns[0]), float(columns[-1])
-    corners = torch.tensor([[x0, y0], [x1, y0], [x0, y1], [x1, y1]], dtype=torch.float64)
-    corners = transform_points(corners, to_photo.cpu())
-    reach = 2 + 2 * float(torch.linalg.matrix_norm(to_photo[:2, :2].cpu(), ord=2))  # the kernel's support
-    left, top = (math.floor(float(v) - reach) for v in corners.amin(0))
-    right, bottom = (math.ceil(float(v) + reach) + 1 for v in corners.amax(0))
-    top, left, bottom, right = max(0, top), max(0, left), min(height, bottom), min(width, right)
-    return (top, bottom, left, right) if top < bottom and left < right else None
+def _smooth(x: Tensor) -> Tensor:
+    x = x.clamp(0, 1)
+    return x * x * (3 - 2 * x)
 
 
-def _clusters(windows: Sequence[tuple[int, int, int, int]]) -> list[list[int]]:
-    """Groups of windows that touch each other, directly or through others."""
-    groups: list[tuple[list[int], tuple[int, int, int, int]]] = []
-    for i, window in enumerate(windows):
-        members, box = [i], window
-        while True:
-            hit = next((g for g in groups if _overlap(g[1], box)), None)
-            if hit is None:
-                break
-            groups.remove(hit)
-            members = hit[0] + members
-            box = (min(box[0], hit[1][0]), max(box[1], hit[1][1]), min(box[2], hit[1][2]), max(box[3], hit[1][3]))
-        groups.append((members, box))
-    return [sorted(members) for members, _ in groups]
+def paste_back(
+    photo: np.ndarray,
+    originals: Tensor,
+    protected: Tensor,
+    masks: Tensor,
+    quads: Tensor,
+    *,
+    masked: bool = False,
+    corrections: int = 1,
+) -> np.ndarray:
+    """Add the faces' changes to their photo.
 
-
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
-    return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
-
-
-def paste_back(photo: np.ndarray, originals: Tensor, protected: Tensor, masks: Tensor, quads: Tensor) -> np.ndarray:
-    """Add the faces' residuals to their photo.
-
-    Where faces overlap, each pixel takes the faces' residuals weighted by their masks, divided by the sum of
-    the masks where that exceeds 1: an overlap is changed once, not twice.  Values are rounded half to even and
-    clipped to 0..255.  Enlarging is bicubic, shrinking averages.
+    For each face ``mask * (protected - original)`` is brought to the photo's grid: bicubic where the face is larger
+    than its crop, averaged over each photo pixel's area where it is smaller.  Interpolating and cutting out again would
+    weaken the finest pattern of the change, so what is missing after a trial is added (iterated back-projection, Irani
+    and Peleg 1991).  Where faces overlap, changes are averaged by their masks, so the overlap is not changed twice.  The
+    sum is rounded to the nearest integer (half to even) and clipped to 0..255; no dithering.
 
     Args:
-        photo: uint8 (H, W, 3), upright.
-        originals, protected: (B, 3, S, S) in [-1, 1], the faces as they were cut out and as they shall look.
-        masks: (B, 1, S, S) in [0, 1].
-        quads: (B, 4, 2), where the crops lie in the photo.
+        photo: uint8 (H, W, 3).
+        originals, protected: (N, 3, S, S) in [-1, 1]: crops as ``align_crops`` cut them, and what became of them.
+        masks: (N, 1, S, S) in [0, 1].
+        quads: (N, 4, 2), as the crops were cut.
+        masked: True where ``protected`` already is ``original + mask * change``: the mask is then not applied twice,
+            and only says where pixels may change at all.
+        corrections: rounds of back-projection.
 
     Returns:
-        A new array like ``photo``; every pixel outside the masks has its old value.
+        uint8 (H, W, 3), a new array: bit-equal to the photo outside the masks.
 
     Raises:
-        ValueError: shapes or types that do not agree.
-        GeometryError: a quad that is no square.
+        ValueError: wrong shapes or dtypes, or crops that are not finite.
+        GeometryError: a quad is not a square.
     """
-    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-        raise ValueError(f"photo must be uint8 (H, W, 3), got {photo.dtype} {photo.shape}")
-    count, _, size, _ = originals.shape
-    if protected.shape != originals.shape or masks.shape != (count, 1, size, size) or quads.shape != (count, 4, 2):
-        raise ValueError(
-            f"shapes do not agree: {tuple(originals.shape)}, {tuple(protected.shape)}, {tuple(masks.shape)}, {tuple(quads.shape)}"
-        )
-    height, width = photo.shape[:2]
-    to_photo = crop_transform(quads.double(), size)
+    if not isinstance(photo, np.ndarray) or photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+        raise ValueError("photo must be a uint8 array (H, W, 3)")
+    count, size = len(quads), originals.shape[-1]
+    for name, tensor, channels in (("originals", originals, 3), ("protected", protected, 3), ("masks", masks, 1)):
+        if tensor.shape != (count, channels, size, size):
+            raise ValueError(f"{name} must be {(count, channels, size, size)}, got {tuple(tensor.shape)}")
+    if corrections < 0:
+        raise ValueError(f"corrections must not be negative, got {corrections}")
     result = photo.copy()
-    kept, windows = [], []
-    for i in range(count):
-        window = _window(masks[i, 0], to_photo[i], height, width)
-        if window is not None:
-            kept.append(i)
-            windows.append(window)
-    for cluster in _clusters(windows):
-        top, left = min(windows[c][0] for c in cluster), min(windows[c][2] for c in cluster)
-        bottom, right = max(windows[c][1] for c in cluster), max(windows[c][3] for c in cluster)
-        change = torch.zeros(3, bottom - top, right - left)
-        weight = torch.zeros(1, bottom - top, right - left)
-        for c in cluster:
-            t, b, x, r = windows[c]
-            i = kept[c]
-            # Photo pixel of the window -> crop pixel.
-            shift = torch.eye(3, dtype=torch.float64)
-            shift[0, 2], shift[1, 2] = x, t
-            matrix = (invert_affine(to_photo[i]) @ shift)[None].to(originals.device)
-            layers = torch.cat(((protected[i] - originals[i]) * masks[i], masks[i]))[None]
-            enlarged = warp_affine(layers[:, :3], matrix, (b - t, r - x), mode="bicubic")[0].cpu()
-            share = warp_affine(layers[:, 3:], matrix, (b - t, r - x))[0].cpu().clamp(0, 1)
-            area = (slice(None), slice(t - top, b - top), slice(x - left, r - left))
-            # A bicubic kernel rings two pixels beyond the mask; outside it nothing may change.
-            change[area] += enlarged * (share > 0)
-            weight[area] += share
-        change = change / weight.clamp_min(1) * 127.5
-        area = result[top:bottom, left:right]
-        moved = torch.from_numpy(area.astype(np.float32)).permute(2, 0, 1) + change
-        area[:] = moved.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    if count == 0:
+        return result
+    masks = masks.detach().float().clamp(0, 1)
+    change = protected.detach().float() - originals.detach().float()
+    if not bool(torch.isfinite(change).all()):
+        raise ValueError("crops are not finite")
+    change = torch.where(masks > 0, change, 0) if masked else change * masks
+    matrices = crop_transform(quads.double().cpu(), size)
+    boxes = [_support(mask[0].cpu(), matrix, photo.shape[:2]) for mask, matrix in zip(masks, matrices, strict=True)]
+    for (left, top, right, bottom), faces in _together(boxes):
+        shape = (bottom - top, right - left)
+        total, weight = torch.zeros(3, *shape), torch.zeros(1, *shape)
+        for i in faces:
+            x0, y0, x1, y1 = boxes[i]
+            part, mask = _to_photo(change[i], masks[i], matrices[i], boxes[i], corrections)
+            rows, columns = slice(y0 - top, y1 - top), slice(x0 - left, x1 - left)
+            # With ``masked`` the change is as if the weight were the mask too.
+            total[:, rows, columns] += part.cpu()
+            weight[:, rows, columns] += mask.cpu()
+        total *= 127.5 / weight.clamp_min(1)
+        region = result[top:bottom, left:right]
+        changed = torch.from_numpy(region.copy()).permute(2, 0, 1).float().add_(total).round_().clamp_(0, 255)
+        region[:] = changed.to(torch.uint8).permute(1, 2, 0).numpy()
     return result
+
+
+def _support(mask: Tensor, matrix: Tensor, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Pixels of the photo (left, top, right, bottom; may be empty) that a crop's mask touches."""
+    rows, columns = torch.nonzero(mask.amax(1))[:, 0], torch.nonzero(mask.amax(0))[:, 0]
+    if len(rows) == 0:
+        return 0, 0, 0, 0
+    x0, x1, y0, y1 = (float(v) for v in (columns[0] - 1, columns[-1] + 1, rows[0] - 1, rows[-1] + 1))
+    corners = torch.tensor([[x0, y0], [x0, y1], [x1, y1], [x1, y0]], dtype=matrix.dtype)
+    corners = corners @ matrix[:2, :2].mT + matrix[:2, 2]
+    low, high = corners.amin(0).tolist(), corners.amax(0).tolist()
+    left, top = max(0, math.floor(low[0])), max(0, math.floor(low[1]))
+    right, bottom = min(shape[1], math.ceil(high[0]) + 1), min(shape[0], math.ceil(high[1]) + 1)
+    return (left, top, right, bottom) if right > left and bottom > top else (0, 0, 0, 0)
+
+
+def _together(boxes: list[tuple[int, int, int, int]]) -> Iterator[tuple[tuple[int, int, int, int], list[int]]]:
+    """Groups of faces whose boxes overlap, each with the box about it, so that far apart faces need no common canvas."""
+    groups = [(box, [i]) for i, box in enumerate(boxes) if box[2] > box[0]]
+    merged = True
+    while merged:
+        merged = False
+        for a in range(len(groups)):
+            for b in range(a + 1, len(groups)):
+                (p, members), (q, others) = groups[a], groups[b]
+                if p[0] < q[2] and q[0] < p[2] and p[1] < q[3] and q[1] < p[3]:
+                    box = (min(p[0], q[0]), min(p[1], q[1]), max(p[2], q[2]), max(p[3], q[3]))
+                    groups[a] = (box, sorted(members + others))
+                    del groups[b]
+                    merged = True
+                    break
+            if merged:
+                break
+    yield from groups
+
+
+def _to_photo(
+    change: Tensor, mask: Tensor, matrix: Tensor, box: tuple[int, int, int, int], corrections: int
+) -> tuple[Tensor, Tensor]:
+    """A crop's change (3, S, S) and mask (1, S, S) on the photo's pixels of the box."""
+    left, top, right, bottom = box
+    shape, device = (bottom - top, right - left), change.device
+    matrix = matrix.clone()
+    matrix[:2, 2] -= matrix.new_tensor([left, top])
+    from_crop = matrix[None].to(device, torch.float32)
+    to_crop = invert_affine(matrix)[None].to(device, torch.float32)
+    weight = warp_affine(mask[None], to_crop, shape)[0]
+    inside = weight > 0
+
+    def spread(x: Tensor) -> Tensor:
+        return torch.where(inside, warp_affine(x[None], to_crop, shape, mode="bicubic")[0], 0)
+
+    part = spread(change)
+    for _ in range(corrections):
+        seen = warp_affine(part[None], from_crop, change.shape[-1])[0]
+        # Only where the mask is: at its rim, and beyond the photo's edge, nothing can be made up for.
+        part = part + spread((change - seen) * mask)
+    return part, weight
