@@ -81,15 +81,16 @@ def _noise(seed: int) -> Tensor:
 
 @functools.lru_cache(maxsize=32)
 @torch.no_grad()
-def draw_person(person: int, variant: int = 0) -> Pixels:
-    """A generated person as a (1024, 1024, 3) picture framed as FFHQ's.
+def draw_person(person: int, variant: int = 0, resolution: int = 1024) -> Pixels:
+    """A generated person as a (resolution, resolution, 3) picture framed as FFHQ's.
 
     Args:
         person: seed of the mapping network's input; the code is truncated (0.7) towards the mean.
         variant: 0, or the seed of another photo of the same person: the pose layers (0 to 1) go a third of the way,
             the colour layers (8 to 15) half of the way to another code, and the rest stays.
+        resolution: 1024, or 256 by the distilled head.
     """
-    generator = load_mobilestylegan(1024)
+    generator = load_mobilestylegan(resolution)
 
     def code(seed: int) -> Tensor:
         w = generator.mapping(_noise(seed))

@@ -1,0 +1,1 @@
+"""Experiments: tables of the paper's kind over a run's results."""
