@@ -254,6 +254,37 @@ def test_unreadable_crop_is_left_out(tmp_path):
     assert not Page(report.render(run)).all("img") and key
 
 
+def test_pictures_come_from_the_saved_file(tmp_path):
+    """The crop after is what the saved file holds; where that is gone, what the last stage left."""
+    run = make_run(tmp_path / "run", [photo("a.png", "ok")])
+    before = np.asarray(Image.open(io.BytesIO(png(5, 300))))
+    after = before.copy()
+    after[120:150, 120:150] = np.clip(after[120:150, 120:150].astype(int) + 7, 0, 255)
+    saved = tmp_path / "a.png"
+    Image.fromarray(after).save(saved)
+    low, high = 99.5, 163.5  # 64 x 64 px at 1:1, so that the crop's pixels are the photo's
+    geometry = {"quad": [low, low, low, high, high, high, high, low], "box": [110.0, 105.0, 150.0, 160.0],
+                "landmarks": [120.0, 125, 140, 125, 130, 135, 122, 145, 138, 145], "width": 300, "height": 300}
+    crop = io.BytesIO()
+    Image.fromarray(before[100:164, 100:164]).save(crop, "PNG")
+    changed = {"align": geometry | {"crop": crop.getvalue()}, "publish": {"out_path": str(saved)}}
+    for stage, values in changed.items():
+        rows = [row | values for row in run.store.read_rows(stage).to_pylist()]
+        for part in run.store.parts(stage):
+            Path(run.store.path(stage, part)).unlink()
+        run.store.write_part(stage, None, pa.Table.from_pylist(rows, SCHEMAS[stage]))
+    name = f"{0:016x}-00"
+    pictures = report.read_pictures(run, [name])[name]
+    assert pictures.saved and np.array_equal(pictures.protected, after[100:164, 100:164])
+    difference = pictures.difference()
+    assert difference[21:49, 21:49].max() == 70 and difference[:19].max() == 0
+    assert "could not be read" not in report.render(run)
+    saved.unlink()
+    pictures = report.read_pictures(run, [name])[name]
+    assert not pictures.saved and np.array_equal(pictures.protected, np.asarray(Image.open(io.BytesIO(png(1000)))))
+    assert "the saved file could not be read" in report.render(run)
+
+
 def test_histogram():
     svg = report.histogram([30.0, 31.0, 31.2, 35.0, float("inf"), None], "PSNR", "PSNR, dB", [(33.0, "limit <")])
     page = Page(svg)
