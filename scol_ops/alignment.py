@@ -1,7 +1,7 @@
 """Alignment: from five landmarks to a square crop placed like FFHQ's, and back.
 
-Source of the rule: Karras et al., "A Style-Based Generator Architecture for Generative Adversarial Networks", CVPR 2019,
-appendix C, and its data set's script (github.com/NVlabs/ffhq-dataset).  Readings of ours:
+Source of the rule: Karras et al., "A Style-Based Generator Architecture for Generative Adversarial Networks", CVPR
+2019, appendix C, and its data set's script (github.com/NVlabs/ffhq-dataset).  Readings of ours:
 
 - FFHQ takes eye centres and mouth corners from 68 landmarks; a detector's five are the same points.
 - Where the crop reaches over the photo's edge the photo is mirrored, as in FFHQ; FFHQ then blurs the mirrored part and

@@ -271,6 +271,11 @@ def _nms_over_smaller(boxes: np.ndarray, scores: np.ndarray, threshold: float) -
     return keep
 
 
+def _in_order(faces: list[Face]) -> list[Face]:
+    """By descending area, then left to right, then top to bottom."""
+    return sorted(faces, key=lambda f: (-f.area, float(f.box[0]), float(f.box[1])))
+
+
 class FaceDetector:
     """MTCNN over many photos.
 
@@ -441,7 +446,7 @@ class FaceDetector:
         second: bool,
         threshold: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Second or third stage: squares (N, 4) and owners, or boxes with scores (N, 5), owners, landmarks (N, 5, 2)."""
+        """Second stage: squares (N, 4), owners; third: boxes with scores (N, 5), owners, landmarks (N, 5, 2)."""
         side = _REFINE_SIDE if second else _OUTPUT_SIDE
         threshold = self.thresholds[1 if second else 2] if threshold is None else threshold
         crops, order = [boxes.new_zeros(0, 3, side, side)], [torch.zeros(0, dtype=torch.int64, device=boxes.device)]
@@ -512,7 +517,7 @@ class FaceDetector:
             box, points = (np.round(a * _GRID) / _GRID for a in (box, points - 0.5))
             if box[2] > box[0] and box[3] > box[1]:
                 faces.append(Face(box.astype(np.float32), points.astype(np.float32), float(scores[i])))
-        return sorted(faces, key=lambda f: (-f.area, float(f.box[0]), float(f.box[1])))
+        return _in_order(faces)
 
     def _landmarks_at_full_detail(self, picture: Tensor, box: np.ndarray) -> np.ndarray:
         """Third network on the photo's own pixels about a box (edge coordinates): landmarks (5, 2)."""

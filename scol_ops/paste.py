@@ -22,7 +22,9 @@ _HALF_WIDTH, _UP, _DOWN = 1.16, 1.42, 1.34
 _ROUNDNESS = 2.3  # 2 would be an ellipse; cheeks and temples are fuller
 
 
-def face_mask(landmarks: Tensor, size: int, *, scale: float = 1.0, feather: float = 0.22, border: float = 0.06) -> Tensor:
+def face_mask(
+    landmarks: Tensor, size: int = 256, *, scale: float = 1.0, feather: float = 0.22, border: float = 0.06
+) -> Tensor:
     """Soft masks of faces in their crops: forehead to chin and cheek to cheek, without hair and background.
 
     Five points show neither hairline nor jaw, so this is an outline of usual proportions, placed by eyes and mouth and
@@ -95,8 +97,8 @@ def paste_back(
     For each face ``mask * (protected - original)`` is brought to the photo's grid: bicubic where the face is larger
     than its crop, averaged over each photo pixel's area where it is smaller.  Interpolating and cutting out again would
     weaken the finest pattern of the change, so what is missing after a trial is added (iterated back-projection, Irani
-    and Peleg 1991).  Where faces overlap, changes are averaged by their masks, so the overlap is not changed twice.  The
-    sum is rounded to the nearest integer (half to even) and clipped to 0..255; no dithering.
+    and Peleg 1991).  Where faces overlap, changes are averaged by their masks, so the overlap is not changed twice.
+    The sum is rounded to the nearest integer (half to even) and clipped to 0..255; no dithering.
 
     Args:
         photo: uint8 (H, W, 3).
@@ -164,7 +166,7 @@ def _support(mask: Tensor, matrix: Tensor, shape: tuple[int, int]) -> tuple[int,
 
 
 def _together(boxes: list[tuple[int, int, int, int]]) -> Iterator[tuple[tuple[int, int, int, int], list[int]]]:
-    """Groups of faces whose boxes overlap, each with the box about it, so that far apart faces need no common canvas."""
+    """Groups of faces whose boxes overlap, each with the box about it: far apart faces need no common canvas."""
     groups = [(box, [i]) for i, box in enumerate(boxes) if box[2] > box[0]]
     merged = True
     while merged:
