@@ -212,7 +212,7 @@ class RefineConfig(IdentitySection):
     l2_weight: float = Field(10.0, ge=0, le=1e4, description="weight of the pixel L2 to the photo")
     ssim_weight: float = Field(1.0, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM to the photo")
     id_lock: float = Field(0.0, ge=0, le=1e3, description="weight of the pull to the fused identity")
-    hinge: float = Field(0.5, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
+    hinge: float = Field(0.7, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
     diversity: float = Field(1.0, ge=0, le=2, description="strength of random resize and shift before the features")
     blur: bool = Field(False, description="random blur as well")
     jpeg_quality: QualityRange = Field(None, description="random JPEG of a quality in this range (1..100) as well; none: off")
@@ -233,9 +233,12 @@ class AttackConfig(Section):
     """Identity inversion attack: PGD on the pixels through the encoder."""
 
     enabled: bool = Field(True, description="off: the refined face is published as it is")
-    eps: float = Field(8 / 255, ge=0, le=1, description="bound of the change, in [0, 1] pixel units (paper: 8/255)")
+    eps: float = Field(
+        2 / 255, ge=0, le=1,
+        description="bound of the change, in [0, 1] pixel units (paper: 8/255, which costs 3 dB; docs/results.md)",
+    )
     steps: int = Field(10, ge=0, le=1000, description="PGD steps")
-    step_size: float = Field(2 / 255, ge=0, le=1, description="of one signed step, in [0, 1] pixel units")
+    step_size: float = Field(0.5 / 255, ge=0, le=1, description="of one signed step, in [0, 1] pixel units")
     random_start: float = Field(1.0, ge=0, le=1, description="share of eps of the random start")
     diversity: float = Field(0.0, ge=0, le=2, description="random resize and shift (EOT); 0: the paper")
     blur: bool = Field(False, description="random blur (EOT)")
