@@ -200,7 +200,7 @@ def gallery_build(photos, synthetic, out, people_from, as_json, load, workers, r
     if synthetic is not None:
         gallery_jobs.build_synthetic(out, config.gallery)
     else:
-        reporter = job.Reporter(0, sys.stderr)
+        reporter = job.Reporter(sys.stderr)
         gallery_jobs.build_from_photos(photos, out, config, people_from=people_from, progress=reporter, say=_say)
         reporter.close()
     _show_gallery(gallery_jobs.describe(out), as_json)

@@ -244,25 +244,29 @@ class Reporter:
     """Progress for people: one line that is rewritten on a terminal, a plain line now and then in a log.
 
     Args:
-        total: photos of the run.
         stream: where to.
         every: seconds between lines in a log.
     """
 
-    def __init__(self, total: int, stream: TextIO = sys.stderr, every: float = 15.0) -> None:
-        self.total, self.stream, self.every = total, stream, every
+    def __init__(self, stream: TextIO = sys.stderr, every: float = 15.0) -> None:
+        self.stream, self.every = stream, every
         self.live = stream.isatty()
         self.begin = time.monotonic()
         self.last = 0.0
-        self.first_done: int | None = None
+        self.kept: dict[str, int] = {}
         self.stages: dict[str, Progress] = {}
 
     def __call__(self, progress: Progress) -> None:
-        first = progress.stage not in self.stages
+        if progress.stage == SOURCE:
+            return
+        if progress.stage not in self.stages:  # said of every stage at the start: what an earlier run has done
+            self.kept[progress.stage] = progress.done
+            self.stages[progress.stage] = progress
+            return
         self.stages[progress.stage] = progress
         now = time.monotonic()
-        finished = progress.stage == STAGES[-1] and progress.done == progress.total
-        if not finished and not first and now - self.last < (0.2 if self.live else self.every):
+        finished = progress.stage == list(self.stages)[-1] and progress.done == progress.total
+        if not finished and now - self.last < (0.2 if self.live else self.every):
             return
         self.last = now
         line = self.line(now)
@@ -275,21 +279,17 @@ class Reporter:
     def line(self, now: float) -> str:
         """The state in one line: photos through the last stage, rate, time left, and the stage that works."""
         seconds = max(1e-9, now - self.begin)
-        steps_done = sum(p.done for p in self.stages.values())
-        last = self.stages.get(STAGES[-1])
-        done = last.done if last else 0
-        if last is not None and self.first_done is None:
-            self.first_done = max(0, last.done - 1)
-        new = done - (self.first_done or 0)
-        text = f"{done}/{self.total} photos"
+        last = list(self.stages)[-1]
+        done = self.stages[last].done
+        new = done - self.kept[last]
+        text = f"{done}/{self.stages[last].total} photos"
         if new > 0:
             rate = new / seconds
-            text += f", {60 * rate:.1f} photos/min, {duration((self.total - done) / rate)} left"
-        elif steps_done:
+            text += f", {60 * rate:.1f} photos/min, {duration((self.stages[last].total - done) / rate)} left"
+        else:
             text += f", {duration(seconds)} so far"
-        behind = [p for p in self.stages.values() if p.done < p.total]
-        text += "".join(f", {p.stage} {p.done}/{p.total}" for p in behind if p.stage != STAGES[-1])
-        failed = sum(p.statuses.get(ERROR, 0) for p in self.stages.values() if p.stage == STAGES[-1])
+        text += "".join(f", {p.stage} {p.done}" for p in self.stages.values() if p.stage != last and done <= p.done < p.total)
+        failed = self.stages[last].statuses.get(ERROR, 0)
         return text + (f", {failed} failed" if failed else "")
 
     def close(self) -> None:
@@ -417,7 +417,7 @@ def protect(
         record["weights"], record["gallery"] = setting.weights, setting.gallery
         run.write_json("run.json", record)
 
-    reporter = None if progress_stream is None else Reporter(len(listing.photos), progress_stream)
+    reporter = None if progress_stream is None else Reporter(progress_stream)
     interrupted: RunInterrupted | None = None
     done: RunSummary | None = None
     try:

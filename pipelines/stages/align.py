@@ -14,7 +14,7 @@ from pipelines.config import Config
 from pipelines.manifests import NO_FACE, OK, SOURCE, face_id, row_seed
 from pipelines.photo import Limits, Photo, PhotoError, decode
 from pipelines.sources import SourceError, read_bytes
-from pipelines.stages.common import FaceError, Row, encode_png, failed, iterate, reason_of, to_table, to_tensor
+from pipelines.stages.common import FaceError, Row, encode_png, failed, iterate, reason_of, to_table
 from scol_ops.alignment import align_crops, ffhq_quads
 from scol_ops.detection import Face, FaceDetector
 from scol_ops.warp import GeometryError
@@ -91,7 +91,7 @@ def _faces(row: Row, photo: Photo, faces: list[Face], config: Config) -> list[Ro
         raise FaceError("TOO_MANY_FACES", f"{len(faces)} faces, align.max_faces is {config.align.max_faces}")
     landmarks = torch.from_numpy(np.stack([face.landmarks for face in faces])).double()
     quads = ffhq_quads(landmarks)
-    crops = align_crops(to_tensor(photo.pixels), quads, config.crop_size)
+    crops = align_crops(photo.pixels, quads, config.crop_size)
     out = []
     for index, face in enumerate(faces):
         name = face_id(row["photo_id"], index)

@@ -111,7 +111,8 @@ def operator(config: Config, weights: str, out: str) -> Operator:
         protected = torch.cat([decode_png(row["protected"]) for row in rows])
         masks = torch.cat([face_mask(geometry_in_crop(row, size, device, "align.")[0], size) for row in rows])
         quads = torch.from_numpy(np.stack([np.array(row["align.quad"]).reshape(4, 2) for row in rows]))
-        pixels = paste_back(photo.pixels, originals, protected, masks, quads)
+        # Tuning, refinement and attack have confined the change to the mask already.
+        pixels = paste_back(photo.pixels, originals, protected, masks, quads, masked=True)
         done = _written(rows[0], encode(photo, pixels), "protected", "; ".join(photo.notes) or None)
         # What counts is what anybody will read: the file, not the pixels that were meant.
         return photo, decode(read_bytes(done["out_path"], 2 * limits.max_bytes), limits), done
@@ -120,7 +121,8 @@ def operator(config: Config, weights: str, out: str) -> Operator:
         size = config.crop_size
         window = FaceWindow(row, photo.width, photo.height)
         one, two = (to_tensor(p.pixels[window.rows, window.columns]) for p in (photo, saved))
-        before, after = (to_uint8(align_crops(picture, window.quad, size)[0]) for picture in (one, two))
+        quad = torch.from_numpy(np.array(row["align.quad"]).reshape(1, 4, 2))
+        before, after = (to_uint8(align_crops(p.pixels, quad, size)[0]) for p in (photo, saved))
         landmarks, _ = geometry_in_crop(row, size, device, "align.")
         face = face_mask(landmarks, size)[0, 0].numpy() > 0.5
         found: Row = {
@@ -151,7 +153,7 @@ class FaceWindow:
 
     Attributes:
         rows, columns: slices of the photo: all that the recognisers' alignments sample, unless the photo ends there.
-        quad, landmarks, box: (1, 4, 2), (1, 5, 2) and (1, 4) in the window's pixels.
+        landmarks, box: (1, 5, 2) and (1, 4) in the window's pixels.
     """
 
     def __init__(self, row: Mapping[str, Any], width: int, height: int) -> None:
@@ -164,7 +166,6 @@ class FaceWindow:
         right, bottom = (int(v) for v in np.ceil(high + margin))
         self.rows, self.columns = slice(top, min(height, bottom + 1)), slice(left, min(width, right + 1))
         shift = np.array([left, top])
-        self.quad = torch.from_numpy((quad - shift)[None])
         landmarks = np.array(row["align.landmarks"], np.float64).reshape(1, 5, 2) - shift
         self.landmarks = torch.from_numpy(landmarks).float()
         self.box = torch.from_numpy((box - shift).reshape(1, 4)).float()
