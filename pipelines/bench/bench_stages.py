@@ -1,0 +1,124 @@
+"""Benchmark of the stages: faces a second, memory, tuning steps a second, and the engine's overhead.
+
+    python -m pipelines.bench.bench_stages [--faces 4] [--profile quick] [--workers 1]
+
+Protects photos of generated people (one face each) in a fresh folder through the whole engine, as ``scol
+protect`` does, and reads the seconds that each operator measured from the manifests.  Memory is the largest
+resident size of any worker process, sampled five times a second while the run goes on.  With one worker,
+overhead = time in which photos were under way minus the sum of the operators' seconds; the start of Ray and
+the loading of networks are told apart.  Prints a table and writes build/bench/stages.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from PIL import Image
+
+from pipelines.config import PROFILES, STAGES, load_config
+from pipelines.manifests import Run, read_stage
+from pipelines.protect import machine, protect
+from scol_ops.metrics import to_uint8
+from scol_ops.models.weights import load_mobilestylegan
+
+
+def make_photos(folder: Path, count: int) -> None:
+    """Photos of 512 px with one generated face each."""
+    generator = load_mobilestylegan(256)
+    z = torch.randn(count, 512, generator=torch.Generator().manual_seed(21))
+    folder.mkdir(parents=True)
+    with torch.no_grad():
+        w = generator.mean_code + 0.7 * (generator.mapping(z) - generator.mean_code)
+        for i, code in enumerate(w):
+            picture = generator(code.expand(1, 16, -1)).clamp(-1, 1)
+            stream = io.BytesIO()
+            Image.fromarray(to_uint8(picture[0])).resize((512, 512), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=92)
+            (folder / f"{i:03d}.jpg").write_bytes(stream.getvalue())
+
+
+class MemoryWatch(threading.Thread):
+    """Largest resident size of any one Ray worker that descends from this process, and of all together, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.largest = self.together = 0
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        me = psutil.Process()
+        while not self.stopped.wait(0.2):
+            sizes = []
+            for process in me.children(recursive=True):
+                try:
+                    if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+                        sizes.append(process.memory_info().rss)
+                except (psutil.NoSuchProcess, psutil.AccessDenied):
+                    continue
+            self.largest = max(self.largest, max(sizes, default=0))
+            self.together = max(self.together, sum(sizes))
+
+
+def measure(faces: int, profile: str, workers: int) -> dict[str, object]:
+    config = load_config(profile, sets=[f"engine.workers={workers}", "gallery.synthetic=5000"])
+    with tempfile.TemporaryDirectory(prefix="scol-bench-") as folder:
+        make_photos(Path(folder) / "photos", faces)
+        watch = MemoryWatch()
+        watch.start()
+        begin = time.monotonic()
+        summary = protect(f"{folder}/photos", f"{folder}/out", config, say=lambda text: None)
+        wall = time.monotonic() - begin
+        watch.stopped.set()
+        run = Run(f"{folder}/out.run")
+        stages = {}
+        for stage in STAGES:
+            rows = read_stage(run, stage)
+            seconds = [s for s in rows["seconds"].to_pylist() if s is not None]
+            stages[stage] = {"faces": len(seconds), "seconds": sum(seconds), "faces_per_second": len(seconds) / max(sum(seconds), 1e-9)}
+    return {
+        "faces": faces, "profile": profile, "workers": workers, "wall_seconds": wall, "stages": stages,
+        "operator_seconds": sum(s["seconds"] for s in stages.values()),
+        "tuning_steps_per_second": config.tune.steps * stages["tune"]["faces"] / max(stages["tune"]["seconds"], 1e-9),
+        "largest_worker_bytes": watch.largest, "all_workers_bytes": watch.together,
+        "summary": {k: summary[k] for k in ("photos", "faces", "ok", "weak", "error")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faces", type=int, default=4, help="photos of the larger run (default 4)")
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="quick")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/stages.json"))
+    arguments = parser.parse_args()
+    # Two runs of different size: what does not grow with the photos is start-up, what does is operators and engine.
+    small, large = measure(1, arguments.profile, arguments.workers), measure(arguments.faces, arguments.profile, arguments.workers)
+    grown = large["wall_seconds"] - small["wall_seconds"]
+    operators = (large["operator_seconds"] - small["operator_seconds"]) / arguments.workers
+    result = {
+        "machine": machine(), **large, "start_seconds": small["wall_seconds"] - small["operator_seconds"],
+        "overhead_share": (grown - operators) / operators if operators > 0 else None,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1))
+    print(f"{result['machine']['cpu']}, {result['machine']['cores']} cores; profile {arguments.profile}, "
+          f"{arguments.faces} faces, {arguments.workers} worker(s)")
+    print(f"{'stage':10} {'seconds a face':>15} {'faces a second':>15}")
+    for stage, row in large["stages"].items():
+        print(f"{stage:10} {row['seconds'] / max(row['faces'], 1):15.2f} {row['faces_per_second']:15.2f}")
+    print(f"tuning (with refinement): {large['tuning_steps_per_second']:.2f} steps/s")
+    print(f"largest worker {large['largest_worker_bytes'] / 2**30:.2f} GiB, all workers {large['all_workers_bytes'] / 2**30:.2f} GiB")
+    print(f"start (Ray, networks, gallery) {result['start_seconds']:.1f} s")
+    if result["overhead_share"] is not None:
+        print(f"engine overhead over the operators' own time: {100 * result['overhead_share']:.1f} %")
+
+
+if __name__ == "__main__":
+    main()
