@@ -24,8 +24,8 @@ DATA = Path(__file__).parent / "data"
 SHA256 = {
     # Mean of 65,536 W codes of seed 0: ``python -m pipelines.training.mean_code`` makes it again.
     "mobilestylegan_mean.safetensors": "e4583dbad36362b9f9ce5a1089d6ac41ad95106a63dc02a25ebcf120ba5c6a22",
-    "encoder.safetensors": "e8a04f107073eefd0ea73ade0deabea10849753629257a903f7df54c3370c500",
-    "mobilestylegan_head256.safetensors": "7ffa887b5d902d66b4945440556af166b6e35db05366e6b4d729ceced6ce9697",
+    "encoder.safetensors": "b6390f803691073bb952eaa81868ad97153794d53161fcaa0de6a10ed9754911",
+    "mobilestylegan_head256.safetensors": "746ad758517a624a2c4e36757b201974e101e30e1e8d1efd48b304c265d9573e",
     "random_face/MappingNetwork.xml": "73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
     "random_face/MappingNetwork.bin": "212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305",
     "random_face/SynthesisNetwork.xml": "7918fce515243954d3e06628cb39a23902d6b1d5d02932cc0c2faee7a2aeeedd",
