@@ -235,7 +235,7 @@ class AttackConfig(Section):
     enabled: bool = Field(True, description="off: the refined face is published as it is")
     eps: float = Field(
         2 / 255, ge=0, le=1,
-        description="bound of the change, in [0, 1] pixel units (paper: 8/255, which costs 3 dB; docs/results.md)",
+        description="bound of the change, in [0, 1] pixel units (paper: 8/255)",
     )
     steps: int = Field(10, ge=0, le=1000, description="PGD steps")
     step_size: float = Field(0.5 / 255, ge=0, le=1, description="of one signed step, in [0, 1] pixel units")

@@ -98,7 +98,7 @@ def make_photos(side: int, count: int, seed: int = 0) -> tuple[list[np.ndarray],
 
 
 def load_photos(folder: Path, limit: int, side: int | None) -> list[np.ndarray]:
-    """Every n-th photo of a folder, at all depths, so that ``limit`` of them spread over it; resized to a square side."""
+    """Every n-th photo of a folder, at all depths, ``limit`` in all; resized to a square side."""
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise SystemExit(f"no photos in {folder}")
@@ -235,12 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parts += [row[n]["recall_of_truth"] for n in ("scol", "facenet")] if truth else []
             shares = ", ".join(f"{a}/{b}" for a, b in parts)
             walls = " ".join(f"{row[n]['wall_s'] * 1e3:7.1f}ms" for n in CONTENDERS)
-            print(f"{side:5} {threads:7} {walls}  {row['ratio_wall']:5.2f} {row['ratio_cpu']:6.2f}   {shares}", flush=True)
+            ratios = f"{row['ratio_wall']:5.2f} {row['ratio_cpu']:6.2f}"
+            print(f"{side:5} {threads:7} {walls}  {ratios}   {shares}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     source = "folder" if options.photos else "generated"
-    options.out.write_text(json.dumps(
-        {"machine": machine(), "load": os.getloadavg(), "photos": source, "confidence": CONFIDENCE, "rows": rows}, indent=1
-    ) + "\n")
+    found = {"machine": machine(), "load": os.getloadavg(), "photos": source, "confidence": CONFIDENCE, "rows": rows}
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {options.out}")
 
 
