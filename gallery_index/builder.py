@@ -205,7 +205,8 @@ class GalleryBuilder:
             raise BadCodesError(
                 f"{n} codes came with {len(ids)} ids, {len(photo_ids)} photo ids and {len(person_ids)} person ids"
             )
-        for name, values in (("id", ids), ("photo id", photo_ids), ("person id", [p for p in person_ids if p is not None])):
+        people = [p for p in person_ids if p is not None]
+        for name, values in (("id", ids), ("photo id", photo_ids), ("person id", people)):
             wrong = next((v for v in values if not isinstance(v, str) or not v or "\0" in v), None)
             if wrong is not None:
                 raise BadCodesError(f"{name} {wrong!r} is not a non-empty string")
@@ -315,4 +316,7 @@ def _concatenate(batches: list[CodeBatch]) -> CodeBatch:
 
 
 def _split(batch: CodeBatch, rows: int) -> tuple[CodeBatch, CodeBatch]:
-    return tuple(CodeBatch(*(None if v is None else v[part] for v in batch)) for part in (slice(0, rows), slice(rows, None)))
+    first, rest = (
+        CodeBatch(*(None if v is None else v[part] for v in batch)) for part in (slice(0, rows), slice(rows, None))
+    )
+    return first, rest

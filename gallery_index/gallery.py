@@ -179,7 +179,7 @@ class Gallery:
         return found.expand(-1, self.num_layers, -1).contiguous().cpu().numpy()
 
     def component_std(self) -> np.ndarray:
-        """Standard deviation of each component over the gallery: (L, D) float32 (the unit ``std`` of the inspection)."""
+        """Standard deviation of each component over the gallery: (L, D) float32; a unit of the inspection."""
         result = np.empty((self.info.stored_layers, self.dim))
         for layer, codes in enumerate(self._codes):
             mean = torch.from_numpy(self.mean[layer]).to(codes.device)

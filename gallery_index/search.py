@@ -164,7 +164,7 @@ class LayerSearch:
             if count <= 8:
                 # A few queries: with the codes on the left the product streams them at the memory's
                 # speed, except for one query alone (a matrix-vector product, 1.8 x slower on 2 cores).
-                few = batch.unit if count > 1 else batch.unit.expand(2, -1)
+                few = batch.unit if count > 1 else batch.unit.repeat(2, 1)
                 view.copy_((codes @ few.T).T[:count])
             else:
                 torch.mm(batch.unit, codes.T, out=view)

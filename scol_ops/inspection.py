@@ -8,6 +8,15 @@ takes the original's value, and the loss of the attack leaves the component out.
 the paper's words: a low tau lets much of the code be replaced by the original and weakens the
 attack, a higher one takes more components to be identity related, and a very high one admits
 differences that have nothing to do with identity.
+
+What the units mean on the embedded generator's W (32 synthetic codes against the least similar of
+5,000, mode ``centred``; a component's standard deviation is 0.41 in the median): share of identity
+related components at tau = 0.5, 1, 2, 3, 5
+
+- ``absolute``: 0.60, 0.82, 0.98, 0.999, 1.0
+- ``std``: 0.35, 0.54, 0.78, 0.91, 0.99
+
+so that the paper's tau = 3 leaves almost nothing out in absolute units, and a tenth in standard deviations.
 """
 
 from __future__ import annotations

@@ -12,7 +12,10 @@ def random_codes(n, layers, dim, seed=0):
 
 
 def brute_force(codes, ids, queries, k, mode, excluded=None):
-    """codes (N, L, D), queries (B, L, D), excluded bool (B, N) -> most ids, scores (B, L, k), least ids, scores (B, L)."""
+    """Codes (N, L, D), queries (B, L, D), excluded bool (B, N).
+
+    Returns most ids and scores (B, L, k), least ids and scores (B, L).
+    """
     x, q = codes.astype(np.float64), queries.astype(np.float64)
     if mode == "centred":
         mean = x.mean(axis=0)

@@ -99,18 +99,23 @@ def test_near_ties_beyond_float32_are_ordered_by_their_exact_score(make, mode):
 def test_codes_close_to_the_mean_are_found_exactly(make, blocks):
     """Their float32 score is mostly rounding error in ``centred``, so they take another way."""
     codes = random_codes(500, 2, 64) + 3.0
-    mean = codes.astype(np.float64).mean(axis=0)
     rng = np.random.default_rng(0)
-    for i in range(0, 500, 50):
-        codes[i] = mean + rng.normal(size=(2, 64)) * 1e-3
+    near = rng.normal(size=(10, 2, 64)) * 1e-3
+    mean = np.delete(codes, np.s_[::50], axis=0).mean(axis=0, dtype=np.float64)
+    codes[::50] = mean + near - near.mean(axis=0)  # so that the mean stays where it is
     gallery = make(codes)
     wild = sum(len(layer._wild) for layer in gallery._layers)
     assert wild == 20
-    queries = random_codes(6, 2, 64, seed=1) + 3.0
-    mask = rng.random((6, 500)) < 0.3
-    check(gallery, codes, queries, 12, mask, exclude_mask=mask)
-    # A query near the mean in the same direction as one of these codes finds it first.
-    assert gallery.search((mean + (codes[50] - mean) * 5)[None].astype(np.float32), 1).most_ids[0, 0, 0] == gallery.ids[50]
+    # Queries that look in the direction of such a code find it first, and once.
+    towards = mean + 5 * (codes[:200:50] - mean)
+    queries = np.concatenate([random_codes(4, 2, 64, seed=1) + 3.0, towards]).astype(np.float32)
+    mask = rng.random((8, 500)) < 0.3
+    mask[4:, :200:50] = np.eye(4, dtype=bool)[[0, 2, 1, 3]]  # two of the four may not be found
+    result = check(gallery, codes, queries, 12, mask, exclude_mask=mask)
+    assert [result.most_ids[4 + i, 0, 0] == gallery.ids[50 * i] for i in range(4)] == [False, True, True, False]
+    opposite = (2 * mean - queries[4:]).astype(np.float32)
+    result = check(gallery, codes, opposite, 12, mask[4:], exclude_mask=mask[4:])
+    assert [result.least_ids[i, 0] == gallery.ids[50 * i] for i in range(4)] == [False, True, True, False]
 
 
 def test_all_modes_rank_differently(make):
@@ -254,7 +259,7 @@ def test_faiss_agrees(make, mode, broadcast):
         (lambda q: q[:, :1], r"\(B, 2, 8\) float32"),
         (lambda q: q[0], r"\(B, 2, 8\) float32"),
         (lambda q: q.astype(np.float64), "float64"),
-        (lambda q: np.where(np.arange(3)[:, None, None] == 1, np.nan, q).astype(np.float32), "query 1: layer 0 has a NaN"),
+        (lambda q: q * np.float32([1, np.nan, 1])[:, None, None], "query 1: layer 0 has a NaN"),
     ],
 )
 def test_malformed_queries(make, change, message):

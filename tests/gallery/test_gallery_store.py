@@ -154,7 +154,8 @@ def test_harmed_index_is_refused(stored):
     folder, info = stored
     path = folder / "index.json"
     content = path.read_bytes()
-    for harmed in (content[:-10], b"", b"[]", content.replace(b'"centred"', b'"cosine"'), content.replace(b"g1", b"g2")):
+    altered = content.replace(b'"centred"', b'"cosine"'), content.replace(b"g1", b"g2")
+    for harmed in (content[:-10], b"", b"[]", *altered):
         assert harmed != content
         path.write_bytes(harmed)
         with pytest.raises(GalleryError) as error:
@@ -189,7 +190,7 @@ def _sign(body):
 def test_expectations(stored):
     folder, _ = stored
     Gallery.load(folder, expect=Expectation())
-    Gallery.load(folder, expect=Expectation(mode="centred", layers=2, dim=8, weights={"generator": "g1", "encoder": "e1"}))
+    Gallery.load(folder, expect=Expectation(mode="centred", layers=2, dim=8, weights=WEIGHTS))
     for expect, both in (
         (Expectation(mode="cosine"), ("'centred'", "'cosine'")),
         (Expectation(layers=18), ("is 2", "18")),
