@@ -46,7 +46,8 @@ def test_networks_are_those_of_facenet_pytorch(mtcnn):
     own = detection._Networks(torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
-        for side, ours, theirs in ((62, own.propose, mtcnn.pnet), (24, own.refine, mtcnn.rnet), (48, own.output, mtcnn.onet)):
+        pairs = ((62, own.propose, mtcnn.pnet), (24, own.refine, mtcnn.rnet), (48, own.output, mtcnn.onet))
+        for side, ours, theirs in pairs:
             pixels = torch.randint(0, 256, (5, 3, side, side), generator=generator).float()
             *values, probabilities = theirs((pixels - 127.5) / 128)
             out = ours(pixels)

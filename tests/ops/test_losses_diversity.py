@@ -62,8 +62,11 @@ def test_jpeg_layer_resembles_pillow(quality, subsample):
     saved = np.asarray(saved).astype(np.float32)
     ours = ((jpeg(x, quality, subsample)[0] + 1) * 127.5).permute(1, 2, 0).numpy()
     original = np.asarray(to_pillow(x)).astype(np.float32)
-    # Chroma filters and integer transforms differ, so not bit-equal: much closer to Pillow than to the input.
-    assert np.sqrt(np.mean((ours - saved) ** 2)) < 0.35 * np.sqrt(np.mean((original - saved) ** 2)) + 0.5
+    # libjpeg rounds to integers before the transform and filters chroma otherwise, so coefficients near a rounding
+    # edge fall the other way: not bit-equal, but far closer to Pillow's file than the input is, and of the same loss.
+    loss, ours_to_pillow = np.mean((original - saved) ** 2), np.mean((ours - saved) ** 2)
+    assert ours_to_pillow < 0.4 * loss
+    assert np.mean((original - ours) ** 2) == pytest.approx(loss, rel=0.2)
     luma, chroma = quantisation_tables(quality)
     assert sorted(tables[0]) == sorted(int(v) for v in luma.flatten())
     assert sorted(tables[1]) == sorted(int(v) for v in chroma.flatten())
