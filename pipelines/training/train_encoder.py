@@ -29,7 +29,7 @@ from scol_ops.diversity import jpeg
 from scol_ops.models.encoder import Encoder
 from scol_ops.models.mobilestylegan import MobileStyleGAN
 from scol_ops.models.recognisers import load_recogniser
-from scol_ops.models.weights import load_mobilestylegan
+from scol_ops.models.weights import load_encoder, load_mobilestylegan
 from scol_ops.runtime import set_up
 from scol_ops.tuning import low_pass
 
@@ -174,6 +174,8 @@ class Trainer:
         if checkpoint.exists():
             self.encoder.load_state_dict(load_file(checkpoint))
             self.record = json.loads((arguments.out / "training.json").read_text())
+        elif arguments.from_embedded:
+            self.encoder.load_state_dict(load_encoder().state_dict())
         self.encoder.to(memory_format=torch.channels_last)
         self.average = {k: v.detach().clone().float() for k, v in self.encoder.state_dict().items()}
         self.recogniser = load_recogniser("mobilefacenet")
@@ -305,6 +307,7 @@ def main() -> None:
     parser.add_argument("--head", type=Path, default=None, help="a head still in training (default: the embedded one)")
     parser.add_argument("--make", type=int, metavar="CHUNKS", help=f"render CHUNKS x {CHUNK} faces")
     parser.add_argument("--train", type=float, metavar="MINUTES")
+    parser.add_argument("--from-embedded", action="store_true", help="begin with the embedded encoder's weights")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--export", type=Path, metavar="FILE")
     parser.add_argument("--photos", type=Path, help="folder of real photos for --evaluate")
