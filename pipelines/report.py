@@ -39,7 +39,7 @@ PICTURE_SIDE = 256
 PICTURE_BYTES = 9_000_000  # most base64 characters of pictures in a report
 
 _MEASURES = ("psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg")
-_FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "failed_stage", "action", "path", "judge", "max_ism", *_MEASURES]
+_FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "path", "judge", "max_ism", *_MEASURES]
 
 # Written out so that a name can neither hide a part of itself nor reverse the line that it stands in.
 _SPELLED = {c: f"\\u{c:04x}" for c in (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F),
@@ -57,7 +57,7 @@ def _name(text: object) -> str:
     return f'<bdi class="name">{escape(text)}</bdi>'
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +126,7 @@ def read_pictures(run: Run | str, face_ids: Iterable[str]) -> dict[str, FacePict
         RunError, StoreError: see `manifests.read_stage`.
     """
     face_ids = list(face_ids)
-    geometry = ["crop", "quad", "box", "landmarks", "width", "height"]
-    aligned = _face_rows(run, face_ids, "align", geometry)
+    aligned = _face_rows(run, face_ids, "align", ["crop", "quad", "width", "height"])
     published = _face_rows(run, face_ids, "publish", ["action", "out_path"])
     made: dict[str, Pixels] | None = None
     out: dict[str, FacePictures] = {}
@@ -161,13 +160,17 @@ def _cut(photo: Pixels | None, row: Mapping[str, Any], size: int) -> Pixels | No
     """The aligned crop of a face in a saved photo, cut as the verdict's is."""
     if photo is None or photo.shape[:2] != (row["height"], row["width"]):
         return None
-    from pipelines.stages.common import to_tensor  # torch: seconds that a report without faces need not take
-    from pipelines.stages.publish import FaceWindow
+    import torch  # late: seconds that a report without faces need not take
+
     from scol_ops.alignment import align_crops
     from scol_ops.metrics import to_uint8
+    from scol_ops.warp import GeometryError
 
-    window = FaceWindow({f"align.{k}": row[k] for k in ("quad", "box", "landmarks")}, row["width"], row["height"])
-    return to_uint8(align_crops(to_tensor(photo[window.rows, window.columns]), window.quad, size)[0])
+    quad = torch.tensor(row["quad"], dtype=torch.float64).reshape(1, 4, 2)
+    try:
+        return to_uint8(align_crops(photo, quad, size)[0])
+    except GeometryError:
+        return None
 
 
 def _data_url(pixels: Pixels) -> str:
@@ -193,7 +196,7 @@ class _Budget:
         return True
 
 
-# ---- numbers ----------------------------------------------------------------------------------------------------------
+# ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
 def _number(value: float | None, digits: int = 2, unit: str = "") -> str:
@@ -292,7 +295,7 @@ def histogram(
             f"{''.join(parts)}</svg><p class=soft>{escape(words)}.</p></div>")
 
 
-# ---- the page's parts --------------------------------------------------------------------------------------------------
+# ---- the page's parts ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -336,8 +339,9 @@ def _banner(data: _Data) -> str:
     if not t["photos"]:
         problems.append("The run has no photos.")
     if t["pending"]:
-        problems.append(f"<strong>This run is not finished:</strong> {t['pending']:,} of {t['photos']:,} photos have not "
-                        "been published yet. The figures below speak of the rest; the same command goes on with them.")
+        problems.append(f"<strong>This run is not finished:</strong> {t['pending']:,} of {t['photos']:,} photos have "
+                        "not been published yet. The figures below speak of the rest; the same command goes on with "
+                        "them.")
     if t[ERROR]:
         problems.append(f"{t[ERROR]:,} of {t['photos']:,} photos failed: <a href=\"#failures\">why</a>.")
     if t["face_status"][WEAK]:
@@ -362,7 +366,8 @@ def _tiles(data: _Data) -> str:
         ("SSIM of the face crop, mean", _number(t["ssim"], 3), ""),
         ("FLIP, mean", _number(t["flip"], 3), ""),
         ("ISM, mean", _number(t["ism"], 3), ""),
-        ("work a face, all stages", _number(work / t["faces"], 1, "s") if t["faces"] and work else "–", ""),
+        ("work a face, all stages", _number(work / t["faces"], 1, "s")
+         if t["faces"] and work and not t["pending"] else "–", ""),
     ]
     if t.get("seconds"):
         tiles.append(("wall time", _duration(t["seconds"]), ""))
@@ -392,7 +397,8 @@ def _card(row: Mapping[str, Any], pictures: FacePictures, budget: _Budget) -> st
         f"<span>{label}</span></div>" for url, (label, alt) in zip(urls, labels, strict=True)
     )
     source = "" if pictures.saved else " (before saving: the saved file could not be read)"
-    words = [f"PSNR {_number(row['psnr'], 1, 'dB')}", f"SSIM {_number(row['ssim'], 3)}", f"ISM {_number(row['ism'], 3)}"]
+    words = [f"PSNR {_number(row['psnr'], 1, 'dB')}", f"SSIM {_number(row['ssim'], 3)}",
+             f"ISM {_number(row['ism'], 3)}"]
     reason = f"<br><span class={escape(row['status'])}>{escape(row['reason'])}</span>" if row["reason"] else ""
     return (f"<li><figure><div class=triple>{images}</div><figcaption>{_name(_face_words(row))}<br>"
             f"{' · '.join(words)}{source}{reason} <button type=button data-do=blink aria-pressed=false>blink</button>"
@@ -429,8 +435,8 @@ def _sample(data: _Data, budget: _Budget, count: int) -> str:
     chosen = sorted(good, key=lambda r: _order(seed, r["face_id"]))[:count]
     cards, rest = _cards(chosen, data.run, budget)
     shown = len(chosen) - len(rest)
-    return (f"<p class=soft>{shown:,} of {len(good):,} well protected faces, drawn by the run's seed. {_PICTURES_NOTE}</p>"
-            f"{cards}")
+    return (f"<p class=soft>{shown:,} of {len(good):,} well protected faces, drawn by the run's seed. "
+            f"{_PICTURES_NOTE}</p>{cards}")
 
 
 def _names(rows: Iterable[str]) -> str:
@@ -462,7 +468,7 @@ def _distributions(data: _Data) -> str:
         histogram([r["ism"] for r in done], f"ISM{judge}", "ISM, cosine (lower: better protected)", marks),
     ]
     if any(r["ism_jpeg"] is not None for r in done):
-        charts.append(histogram([r["ism_jpeg"] for r in done], f"ISM{judge}, after compression",
+        charts.append(histogram([r["ism_jpeg"] for r in done], f"ISM{judge}, after half size and JPEG 75",
                                 "ISM, cosine (lower: better protected)", marks))
     if any(r["flip"] is not None for r in done):
         charts.append(histogram([r["flip"] for r in done], "FLIP", "FLIP, 0 to 1 (lower: less visible)"))
@@ -490,7 +496,8 @@ def _times(data: _Data) -> str:
         for stage, seconds in rows
     )
     return (
-        "<p class=soft>Seconds that the workers spent, summed over all of them; reruns keep the time of the first run.</p>"
+        "<p class=soft>Seconds that the workers spent, summed over all of them; reruns keep the time of the first run."
+        "</p>"
         "<div class=wide tabindex=0 role=region aria-label=\"Time by stage\"><table><thead><tr><th scope=col>stage</th>"
         "<th scope=col class=n>rows</th><th scope=col class=n>total</th><th scope=col class=n>mean, s</th>"
         "<th scope=col class=n>median, s</th><th scope=col class=n>95 %, s</th><th scope=col class=n>most, s</th>"
@@ -512,9 +519,10 @@ def _failures(data: _Data) -> str:
         common = Counter(words for _, words in items).most_common(1)[0]
         # What nearly all say is said once, at the top.
         shared = common[0] if common[1] > 1 and common[1] == len(items) else None
-        lines = (_name(who) + (f": {escape(words)}" if words and shared is None else "") for who, words in sorted(items))
-        text += (f"<details{' open' if len(items) <= 20 else ''}><summary><strong class=error>{escape(code)}</strong> at "
-                 f"{escape(stage)}: {len(items):,}{f' · {escape(shared)}' if shared else ''}</summary>"
+        lines = (_name(who) + (f": {escape(words)}" if words and shared is None else "")
+                 for who, words in sorted(items))
+        text += (f"<details{' open' if len(items) <= 20 else ''}><summary><strong class=error>{escape(code)}</strong>"
+                 f" at {escape(stage)}: {len(items):,}{f' · {escape(shared)}' if shared else ''}</summary>"
                  f"{_names(lines)}</details>")
     return text
 
@@ -561,7 +569,7 @@ def _settings(data: _Data) -> str:
     return text
 
 
-# ---- the page ---------------------------------------------------------------------------------------------------------
+# ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def _asset(name: str) -> str:
@@ -599,7 +607,8 @@ def render(run: Run | str, sample: int = SAMPLE, weak: int = WEAK_SHOWN, picture
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="referrer" content="no-referrer">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="referrer" content="no-referrer">'
         f"<title>scol: report of a run</title><style>{style}</style></head><body>"
         '<a class=skip href="#totals">Skip to the totals</a>'
         f"<header><h1>Report of a run</h1><p>{_name(run.url)}</p>{_banner(data)}"

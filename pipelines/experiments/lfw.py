@@ -87,7 +87,7 @@ class Probe:
                     np.array(self.row["align.box"], np.float32))
 
 
-# ---- photos and faces -------------------------------------------------------------------------------------------------
+# ---- photos and faces ------------------------------------------------------------------------------------------------
 
 
 def central(boxes: Sequence[Sequence[float]], width: int, height: int) -> int:
@@ -172,7 +172,7 @@ class Faces:
 def _load(file: Path | None) -> dict[str, NDArray[np.float32]]:
     if file is None or not file.exists():
         return {}
-    table = pq.read_table(file)
+    table = pq.ParquetFile(file).read(use_threads=False)
     values = (np.array(v, np.float32) for v in table["value"].to_pylist())
     return dict(zip(table["key"].to_pylist(), values, strict=True))
 
@@ -180,17 +180,19 @@ def _load(file: Path | None) -> dict[str, NDArray[np.float32]]:
 def _store(file: Path, table: dict[str, NDArray[np.float32]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    pq.write_table(pa.table({"key": list(table), "value": pa.array(list(table.values()), pa.list_(pa.float32()))}), part)
+    values = pa.array(list(table.values()), pa.list_(pa.float32()))
+    pq.write_table(pa.table({"key": list(table), "value": values}), part)
     os.replace(part, file)
 
 
-# ---- the run ----------------------------------------------------------------------------------------------------------
+# ---- the run ---------------------------------------------------------------------------------------------------------
 
 _COLUMNS = {
     "align": ["width", "height", "box", "landmarks", "quad"],
     "publish": ["status", "out_path", "psnr", "ssim", "flip", "face_psnr"],
 }
-_CROPS = {"align": ["crop"], "invert": ["code"], "fuse": ["fused"], "tune": ["tuned", "refined"], "attack": ["protected"]}
+_CROPS = {"align": ["crop"], "invert": ["code"], "fuse": ["fused"], "tune": ["tuned", "refined"],
+          "attack": ["protected"]}
 
 
 def read_probes(run: Run, stages: bool = False) -> tuple[list[Probe], dict[str, int]]:
@@ -203,7 +205,8 @@ def read_probes(run: Run, stages: bool = False) -> tuple[list[Probe], dict[str, 
     Raises:
         RunError: not a run; ExperimentError: it has protected nothing, or its photos have no person.
     """
-    source = {row["photo_id"]: row for row in read_stage(run, "source", ["photo_id", "path", "url", "person_id"]).to_pylist()}
+    source_rows = read_stage(run, "source", ["photo_id", "path", "url", "person_id"]).to_pylist()
+    source = {row["photo_id"]: row for row in source_rows}
     published: dict[str, list[dict[str, Any]]] = {}
     for row in read_stage(run, "publish", ["photo_id", "face_id", *_COLUMNS["publish"]]).to_pylist():
         published.setdefault(row["photo_id"], []).append(row)
@@ -253,7 +256,7 @@ def judges_inside(config: dict[str, Any]) -> set[str]:
     return inside - {ENCODER}
 
 
-# ---- the gallery ------------------------------------------------------------------------------------------------------
+# ---- the gallery -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -321,7 +324,7 @@ def choose_gallery(
     return GalleryPhotos([np.stack(rows) for rows in embeddings], names, mates, count, without)
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -372,8 +375,8 @@ def stage_pictures(probe: Probe, generator: Callable[[Tensor], Tensor] | None) -
 
 
 def stage_table(
-    probes: Sequence[Probe], gallery: GalleryPhotos, judges: Sequence[Recogniser], generator: Callable[[Tensor], Tensor] | None,
-    say: Say,
+    probes: Sequence[Probe], gallery: GalleryPhotos, judges: Sequence[Recogniser],
+    generator: Callable[[Tensor], Tensor] | None, say: Say,
 ) -> list[dict[str, Any]]:
     """What each stage contributes: picture measures over the crop, and each judge's `score`."""
     found: dict[str, dict[str, list]] = {
@@ -516,7 +519,7 @@ def run_experiment(
     return result
 
 
-# ---- words ------------------------------------------------------------------------------------------------------------
+# ---- words -----------------------------------------------------------------------------------------------------------
 
 
 def _cell(value: float | None, digits: int = 3, scale: float = 1.0) -> str:
@@ -532,12 +535,14 @@ def to_markdown(result: dict[str, Any]) -> str:
     """The experiment's tables, with what they are over."""
     c, q = result["counts"], result["quality"]
     lines = [
-        f"{c['probes']} protected photos of {c['people']} people ({c['photos']} in the run: {c['no_face']} without a face, "
-        f"{c['failed']} failed). Gallery: {c['gallery']} photos, one a person, {c['distractors']} of them of other people; "
-        f"{c['people_without_another_photo']} people have no other photo and count only in \"own\".",
+        f"{c['probes']} protected photos of {c['people']} people ({c['photos']} in the run: {c['no_face']} without a "
+        f"face, {c['failed']} failed). Gallery: {c['gallery']} photos, one a person, {c['distractors']} of them of "
+        f"other people; {c['people_without_another_photo']} people have no other photo and count only in the cosine to "
+        "the original.",
         "",
-        f"Over the face crop of the saved files: PSNR {_cell(q['psnr']['mean'], 2)} dB (least {_cell(q['psnr']['min'], 2)}), "
-        f"SSIM {_cell(q['ssim']['mean'])}, FLIP over the face {_cell(q['flip']['mean'])}.",
+        f"Over the face crop of the saved files: PSNR {_cell(q['psnr']['mean'], 2)} dB (least "
+        f"{_cell(q['psnr']['min'], 2)}), SSIM {_cell(q['ssim']['mean'])}, FLIP over the face "
+        f"{_cell(q['flip']['mean'])}.",
         "",
     ]
     rows = []
@@ -572,7 +577,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of mates and distractors [default: 0]")
     parser.add_argument("--threads", type=int, help="PyTorch threads [default: all cores]")
     parser.add_argument("--cache", default="build/lfw", help="folder for the gallery's embeddings [default: build/lfw]")
-    parser.add_argument("--json", default="build/bench/lfw.json", help="where the figures go [default: build/bench/lfw.json]")
+    parser.add_argument("--json", default="build/bench/lfw.json",
+                        help="where the figures go [default: build/bench/lfw.json]")
     options = parser.parse_args(argv)
     if options.distractors < 1:
         parser.error("--distractors must be at least 1")

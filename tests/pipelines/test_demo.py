@@ -103,7 +103,7 @@ def test_people(found):
     assert min(ada @ again, ben @ evening) > judge.threshold > max(ada @ ben, ada @ evening, again @ ben)
 
 
-# ---- what the demo says ------------------------------------------------------------------------------------------------
+# ---- what the demo says ----------------------------------------------------------------------------------------------
 
 
 def png(value: int) -> bytes:

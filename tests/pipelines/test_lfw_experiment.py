@@ -132,7 +132,8 @@ def test_rank1_u_is_what_was_built(result):
 def test_stages(result):
     lines = {line["stage"]: line for line in result["stages"]}
     # Nothing was refined or fused, and only Ada has a code.
-    assert {name: line["faces"] for name, line in lines.items()} == {"original": 3, "inverted": 1, "tuned": 3, "attacked": 3}
+    faces = {name: line["faces"] for name, line in lines.items()}
+    assert faces == {"original": 3, "inverted": 1, "tuned": 3, "attacked": 3}
     assert lines["original"]["psnr"] is None and lines["original"]["judges"]["faceres"]["rank1_u"] == 0
     assert lines["attacked"]["judges"]["mobilefacenet"]["rank1_u"] == 0.5
     assert lines["inverted"]["judges"]["mobilefacenet"]["rank1_u"] == 1  # Hugo's code
@@ -141,7 +142,8 @@ def test_stages(result):
 
 def test_second_run_takes_the_gallery_from_the_cache(run, tree, result):
     said = []
-    again = lfw.run_experiment(run.url, str(tree / "photos"), judges=["mobilefacenet"], cache=tree / "cache", say=said.append)
+    again = lfw.run_experiment(run.url, str(tree / "photos"), judges=["mobilefacenet"], cache=tree / "cache",
+                               say=said.append)
     assert "gallery of 5 people, 0 photos embedded anew" in said
     assert again["judges"][0] == result["judges"][0]
     assert "stages" not in again

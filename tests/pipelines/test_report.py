@@ -63,7 +63,8 @@ def make_run(folder: Path, photos: list[dict], run_json: bool = True) -> Run:
                     row["status"] = "weak" if stage == "publish" else "ok"
                 if done:
                     code = [0.123456] * 8192 if i < 50 else None
-                    value = {"align": {"crop": png(i)}, "invert": {"code": code}, "fuse": {"fused": code, "target": code},
+                    value = {"align": {"crop": png(i)}, "invert": {"code": code},
+                             "fuse": {"fused": code, "target": code},
                              "attack": {"protected": png(i + 1000)},
                              "publish": {"path": item["path"], "out_path": item["path"], "action": "protected",
                                          "psnr": 30 + i % 7 / 2, "ssim": 0.95, "flip": 0.1, "face_psnr": 28.0,
@@ -297,7 +298,7 @@ def test_histogram():
     assert Page(report.histogram([0.5, 0.5], "all equal", "x")).all("rect")
 
 
-# ---- in a browser ------------------------------------------------------------------------------------------------------
+# ---- in a browser ----------------------------------------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -306,7 +307,8 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 
 def browse(tmp_path: Path, url: str, *options: str) -> str:
     done = subprocess.run([CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000",
-                           "--enable-logging=stderr", "--v=0", *options, url], capture_output=True, text=True, timeout=120)
+                           "--enable-logging=stderr", "--v=0", *options, url],
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     # The policy's violations and the script's errors are reported on the console.
     assert "CONSOLE" not in done.stderr, done.stderr
@@ -316,7 +318,8 @@ def browse(tmp_path: Path, url: str, *options: str) -> str:
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
 def test_in_chromium(tmp_path):
     """Three thousand faces, a hundred of them weak: the page loads, its script runs, its pictures decode."""
-    photos = [photo(f"folder/{i:04d}.jpg", "ok") for i in range(2900)] + [photo(f"w{i}.jpg", "weak") for i in range(100)]
+    photos = [photo(f"folder/{i:04d}.jpg", "ok") for i in range(2900)]
+    photos += [photo(f"w{i}.jpg", "weak") for i in range(100)]
     photos.append(photo(NASTY, reason="CORRUPT: <b>", stage="align"))
     run = make_run(tmp_path / "run", photos)
     url = report.write_report(run)
