@@ -368,7 +368,7 @@ def _read_table(src: str) -> Iterator[tuple[str, str | None]]:
             else:
                 names = pa.parquet.read_schema(f).names
                 f.seek(0)
-                table = pa.parquet.read_table(f, columns=[n for n in ("path", "person_id") if n in names])
+                table = pa.parquet.ParquetFile(f).read(columns=[n for n in ("path", "person_id") if n in names], use_threads=False)
         if "path" not in table.column_names:
             raise SourceError("BAD_LIST", f"{src}: no column `path`")
         paths = table["path"].cast(pa.string())

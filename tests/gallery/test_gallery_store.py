@@ -69,7 +69,7 @@ def test_files_are_open_formats(tmp_path):
     """Parquet and FAISS files that other tools read, with the vectors the mode asks for."""
     codes = random_codes(30, 2, 8)
     info = build(tmp_path / "g", batches(codes, [30]), mode="centred", weights=WEIGHTS)
-    table = pq.read_table(tmp_path / "g" / info.codes[0])
+    table = pq.ParquetFile(tmp_path / "g" / info.codes[0]).read(use_threads=False)
     assert table.column_names == ["id", "photo_id", "person_id", "layer_00", "layer_01"]
     np.testing.assert_array_equal(np.array(table["layer_01"].to_pylist(), dtype=np.float32), codes[:, 1])
     index = Gallery.load(tmp_path / "g").faiss_index(1)
