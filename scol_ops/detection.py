@@ -43,7 +43,9 @@ SHA256 = {
 
 _CELL, _STRIDE = 12, 2  # the proposal network looks at 12 x 12 px and moves by 2
 _REFINE_SIDE, _OUTPUT_SIDE = 24, 48  # inputs of the second and third network
-_OVERLAP = 0.6  # candidates after correction; at the usual 0.7, before it, two thirds more are looked at for the same
+# Candidates are suppressed after correction.  Before it and at the usual 0.7, 192 LFW photos took 19.5 ms of processor
+# time each instead of 13.2, for the same faces of confidence 0.9 (219 and 220 of facenet-pytorch's 222).
+_OVERLAP = 0.6
 _GRID = 64  # coordinates are rounded to 1/64 px
 
 
@@ -481,8 +483,8 @@ class FaceDetector:
     def _cut(self, octave: Tensor, boxes: Tensor, side: int, layout: _Layout) -> Tensor:
         """Squares (N, 4) of the search copy -> (N, 3, side, side), mean of 2 x 2 samples an output pixel."""
         tiles = layout.octaves
-        # Of a square that reaches over the edge, the part inside, stretched: of all ways to fill the rest this finds
-        # the most faces that the edge cuts (what facenet-pytorch does too).
+        # Of a square that reaches over the edge, the part inside, stretched, as facenet-pytorch does: repeating the edge's
+        # pixels instead found fewer of its faces that the edge cuts.
         limit = boxes.new_tensor([tiles[0].width, tiles[0].height] * 2)
         boxes = torch.minimum(boxes.clamp(min=0), limit)
         extent = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(min=1e-3)
