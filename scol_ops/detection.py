@@ -483,8 +483,8 @@ class FaceDetector:
     def _cut(self, octave: Tensor, boxes: Tensor, side: int, layout: _Layout) -> Tensor:
         """Squares (N, 4) of the search copy -> (N, 3, side, side), mean of 2 x 2 samples an output pixel."""
         tiles = layout.octaves
-        # Of a square that reaches over the edge, the part inside, stretched, as facenet-pytorch does: repeating the edge's
-        # pixels instead found fewer of its faces that the edge cuts.
+        # Of a square that reaches over the edge, the part inside, stretched, as facenet-pytorch does: repeating the
+        # edge's pixels instead found fewer of its faces that the edge cuts.
         limit = boxes.new_tensor([tiles[0].width, tiles[0].height] * 2)
         boxes = torch.minimum(boxes.clamp(min=0), limit)
         extent = (boxes[:, 2:] - boxes[:, :2]).amax(1).clamp(min=1e-3)
