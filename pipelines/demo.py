@@ -299,7 +299,7 @@ def _files(seed: int) -> dict[str, Callable[[], bytes]]:
 
     lake = lambda p: wide(p, _relight(face("ada", 1)[:, ::-1], -0.06, 0.15, 0.25))  # noqa: E731
     evening = lambda p: wide(p, _relight(face("ben", 2)[:, ::-1], 0.14, -0.35, -0.3))  # noqa: E731
-    two = lambda p: _compose((1600, 1067), [(face("eve"), 1000, -120), (face("finn"), 1040, 690)], rng(p))  # noqa: E731
+    two = lambda p: _compose((1600, 1067), [(face("eve"), 860, -20), (face("finn"), 880, 725)], rng(p))  # noqa: E731
     passport = lambda: np.asarray(  # noqa: E731
         Image.fromarray(face("hugo")).crop((102, 0, 922, 1024)).resize((640, 800), Image.Resampling.LANCZOS)
     )
@@ -357,7 +357,8 @@ def contact_sheet(run: Run | str, path: str | os.PathLike[str], faces: int = 6, 
     Args:
         run: a run or its folder's URL.
         path: the PNG; its folder is made if missing.
-        faces: most columns; taken from as many photos, in the order of paths, as there are.
+        faces: most columns; whole crops first (what lies beyond a photo's edge is mirrored), one a photo first, then
+            in the order of paths.
         side: of a picture, px.
 
     Returns:
@@ -368,8 +369,13 @@ def contact_sheet(run: Run | str, path: str | os.PathLike[str], faces: int = 6, 
     """
     rows = read_stage(run, "publish", ["path", "face_id", "status", "psnr"]).to_pylist()
     good = [r for r in rows if r["status"] in (OK, WEAK) and r["psnr"] is not None and r["face_id"]]
-    # One a photo first, so that a group photo does not fill the sheet.
-    good.sort(key=lambda r: (int(r["face_id"].rsplit("-", 1)[1]), r["path"]))
+    whole = {}
+    for row in read_stage(run, "align", ["face_id", "quad", "width", "height"]).to_pylist():
+        if row["quad"] is not None:
+            corners, size = np.reshape(row["quad"], (4, 2)), np.array([row["width"], row["height"]])
+            margin = 0.03 * np.linalg.norm(corners[1] - corners[0])
+            whole[row["face_id"]] = bool((corners > -margin).all() and (corners < size + margin).all())
+    good.sort(key=lambda r: (not whole.get(r["face_id"], False), int(r["face_id"].rsplit("-", 1)[1]), r["path"]))
     pictures = read_pictures(run, [r["face_id"] for r in good[:faces]])
     columns = [p for p in pictures.values() if p.protected is not None]
     if not columns:
@@ -377,7 +383,7 @@ def contact_sheet(run: Run | str, path: str | os.PathLike[str], faces: int = 6, 
     gap, margin, size = 6, 104, 17
     sheet = Image.new("RGB", (margin + len(columns) * (side + gap), 3 * (side + gap) + gap), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size)
-    for row, words in enumerate(("before", "after", f"difference\n× {AMPLIFICATION}")):
+    for row, words in enumerate(("before", "after", f"difference\nx {AMPLIFICATION}")):
         top = gap + row * (side + gap)
         draw.multiline_text((margin / 2, top + side / 2), words, "black", font, anchor="mm", align="center")
         for column, face in enumerate(columns):

@@ -171,5 +171,20 @@ def test_contact_sheet(tmp_path):
     for column in range(4):
         x = 104 + column * 46 + 20
         assert [int(sheet[middle + row * 46, x, 0]) for row in range(3)] == [100, 110, 100]
+    # A face whose crop reaches beyond its photo comes last.
+    table = run.store.read_rows("align")
+    inside = [0.0, 0, 0, 99, 99, 99, 99, 0]
+    rows = [row | {"width": 100, "height": 100, "quad": inside if row["face_id"] else None}
+            for row in table.to_pylist()]
+    first = next(row for row in rows if row["face_id"])
+    first |= {"quad": [-40.0, 0, -40, 99, 59, 99, 59, 0], "crop": png(50)}
+    for part in run.store.parts("align"):
+        Path(run.store.path("align", part)).unlink()
+    run.store.write_part("align", None, pa.Table.from_pylist(rows, SCHEMAS["align"]))
+    count = sum(len(photo.faces) for photo in GOOD)
+    assert demo.contact_sheet(run, tmp_path / "all.png", faces=99, side=40) == count
+    with Image.open(tmp_path / "all.png") as image:
+        columns = np.asarray(image)[middle, [104 + i * 46 + 20 for i in range(count)], 0]
+    assert np.flatnonzero(columns == 50).tolist() == [count - 1]
     none = finished_run(tmp_path / "none", {photo.path: "EMPTY: no bytes" for photo in demo.ARCHIVE})
     assert demo.contact_sheet(none, tmp_path / "none.png") == 0 and not (tmp_path / "none.png").exists()
