@@ -63,7 +63,9 @@ def configured(command: Callable) -> Callable:
 
     @click.option("--profile", type=click.Choice(_PROFILES), help="Set of defaults.  [default: standard]")
     @click.option("--config", "config_file", metavar="FILE", help="TOML file with settings; see `scol config`.")
-    @click.option("--set", "sets", metavar="KEY=VALUE", multiple=True, help="One setting, e.g. tune.steps=200; repeatable.")
+    @click.option(
+        "--set", "sets", metavar="KEY=VALUE", multiple=True, help="One setting, e.g. tune.steps=200; repeatable."
+    )
     @wraps(command)
     def run(*args, profile: str | None, config_file: str | None, sets: tuple[str, ...], **kwargs):
         from pipelines.config import load_config
@@ -79,8 +81,11 @@ def configured(command: Callable) -> Callable:
 def engine_options(command: Callable) -> Callable:
     """Adds the options of the engine that are used most."""
     command = click.option("--workers", type=int, help="Actors that hold a generator (engine.workers).")(command)
-    return click.option("--ray-address", metavar="HOST:PORT", help="Join this Ray cluster (engine.ray_address); "
-                        "by default a local one is started.")(command)
+    return click.option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="Join this Ray cluster (engine.ray_address); by default a local one is started.",
+    )(command)
 
 
 def json_option(command: Callable) -> Callable:
@@ -122,17 +127,25 @@ def main() -> None:
     """
 
 
-# ---- protect ----------------------------------------------------------------------------------------------------------
+# ---- protect ---------------------------------------------------------------------------------------------------------
 
 
 @main.command()
 @click.argument("src")
-@click.option("--out", required=True, metavar="OUT", help="Folder or fsspec URL; gets the same tree, names and formats.")
+@click.option(
+    "--out", required=True, metavar="OUT", help="Folder or fsspec URL; gets the same tree, names and formats."
+)
 @click.option("--run", "run_url", metavar="RUN", help="Folder of the run's tables and report.  [default: OUT.run]")
-@click.option("--gallery", metavar="GALLERY", help="Gallery of other people's codes (gallery.url); by default a synthetic "
-              "one is made in RUN.")
-@click.option("--on-fail", type=click.Choice(["skip", "copy"]), help="A photo that fails: leave it out of OUT, or copy it "
-              "unprotected (publish.on_fail).  [default: skip]")
+@click.option(
+    "--gallery",
+    metavar="GALLERY",
+    help="Gallery of other people's codes (gallery.url); by default a synthetic one is made in RUN.",
+)
+@click.option(
+    "--on-fail",
+    type=click.Choice(["skip", "copy"]),
+    help="A photo that fails: leave it out of OUT, or copy it unprotected (publish.on_fail).  [default: skip]",
+)
 @click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only a random sample of so many photos.")
 @click.option("--seed", type=int, default=0, help="Of that sample. (The run's own seed is --set seed=N.)")
@@ -155,7 +168,14 @@ def protect(src, out, run_url, gallery, on_fail, people_from, limit, seed, as_js
     from pipelines import protect as job
 
     result = job.protect(
-        src, out, config, run_url=run_url, people_from=people_from, limit=limit, sample_seed=seed, say=_say,
+        src,
+        out,
+        config,
+        run_url=run_url,
+        people_from=people_from,
+        limit=limit,
+        sample_seed=seed,
+        say=_say,
         progress_stream=sys.stderr,
     )
     run_url = run_url or job.default_run(out)
@@ -165,14 +185,16 @@ def protect(src, out, run_url, gallery, on_fail, people_from, limit, seed, as_js
         click.echo(job.table_of(result))
         click.echo(f"report: {run_url}/report.html")
     if result["weak"]:
-        _say(f"warning: {result['weak']} photo(s) came out weak: {result['judge']} may still know a face "
-             f"(scol errors {run_url})")
+        _say(
+            f"warning: {result['weak']} photo(s) came out weak: {result['judge']} may still know a face "
+            f"(scol errors {run_url})"
+        )
     if result["error"]:
         _say(f"{result['error']} photo(s) failed: scol errors {run_url}")
     sys.exit(job.exit_status(result))
 
 
-# ---- gallery ----------------------------------------------------------------------------------------------------------
+# ---- gallery ---------------------------------------------------------------------------------------------------------
 
 
 @main.group(cls=Ordered)
@@ -182,8 +204,12 @@ def gallery() -> None:
 
 @gallery.command("build")
 @click.argument("photos", required=False)
-@click.option("--synthetic", type=click.IntRange(min=2), metavar="N", help="N codes of people who do not exist, instead "
-              "of PHOTOS.")
+@click.option(
+    "--synthetic",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="N codes of people who do not exist, instead of PHOTOS.",
+)
 @click.option("--out", required=True, metavar="GALLERY", help="Folder or fsspec URL; must not hold a gallery yet.")
 @click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
 @json_option
@@ -195,7 +221,8 @@ def gallery_build(photos, synthetic, out, people_from, as_json, load, workers, r
     if (photos is None) == (synthetic is None):
         raise click.UsageError("give either PHOTOS or --synthetic N")
     config = load(gallery__synthetic=synthetic, engine__workers=workers, engine__ray_address=ray_address)
-    from pipelines import gallery_jobs, protect as job
+    from pipelines import gallery_jobs
+    from pipelines import protect as job
 
     if synthetic is not None:
         gallery_jobs.build_synthetic(out, config.gallery)
@@ -227,7 +254,7 @@ def _show_gallery(described: dict[str, Any], as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):22} {value}")
 
 
-# ---- about a run ------------------------------------------------------------------------------------------------------
+# ---- about a run -----------------------------------------------------------------------------------------------------
 
 
 @main.command(short_help="Write a run's report anew.")
@@ -280,7 +307,9 @@ def errors(run, weak, as_json):
 
 @main.command(short_help="What protecting SRC would take: photos, faces, time, memory.")
 @click.argument("src")
-@click.option("--run", "run_url", metavar="RUN", help="Take times from this earlier run instead of measuring a face now.")
+@click.option(
+    "--run", "run_url", metavar="RUN", help="Take times from this earlier run instead of measuring a face now."
+)
 @click.option("--sample", default=16, type=click.IntRange(1, 1000), help="Photos in which faces are counted.")
 @json_option
 @configured
@@ -297,7 +326,7 @@ def plan(src, run_url, sample, as_json, load):
         click.echo(f"{name:18} {value}")
 
 
-# ---- about the installation -------------------------------------------------------------------------------------------
+# ---- about the installation ------------------------------------------------------------------------------------------
 
 
 @main.command(short_help="The embedded networks: use, source, licence, sha256.")

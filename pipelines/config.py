@@ -82,9 +82,7 @@ def _split_integers(value: Any) -> Any:
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(_split)]
-QualityRange = Annotated[
-    Annotated[tuple[int, int], BeforeValidator(_split)] | None, BeforeValidator(_none_word)
-]
+QualityRange = Annotated[Annotated[tuple[int, int], BeforeValidator(_split)] | None, BeforeValidator(_none_word)]
 
 
 class Section(BaseModel):
@@ -99,7 +97,9 @@ class AlignConfig(Section):
     min_face_size: float = Field(20.0, ge=12, le=1000, description="smallest face searched for, px of the search copy")
     min_confidence: float = Field(0.9, ge=0, lt=1, description="least confidence of a face, 0..1")
     max_side: int = Field(1600, ge=100, le=20000, description="longest side of the detector's search copy, px")
-    max_faces: int = Field(99, ge=1, le=99, description="most faces of a photo; a photo with more fails, none is left out")
+    max_faces: int = Field(
+        99, ge=1, le=99, description="most faces of a photo; a photo with more fails, none is left out"
+    )
     max_pixels: int = Field(100_000_000, ge=1, description="larger photos are refused before decoding, px")
     max_bytes: int = Field(512 * 1024 * 1024, ge=1, description="larger files are refused before reading, bytes")
 
@@ -107,7 +107,9 @@ class AlignConfig(Section):
 class InvertConfig(Section):
     """Face to W+ code: the encoder, then optional gradient steps on the code."""
 
-    refine_steps: int = Field(0, ge=0, le=2000, description="Adam steps on the code after the encoder; 0: encoder alone")
+    refine_steps: int = Field(
+        0, ge=0, le=2000, description="Adam steps on the code after the encoder; 0: encoder alone"
+    )
     lr: float = Field(0.02, gt=0, le=1, description="learning rate of these steps")
     stay: float = Field(0.1, ge=0, le=100, description="weight of the squared distance to the encoder's code")
 
@@ -152,8 +154,9 @@ class IdentitySection(Section):
         description=f"identity features: any of {', '.join((*RECOGNISERS, ENCODER))}; empty: none",
     )
     margins: Numbers = Field(
-        (), description="cosine to the original below which the hinge rests, one a feature, -1..1; empty: "
-        + ", ".join(f"{name} {margin:g}" for name, margin in MARGINS.items())
+        (),
+        description="cosine to the original below which the hinge rests, one a feature, -1..1; empty: "
+        + ", ".join(f"{name} {margin:g}" for name, margin in MARGINS.items()),
     )
 
     @field_validator("identity")
@@ -163,8 +166,10 @@ class IdentitySection(Section):
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
-                raise ValueError(f"unknown identity feature {name!r}" + (f", did you mean {near[0]!r}?" if near else
-                                                                         f"; there are {', '.join(known)}"))
+                raise ValueError(
+                    f"unknown identity feature {name!r}"
+                    + (f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}")
+                )
         if len(set(names)) < len(names):
             raise ValueError("an identity feature is named twice")
         return names
@@ -197,8 +202,12 @@ class TuneConfig(IdentitySection):
     ssim_weight: float = Field(1.0, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM")
     id_lock: float = Field(0.3, ge=0, le=1e3, description="the paper's lambda of the id-lock")
     hinge: float = Field(0.3, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
-    diversity: float = Field(1.0, ge=0, le=2, description="strength of random resize and shift before the features; 0: none")
-    residual_sigma: float = Field(0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none")
+    diversity: float = Field(
+        1.0, ge=0, le=2, description="strength of random resize and shift before the features; 0: none"
+    )
+    residual_sigma: float = Field(
+        0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
+    )
     target_psnr: float = Field(40.0, ge=0, le=100, description="stop early at this PSNR with the hinge met, dB")
     bf16: bool = Field(True, description="generator in bfloat16 autocast")
 
@@ -215,8 +224,12 @@ class RefineConfig(IdentitySection):
     hinge: float = Field(0.7, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
     diversity: float = Field(1.0, ge=0, le=2, description="strength of random resize and shift before the features")
     blur: bool = Field(False, description="random blur as well")
-    jpeg_quality: QualityRange = Field(None, description="random JPEG of a quality in this range (1..100) as well; none: off")
-    residual_sigma: float = Field(0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none")
+    jpeg_quality: QualityRange = Field(
+        None, description="random JPEG of a quality in this range (1..100) as well; none: off"
+    )
+    residual_sigma: float = Field(
+        0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
+    )
     limit: float = Field(0.0, ge=0, le=2, description="largest change of a pixel in [-1, 1] units; 0: none")
 
 
@@ -225,7 +238,8 @@ class InspectConfig(Section):
 
     tau: float = Field(3.0, ge=0, le=1e6, description="a component is identity related where |w_inv - w| <= tau units")
     unit: Literal["absolute", "std"] = Field(
-        "std", description="unit of tau: the code's own numbers, or standard deviations of each component over the gallery"
+        "std",
+        description="unit of tau: the code's own numbers, or standard deviations of each component over the gallery",
     )
 
 
@@ -234,7 +248,9 @@ class AttackConfig(Section):
 
     enabled: bool = Field(True, description="off: the refined face is published as it is")
     eps: float = Field(
-        2 / 255, ge=0, le=1,
+        2 / 255,
+        ge=0,
+        le=1,
         description="bound of the change, in [0, 1] pixel units (paper: 8/255)",
     )
     steps: int = Field(10, ge=0, le=1000, description="PGD steps")
@@ -248,12 +264,19 @@ class AttackConfig(Section):
 class PublishConfig(Section):
     """Paste-back, saving, and the verdict on the saved file."""
 
-    judge: str = Field("faceres", description=f"recogniser of the verdict, one of {', '.join(RECOGNISERS)}; never used inside")
+    judge: str = Field(
+        "faceres", description=f"recogniser of the verdict, one of {', '.join(RECOGNISERS)}; never used inside"
+    )
     max_ism: Annotated[float | None, BeforeValidator(_none_word)] = Field(
-        None, ge=-1, le=1, description="ok up to this cosine to the original, weak above; none: the judge's own threshold"
+        None,
+        ge=-1,
+        le=1,
+        description="ok up to this cosine to the original, weak above; none: the judge's own threshold",
     )
     min_psnr: float = Field(0.0, ge=0, le=100, description="weak below this PSNR over the face crop, dB; 0: no limit")
-    on_fail: Literal["skip", "copy"] = Field("skip", description="a photo with a failed face: leave it out, or copy it unprotected")
+    on_fail: Literal["skip", "copy"] = Field(
+        "skip", description="a photo with a failed face: leave it out, or copy it unprotected"
+    )
 
     @field_validator("judge")
     @classmethod
@@ -277,7 +300,9 @@ class EngineConfig(Section):
     )
     align_batch: int = Field(8, ge=1, le=256, description="photos that are decoded and searched for faces together")
     face_seconds: float = Field(600.0, gt=0, le=86400, description="time limit of a face at one stage, s")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run; auto: a GPU if there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where networks run; auto: a GPU if there is one"
+    )
     ray_address: Annotated[str | None, BeforeValidator(_none_word)] = Field(
         None, description="of a running Ray cluster (HOST:PORT or auto); none: a local one is started"
     )
@@ -344,19 +369,25 @@ class Config(Section):
         return json.dumps(self.stage_config(stage), sort_keys=True, separators=(",", ":"))
 
 
-# ---- loading ----------------------------------------------------------------------------------------------------------
+# ---- loading ---------------------------------------------------------------------------------------------------------
 
 
 def _sections() -> dict[str, type[Section]]:
-    return {n: f.annotation for n, f in Config.model_fields.items()
-            if isinstance(f.annotation, type) and issubclass(f.annotation, Section)}
+    return {
+        n: f.annotation
+        for n, f in Config.model_fields.items()
+        if isinstance(f.annotation, type) and issubclass(f.annotation, Section)
+    }
 
 
 def known_keys() -> list[str]:
     """Every key in dotted form, in the order of the classes."""
     sections = _sections()
-    return [key for name in Config.model_fields
-            for key in ([f"{name}.{k}" for k in sections[name].model_fields] if name in sections else [name])]
+    return [
+        key
+        for name in Config.model_fields
+        for key in ([f"{name}.{k}" for k in sections[name].model_fields] if name in sections else [name])
+    ]
 
 
 def _unknown(key: str) -> str:
@@ -457,7 +488,7 @@ def _words(error: Mapping[str, Any]) -> str:
     return f"{key}: {message}{given}" if key else f"{message}{given}"
 
 
-# ---- showing ----------------------------------------------------------------------------------------------------------
+# ---- showing ---------------------------------------------------------------------------------------------------------
 
 
 def _toml(value: Any) -> str:
@@ -488,7 +519,9 @@ def type_words(annotation: Any) -> str:
         return " or ".join("none" if a is type(None) else type_words(a) for a in typing.get_args(annotation))
     if origin is tuple:
         arguments = typing.get_args(annotation)
-        return "list of " + ("words" if arguments[0] is str else "two integers" if Ellipsis not in arguments else "numbers")
+        return "list of " + (
+            "words" if arguments[0] is str else "two integers" if Ellipsis not in arguments else "numbers"
+        )
     return {int: "integer", float: "number", bool: "true | false", str: "text"}.get(annotation, str(annotation))
 
 
@@ -515,7 +548,7 @@ def to_toml(config: Config) -> str:
         value = getattr(getattr(config, section) if section else config, key)
         limits = range_words(info)
         lines.append(f"# {info.description}" + (f" ({limits})" if limits else ""))
-        lines.append(f'{key} = {_toml(value) if value is not None else chr(34) + "none" + chr(34)}')
+        lines.append(f"{key} = {_toml(value) if value is not None else chr(34) + 'none' + chr(34)}")
     return "\n".join(lines).strip() + "\n"
 
 
@@ -533,13 +566,26 @@ def to_markdown() -> str:
     for section, key, info in fields():
         if section != current:
             about = " ".join((_sections()[section].__doc__ or "").split()) if section else "Top level."
-            lines += ["", f"## {section or 'run'}", "", about, "",
-                      "| key | type | range | default | " + " | ".join(profiles) + " | meaning |",
-                      "|---" * (5 + len(profiles)) + "|"]
+            lines += [
+                "",
+                f"## {section or 'run'}",
+                "",
+                about,
+                "",
+                "| key | type | range | default | " + " | ".join(profiles) + " | meaning |",
+                "|---" * (5 + len(profiles)) + "|",
+            ]
             current = section
         name = f"{section}.{key}" if section else key
         default = "none" if info.default is None else _toml(info.default)
         changes = [f"`{_toml(PROFILES[p][name])}`" if name in PROFILES[p] else "" for p in profiles]
-        cells = [f"`{name}`", type_words(info.annotation), range_words(info), f"`{default}`", *changes, info.description]
+        cells = [
+            f"`{name}`",
+            type_words(info.annotation),
+            range_words(info),
+            f"`{default}`",
+            *changes,
+            info.description,
+        ]
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(lines) + "\n"

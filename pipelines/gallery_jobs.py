@@ -41,7 +41,9 @@ def read_info(url: str) -> GalleryInfo:
 def expectation(config: Config) -> Expectation:
     """What a run needs a gallery to be.  Both generators share one mapping network, so its fingerprint counts."""
     return Expectation(
-        mode=config.gallery.similarity, layers=CODE_LAYERS, dim=CODE_DIM,
+        mode=config.gallery.similarity,
+        layers=CODE_LAYERS,
+        dim=CODE_DIM,
         weights={"generator": models.mapping_fingerprint(), "encoder": models.encoder_fingerprint()},
     )
 
@@ -55,7 +57,11 @@ def build_synthetic(out: str, settings: GalleryConfig) -> GalleryInfo:
     models.set_up()
     generator = load_mobilestylegan(256, head=None)
     batches = synthetic_codes(
-        settings.synthetic, settings.synthetic_seed, generator.mapping, psi=settings.truncation, mean=generator.mean_code
+        settings.synthetic,
+        settings.synthetic_seed,
+        generator.mapping,
+        psi=settings.truncation,
+        mean=generator.mean_code,
     )
     weights = {"generator": models.mapping_fingerprint(), "encoder": None, "recogniser": None}
     source = f"{settings.synthetic} synthetic codes, seed {settings.synthetic_seed}, truncation {settings.truncation:g}"
@@ -64,8 +70,15 @@ def build_synthetic(out: str, settings: GalleryConfig) -> GalleryInfo:
 
 def synthetic_name(settings: GalleryConfig) -> str:
     """Folder name of a synthetic gallery: equal settings and weights, equal name."""
-    text = json.dumps([settings.synthetic, settings.synthetic_seed, settings.truncation, settings.similarity,
-                       models.mapping_fingerprint()])
+    text = json.dumps(
+        [
+            settings.synthetic,
+            settings.synthetic_seed,
+            settings.truncation,
+            settings.similarity,
+            models.mapping_fingerprint(),
+        ]
+    )
     return f"synthetic-{settings.synthetic}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
@@ -78,12 +91,16 @@ def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tupl
     Raises:
         GalleryNotFoundError, GalleryMismatchError, GalleryCorruptError: the configured one does not serve.
     """
+    from pipelines.protect import absolute
+
     if config.gallery.url is not None:
         info = read_info(config.gallery.url)
         expectation(config).check(info, config.gallery.url)
         if config.fuse.k >= info.count:
-            raise GalleryNotFoundError(f"{config.gallery.url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more")
-        return config.gallery.url, info
+            raise GalleryNotFoundError(
+                f"{config.gallery.url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more"
+            )
+        return absolute(config.gallery.url), info
     url = run.path(f"gallery/{synthetic_name(config.gallery)}")
     try:
         return url, read_info(url)
@@ -106,8 +123,14 @@ def gallery_std(run: Run, url: str, info: GalleryInfo) -> np.ndarray:
 
 
 def build_from_photos(
-    src: str, out: str, config: Config, *, people_from: str | None = None, run_url: str | None = None,
-    progress: Callable[[Progress], None] | None = None, say: Callable[[str], None] = lambda text: None,
+    src: str,
+    out: str,
+    config: Config,
+    *,
+    people_from: str | None = None,
+    run_url: str | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[GalleryInfo, dict[str, Any]]:
     """A gallery of the faces of photos: align and invert on the engine, then one code a face.
 
@@ -124,14 +147,17 @@ def build_from_photos(
         ProtectError: no photo at ``src``, or no face in them.
         GalleryExistsError: ``out`` holds a gallery already.
     """
-    from pipelines.protect import ProtectError, execute, list_source
+    from pipelines.protect import ProtectError, absolute, execute, list_source
 
-    run = Run(run_url or out.rstrip("/") + ".run")
+    run = Run(absolute(run_url or out.rstrip("/") + ".run"))
     # Opened first: an existing gallery is found before hours of work.
     builder = GalleryBuilder(
-        out, mode=config.gallery.similarity, source=f"faces of {src}",
+        out,
+        mode=config.gallery.similarity,
+        source=f"faces of {src}",
         weights={
-            "generator": models.mapping_fingerprint(), "encoder": models.encoder_fingerprint(),
+            "generator": models.mapping_fingerprint(),
+            "encoder": models.encoder_fingerprint(),
             "recogniser": None,
         },
     )
@@ -149,10 +175,14 @@ def build_from_photos(
             faces += len(good)
             codes = np.stack([scalar.values.to_numpy() for chunk in table["code"].chunks for scalar in chunk])
             photo_ids = table["photo_id"].to_pylist()
-            builder.add(CodeBatch(
-                codes.reshape(-1, CODE_LAYERS, CODE_DIM).astype(np.float32), photo_ids,
-                [people[photo_id] for photo_id in photo_ids], table["face_id"].to_pylist(),
-            ))
+            builder.add(
+                CodeBatch(
+                    codes.reshape(-1, CODE_LAYERS, CODE_DIM).astype(np.float32),
+                    photo_ids,
+                    [people[photo_id] for photo_id in photo_ids],
+                    table["face_id"].to_pylist(),
+                )
+            )
         if not faces:
             raise ProtectError("NO_FACES", f"no face was found in the {len(listing.photos)} photos of {src}")
         info = builder.finish()
@@ -164,10 +194,16 @@ def describe(url: str) -> dict[str, Any]:
     """``scol gallery info`` as plain values."""
     info = read_info(url)
     return {
-        "url": url, "codes": info.count, "layers": info.layers, "dim": info.dim, "similarity": info.mode,
-        "one_w_for_all_layers": info.broadcast, "photos": info.photos, "people": info.people, "source": info.source,
-        "weights": dict(info.weights), "bytes": sum(entry.size for entry in info.files.values()),
+        "url": url,
+        "codes": info.count,
+        "layers": info.layers,
+        "dim": info.dim,
+        "similarity": info.mode,
+        "one_w_for_all_layers": info.broadcast,
+        "photos": info.photos,
+        "people": info.people,
+        "source": info.source,
+        "weights": dict(info.weights),
+        "bytes": sum(entry.size for entry in info.files.values()),
         "fingerprint": info.fingerprint,
     }
-
-

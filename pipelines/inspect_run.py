@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from pipelines.config import STAGES, Config
-from pipelines.manifests import ERROR, SOURCE, WEAK, Run, RunError, read_photos, read_stage, summary
+from pipelines.manifests import ERROR, SOURCE, WEAK, Run, RunError, read_stage, summary
 
 
 def status(url: str) -> dict[str, Any]:
@@ -35,9 +35,26 @@ def status(url: str) -> dict[str, Any]:
     totals = summary(run)
     faces = read_stage(run, "align", ["face_id"])["face_id"]
     return {
-        "run": url, "photos": plan.num_rows, "faces": len(faces) - faces.null_count, "stages": stages,
-        **{word: totals[word] for word in ("ok", "weak", "no_face", "error", "pending", "published", "copied", "psnr",
-                                           "ssim", "ism", "judge")},
+        "run": url,
+        "photos": plan.num_rows,
+        "faces": len(faces) - faces.null_count,
+        "stages": stages,
+        **{
+            word: totals[word]
+            for word in (
+                "ok",
+                "weak",
+                "no_face",
+                "error",
+                "pending",
+                "published",
+                "copied",
+                "psnr",
+                "ssim",
+                "ism",
+                "judge",
+            )
+        },
     }
 
 
@@ -62,7 +79,7 @@ def errors(url: str, weak: bool = True) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (order[row["photo_id"]], row["face_id"] or ""))
 
 
-# ---- plan -------------------------------------------------------------------------------------------------------------
+# ---- plan ------------------------------------------------------------------------------------------------------------
 
 
 def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 16, seed: int = 0) -> dict[str, Any]:
@@ -114,21 +131,30 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
     seconds = faces * per_face / workers
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     words = {
-        "photos": f"{len(listing.photos)}" + (f", {len(listing.photos) - len(good)} of them unusable" if
-                                               len(good) < len(listing.photos) else ""),
+        "photos": f"{len(listing.photos)}"
+        + (f", {len(listing.photos) - len(good)} of them unusable" if len(good) < len(listing.photos) else ""),
         "bytes": f"{size / 1e6:.1f} MB",
         "faces": f"about {faces:.0f} +- {error:.0f} ({mean:.2f} a photo in a sample of {len(chosen)}, "
-                 f"{unreadable} unreadable)",
+        f"{unreadable} unreadable)",
         "time a face": f"{per_face:.1f} s ({basis})",
         "workers": f"{workers} here",
         "time": f"about {duration(seconds)}",
         "memory": f"about {peak / 2**30:.1f} GiB a worker (measured now)" if run_url is None else "not measured",
     }
     return {
-        "photos": len(listing.photos), "unusable": len(listing.photos) - len(good), "bytes": size,
-        "skipped": listing.skipped, "sampled": len(chosen), "sample_unreadable": unreadable, "faces": round(faces, 1),
-        "faces_standard_error": round(error, 1), "seconds_per_face": round(per_face, 2), "basis": basis,
-        "workers": workers, "seconds": round(seconds, 1), "peak_bytes": peak if run_url is None else None,
+        "photos": len(listing.photos),
+        "unusable": len(listing.photos) - len(good),
+        "bytes": size,
+        "skipped": listing.skipped,
+        "sampled": len(chosen),
+        "sample_unreadable": unreadable,
+        "faces": round(faces, 1),
+        "faces_standard_error": round(error, 1),
+        "seconds_per_face": round(per_face, 2),
+        "basis": basis,
+        "workers": workers,
+        "seconds": round(seconds, 1),
+        "peak_bytes": peak if run_url is None else None,
         "words": words,
     }
 
@@ -139,8 +165,11 @@ def _this_machine() -> dict[str, float]:
     from cluster.session import usable_cpus
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"CPU": usable_cpus(), "GPU": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-            "memory": 0.7 * memory}
+    return {
+        "CPU": usable_cpus(),
+        "GPU": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "memory": 0.7 * memory,
+    }
 
 
 def calibrate(config: Config) -> tuple[float, int]:
@@ -193,27 +222,55 @@ def calibrate(config: Config) -> tuple[float, int]:
             return times[0] + step * (wanted - 1)
 
         tuning, refining = settings_of(TuneSettings, config.tune), settings_of(RefineSettings, config.refine)
-        total = steps(lambda n: tune(
-            generator, code, face, mask, features(config.tune.identity), config.tune.margin_of_each(),
-            dataclasses.replace(tuning, steps=n, target_psnr=1000.0)), tuning.steps)
+        total = steps(
+            lambda n: tune(
+                generator,
+                code,
+                face,
+                mask,
+                features(config.tune.identity),
+                config.tune.margin_of_each(),
+                dataclasses.replace(tuning, steps=n, target_psnr=1000.0),
+            ),
+            tuning.steps,
+        )
         if config.refine.identity:
-            total += steps(lambda n: refine(
-                face, face, mask, features(config.refine.identity), config.refine.margin_of_each(), None,
-                dataclasses.replace(refining, steps=n)), refining.steps)
+            total += steps(
+                lambda n: refine(
+                    face,
+                    face,
+                    mask,
+                    features(config.refine.identity),
+                    config.refine.margin_of_each(),
+                    None,
+                    dataclasses.replace(refining, steps=n),
+                ),
+                refining.steps,
+            )
         inverting = InvertSettings(**config.invert.model_dump())
-        total += steps(lambda n: invert(encoder, face, generator, dataclasses.replace(inverting, refine_steps=n)),
-                       inverting.refine_steps)
+        total += steps(
+            lambda n: invert(encoder, face, generator, dataclasses.replace(inverting, refine_steps=n)),
+            inverting.refine_steps,
+        )
         if config.attack.enabled:
             attacking = settings_of(AttackSettings, config.attack)
-            total += steps(lambda n: attack(
-                lambda x: encoder(models.at_encoder_size(x)), face, code, torch.ones_like(code, dtype=torch.bool), mask,
-                dataclasses.replace(attacking, steps=n)), attacking.steps)
+            total += steps(
+                lambda n: attack(
+                    lambda x: encoder(models.at_encoder_size(x)),
+                    face,
+                    code,
+                    torch.ones_like(code, dtype=torch.bool),
+                    mask,
+                    dataclasses.replace(attacking, steps=n),
+                ),
+                attacking.steps,
+            )
         return total, threads
     finally:
         torch.set_num_threads(before)
 
 
-# ---- doctor -----------------------------------------------------------------------------------------------------------
+# ---- doctor ----------------------------------------------------------------------------------------------------------
 
 
 def doctor(out: str = ".") -> list[dict[str, Any]]:
@@ -227,9 +284,7 @@ def doctor(out: str = ".") -> list[dict[str, Any]]:
             checks.append({"name": name, "ok": False, "words": f"{type(error).__name__}: {error}"})
 
     def python() -> str:
-        if sys.version_info < (3, 11):
-            raise RuntimeError(f"{sys.version.split()[0]}, 3.11 or newer is needed")
-        return sys.version.split()[0]
+        return sys.version.split()[0]  # an older one does not come this far
 
     def torch_works() -> str:
         import torch
@@ -250,7 +305,9 @@ def doctor(out: str = ".") -> list[dict[str, Any]]:
         names = []
         for i in range(torch.cuda.device_count()):
             torch.ones(8, device=f"cuda:{i}").sum().item()
-            names.append(f"{torch.cuda.get_device_name(i)} {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB")
+            names.append(
+                f"{torch.cuda.get_device_name(i)} {torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+            )
         return ", ".join(names)
 
     def ray_starts() -> str:
@@ -295,9 +352,15 @@ def doctor(out: str = ".") -> list[dict[str, Any]]:
             raise RuntimeError(f"{total / 2**30:.1f} GiB, at least 3 GiB are needed")
         return f"{total / 2**30:.1f} GiB"
 
-    for name, action in (("python", python), ("torch", torch_works), ("gpu", gpu), ("faiss", faiss_works),
-                         ("weights", weights), ("ray", ray_starts), ("memory", memory), ("disk", disk)):
+    for name, action in (
+        ("python", python),
+        ("torch", torch_works),
+        ("gpu", gpu),
+        ("faiss", faiss_works),
+        ("weights", weights),
+        ("ray", ray_starts),
+        ("memory", memory),
+        ("disk", disk),
+    ):
         check(name, action)
     return checks
-
-

@@ -50,14 +50,16 @@ COMMON = [
 ]
 
 HISTORY = pa.list_(
-    pa.struct([
-        ("phase", pa.string()),
-        ("step", pa.int32()),
-        ("psnr", pa.float32()),
-        ("reconstruction", pa.float32()),
-        ("id_lock", pa.float32()),
-        ("hinge", pa.float32()),
-    ])
+    pa.struct(
+        [
+            ("phase", pa.string()),
+            ("step", pa.int32()),
+            ("psnr", pa.float32()),
+            ("reconstruction", pa.float32()),
+            ("id_lock", pa.float32()),
+            ("hinge", pa.float32()),
+        ]
+    )
 )
 
 _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
@@ -120,25 +122,32 @@ _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
     ],
 }
 
-SOURCE_SCHEMA = pa.schema([
-    pa.field("key", pa.string(), False),
-    pa.field("photo_id", pa.string(), False),
-    pa.field("path", pa.string(), False),
-    pa.field("url", pa.string(), False),
-    pa.field("size", pa.int64()),
-    pa.field("modified", pa.string()),
-    pa.field("person_id", pa.string()),
-    pa.field("status", pa.string(), False),
-    pa.field("reason", pa.string()),
-])
+SOURCE_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), False),
+        pa.field("photo_id", pa.string(), False),
+        pa.field("path", pa.string(), False),
+        pa.field("url", pa.string(), False),
+        pa.field("size", pa.int64()),
+        pa.field("modified", pa.string()),
+        pa.field("person_id", pa.string()),
+        pa.field("status", pa.string(), False),
+        pa.field("reason", pa.string()),
+    ]
+)
 
 SCHEMAS: dict[str, pa.Schema] = {
     SOURCE: SOURCE_SCHEMA,
     **{stage: pa.schema([*COMMON, *(pa.field(*column) for column in _PAYLOAD[stage])]) for stage in STAGES},
 }
 
-PLAN_SCHEMA = pa.schema([pa.field("photo_id", pa.string(), False), pa.field("path", pa.string(), False),
-                         *(pa.field(stage, pa.string(), False) for stage in (SOURCE, *STAGES))])
+PLAN_SCHEMA = pa.schema(
+    [
+        pa.field("photo_id", pa.string(), False),
+        pa.field("path", pa.string(), False),
+        *(pa.field(stage, pa.string(), False) for stage in (SOURCE, *STAGES)),
+    ]
+)
 
 
 class RunError(ValueError):
@@ -161,7 +170,7 @@ def payload(stage: str) -> list[str]:
     return [name for name, _ in _PAYLOAD[stage]]
 
 
-# ---- the run's folder -------------------------------------------------------------------------------------------------
+# ---- the run's folder ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -220,7 +229,7 @@ class Run:
     def plan(self) -> pa.Table:
         """One row a photo of the latest run, by path: photo_id, path, and its key at every stage."""
         try:
-            return pq.read_table(pa.BufferReader(self.read("plan.parquet")))
+            return pq.ParquetFile(pa.BufferReader(self.read("plan.parquet"))).read(use_threads=False)
         except pa.ArrowInvalid as error:
             raise RunError(f"{self.path('plan.parquet')}: {error}") from error
 
@@ -259,7 +268,7 @@ def read_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None)
 def scan_stage(
     run: Run | str, stage: str, columns: Sequence[str] | None = None, photos: int = 512
 ) -> Iterator[pa.Table]:
-    """As `read_stage`, in pieces of some photos, in the same order: for columns that do not fit the memory as a whole."""
+    """As `read_stage`, in pieces of some photos, in the same order: for columns too large for the memory."""
     run = _run(run)
     if stage not in SCHEMAS:
         raise RunError(f"no stage {stage!r}; there are {', '.join(SCHEMAS)}")
@@ -294,13 +303,25 @@ def read_photos(run: Run | str) -> pa.Table:
     out = []
     for photo_id, path in zip(plan["photo_id"].to_pylist(), plan["path"].to_pylist(), strict=True):
         row = rows.get(photo_id) or {"status": "pending", "faces": None}
-        out.append({"photo_id": photo_id, "path": path} | {
-            name: row.get(name) for name in ("status", "reason", "failed_stage", "action", "out_path", "faces")
-        })
-    return pa.Table.from_pylist(out, pa.schema([
-        ("photo_id", pa.string()), ("path", pa.string()), ("status", pa.string()), ("reason", pa.string()),
-        ("failed_stage", pa.string()), ("action", pa.string()), ("out_path", pa.string()), ("faces", pa.int32()),
-    ]))
+        out.append(
+            {"photo_id": photo_id, "path": path}
+            | {name: row.get(name) for name in ("status", "reason", "failed_stage", "action", "out_path", "faces")}
+        )
+    return pa.Table.from_pylist(
+        out,
+        pa.schema(
+            [
+                ("photo_id", pa.string()),
+                ("path", pa.string()),
+                ("status", pa.string()),
+                ("reason", pa.string()),
+                ("failed_stage", pa.string()),
+                ("action", pa.string()),
+                ("out_path", pa.string()),
+                ("faces", pa.int32()),
+            ]
+        ),
+    )
 
 
 def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
@@ -328,7 +349,9 @@ def summary(run: Run | str) -> dict[str, Any]:
     actions = Counter(photos["action"].to_pylist())
     measures = ["psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg"]
     faces = read_stage(run, "publish", ["face_id", "status", "reason", "judge", "max_ism", *measures])
-    face_counts = Counter(s for s, f in zip(faces["status"].to_pylist(), faces["face_id"].to_pylist(), strict=True) if f)
+    face_counts = Counter(
+        s for s, f in zip(faces["status"].to_pylist(), faces["face_id"].to_pylist(), strict=True) if f
+    )
     reasons = Counter((r or "").split(":")[0] for r in faces["reason"].to_pylist() if r)
     seconds: dict[str, float] = {}
     for stage in STAGES:

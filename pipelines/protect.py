@@ -35,7 +35,7 @@ class ProtectError(ValueError):
         self.code = code
 
 
-# ---- the source -------------------------------------------------------------------------------------------------------
+# ---- the source ------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -63,7 +63,9 @@ def list_source(
         else:
             photos.append(row)
     if not photos:
-        raise ProtectError("EMPTY", f"no photo at {src}" + (f" ({sum(skipped.values())} other files)" if skipped else ""))
+        raise ProtectError(
+            "EMPTY", f"no photo at {src}" + (f" ({sum(skipped.values())} other files)" if skipped else "")
+        )
     total = len(photos)
     if limit is not None and limit < total:
         photos = sorted(random.Random(seed).sample(photos, limit), key=lambda row: row.path)
@@ -78,17 +80,26 @@ def source_key(row: SourceRow) -> str:
 
 def source_table(photos: Sequence[SourceRow]) -> pa.Table:
     """Rows of the source table (``manifests.SOURCE_SCHEMA``)."""
-    return pa.Table.from_pylist([
-        {
-            "key": source_key(row), "photo_id": row.photo_id, "path": row.path, "url": row.url, "size": row.size,
-            "modified": row.modified, "person_id": row.person_id, "status": ERROR if row.error else OK,
-            "reason": row.error,
-        }
-        for row in photos
-    ], SOURCE_SCHEMA)
+    return pa.Table.from_pylist(
+        [
+            {
+                "key": source_key(row),
+                "photo_id": row.photo_id,
+                "path": row.path,
+                "url": row.url,
+                "size": row.size,
+                "modified": row.modified,
+                "person_id": row.person_id,
+                "status": ERROR if row.error else OK,
+                "reason": row.error,
+            }
+            for row in photos
+        ],
+        SOURCE_SCHEMA,
+    )
 
 
-# ---- keys -------------------------------------------------------------------------------------------------------------
+# ---- keys ------------------------------------------------------------------------------------------------------------
 
 
 def stage_keys(source: pa.Table, config: Config, weights: dict[str, str], out: str = "") -> dict[str, list[str]]:
@@ -96,7 +107,9 @@ def stage_keys(source: pa.Table, config: Config, weights: dict[str, str], out: s
     keys, before = {}, source["key"].to_pylist()
     for stage in STAGES:
         # What is the same for all photos is hashed once.
-        common = hash_key(stage, VERSIONS[stage], config.canonical(stage), weights[stage], out if stage == "publish" else "")
+        common = hash_key(
+            stage, VERSIONS[stage], config.canonical(stage), weights[stage], out if stage == "publish" else ""
+        )
         before = keys[stage] = [hash_key(common, key) for key in before]
     return keys
 
@@ -105,11 +118,13 @@ def _output_sizes(out: str, paths: Sequence[str]) -> list[int | None]:
     """Sizes in bytes of files in OUT; None where there is none."""
     fs, root = fsspec.core.url_to_fs(out)
     if isinstance(fs.protocol, tuple | str) and "file" in fs.protocol:
+
         def size(path: str) -> int | None:
             try:
                 return os.stat(os.path.join(root, path)).st_size
             except OSError:
                 return None
+
         return [size(path) for path in paths]
     fs.invalidate_cache()
     root = root.rstrip("/")
@@ -145,13 +160,16 @@ def renew_missing(run: Run, out: str, source: pa.Table, keys: list[str]) -> list
                 written[row["key"]] = row["out_bytes"]
     sizes = _output_sizes(out, source["path"].to_pylist())
     return [
-        chain[0] if len(chain) == 1 else
-        chain[-2] if chain[-2] not in written or written[chain[-2]] == size else chain[-1]
+        chain[0]
+        if len(chain) == 1
+        else chain[-2]
+        if chain[-2] not in written or written[chain[-2]] == size
+        else chain[-1]
         for chain, size in zip(attempts, sizes, strict=True)
     ]
 
 
-# ---- running ----------------------------------------------------------------------------------------------------------
+# ---- running ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -164,8 +182,14 @@ class Setting:
 
 
 def execute(
-    run: Run, photos: Sequence[SourceRow], config: Config, *, out: str | None = None, until: str = "publish",
-    progress: Callable[[Progress], None] | None = None, say: Callable[[str], None] = lambda text: None,
+    run: Run,
+    photos: Sequence[SourceRow],
+    config: Config,
+    *,
+    out: str | None = None,
+    until: str = "publish",
+    progress: Callable[[Progress], None] | None = None,
+    say: Callable[[str], None] = lambda text: None,
     on_start: Callable[[Setting], None] | None = None,
 ) -> tuple[RunSummary, Setting]:
     """Plan and run the stages up to ``until`` over these photos; what is done already is not done again.
@@ -179,8 +203,13 @@ def execute(
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
         url, info = gallery_jobs.ensure_gallery(config, run, say)
-        described = {"url": url, "fingerprint": info.fingerprint, "codes": info.count, "similarity": info.mode,
-                     "source": info.source}
+        described = {
+            "url": url,
+            "fingerprint": info.fingerprint,
+            "codes": info.count,
+            "similarity": info.mode,
+            "source": info.source,
+        }
         if config.attack.enabled and config.inspect.unit == "std":
             std = gallery_jobs.gallery_std(run, url, info)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
@@ -189,13 +218,19 @@ def execute(
     if until == "publish":
         keys["publish"] = renew_missing(run, out, source, keys["publish"])
     # Stages beyond `until` get their keys in the plan as well: they are what a later run would make.
-    run.write_plan(pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA))
+    run.write_plan(
+        pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA)
+    )
     setting = Setting(weights, url, described)
     if on_start is not None:
         on_start(setting)
     stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=len(photos), until=until)
     engine = Engine(
-        run.store, stages, source=SOURCE, shard_items=config.engine.shard_photos, address=config.engine.ray_address,
+        run.store,
+        stages,
+        source=SOURCE,
+        shard_items=config.engine.shard_photos,
+        address=config.engine.ray_address,
         progress=progress,
     )
     if not any(engine.plan(source, keys).missing().values()):
@@ -288,7 +323,9 @@ class Reporter:
             text += f", {60 * rate:.1f} photos/min, {duration((self.stages[last].total - done) / rate)} left"
         else:
             text += f", {duration(seconds)} so far"
-        text += "".join(f", {p.stage} {p.done}" for p in self.stages.values() if p.stage != last and done <= p.done < p.total)
+        text += "".join(
+            f", {p.stage} {p.done}" for p in self.stages.values() if p.stage != last and done <= p.done < p.total
+        )
         failed = self.stages[last].statuses.get(ERROR, 0)
         return text + (f", {failed} failed" if failed else "")
 
@@ -308,7 +345,7 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
-# ---- what a run leaves behind -----------------------------------------------------------------------------------------
+# ---- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
 def _version(package: str) -> str | None:
@@ -320,8 +357,21 @@ def _version(package: str) -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that results depend on."""
-    names = ("scol", "torch", "torchvision", "numpy", "pyarrow", "pillow", "ray", "faiss-gpu", "faiss-cpu",
-             "scikit-image", "flip-evaluator", "facenet-pytorch", "random-face")
+    names = (
+        "scol",
+        "torch",
+        "torchvision",
+        "numpy",
+        "pyarrow",
+        "pillow",
+        "ray",
+        "faiss-gpu",
+        "faiss-cpu",
+        "scikit-image",
+        "flip-evaluator",
+        "facenet-pytorch",
+        "random-face",
+    )
     found = {name: _version(name) for name in names}
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v is not None}}
 
@@ -339,7 +389,9 @@ def machine() -> dict[str, Any]:
     except OSError:
         pass
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     return {"system": platform.platform(), "cpu": cpu, "cores": usable_cpus(), "memory_bytes": memory, "gpus": gpus}
 
 
@@ -365,7 +417,9 @@ def check_places(src: str, out: str, run_url: str) -> None:
         raise OutputError(error.code, f"the run's folder: {error.message}") from error
     places = [fsspec.core.url_to_fs(url)[0].unstrip_protocol(fsspec.core.url_to_fs(url)[1]) for url in (out, run_url)]
     if places[1].rstrip("/") == places[0].rstrip("/") or places[1].startswith(places[0].rstrip("/") + "/"):
-        raise OutputError("OUT_IS_SRC", "the run's folder must not be OUT nor lie in it: OUT gets the photos' tree alone")
+        raise OutputError(
+            "OUT_IS_SRC", "the run's folder must not be OUT nor lie in it: OUT gets the photos' tree alone"
+        )
 
 
 def protect(
@@ -400,17 +454,27 @@ def protect(
         RunInterrupted: Ctrl-C; the tables, the report and the summary of what is finished are written before.
     """
     begin = time.monotonic()
-    run = Run(run_url or default_run(out))
+    run = Run(absolute(run_url or default_run(out)))
     check_places(src, out, run.url)
-    out = _absolute(out)
+    out = absolute(out)
     listing = list_source(src, out=out, people_from=people_from, limit=limit, seed=sample_seed)
     some = f", of {listing.total}" if len(listing.photos) < listing.total else ""
     say(f"{len(listing.photos)} photos at {src}{some}" + _skipped_words(listing.skipped))
     record: dict[str, Any] = {
-        "version": 1, "started": _now(), "finished": None, "source": src, "out": out, "run": run.url,
-        "limit": limit, "sample_seed": sample_seed if limit is not None else None, "people_from": people_from,
-        "skipped": listing.skipped, "config": config.model_dump(mode="json"), "stage_versions": VERSIONS,
-        "versions": versions(), "machine": machine(),
+        "version": 1,
+        "started": _now(),
+        "finished": None,
+        "source": src,
+        "out": out,
+        "run": run.url,
+        "limit": limit,
+        "sample_seed": sample_seed if limit is not None else None,
+        "people_from": people_from,
+        "skipped": listing.skipped,
+        "config": config.model_dump(mode="json"),
+        "stage_versions": VERSIONS,
+        "versions": versions(),
+        "machine": machine(),
     }
 
     def started(setting: Setting) -> None:
@@ -432,7 +496,9 @@ def protect(
     result["seconds"] = round(time.monotonic() - begin, 3)
     worked = sum(stage.operator_seconds for stage in done.stages.values())
     result["engine"] = done.to_dict()
-    result["seconds_per_face"] = round(sum(result["stage_seconds"].values()) / result["faces"], 3) if result["faces"] else None
+    result["seconds_per_face"] = (
+        round(sum(result["stage_seconds"].values()) / result["faces"], 3) if result["faces"] else None
+    )
     result["operator_seconds"] = round(worked, 3)
     result["interrupted"] = interrupted is not None
     record["finished"] = _now()
@@ -444,8 +510,8 @@ def protect(
     return result
 
 
-def _absolute(url: str) -> str:
-    """Workers may have another working directory."""
+def absolute(url: str) -> str:
+    """A local path made absolute, since workers may have another working directory; other URLs as they are."""
     fs, path = fsspec.core.url_to_fs(url)
     local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
     return path if local else url

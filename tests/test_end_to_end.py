@@ -15,15 +15,25 @@ import pytest
 from PIL import Image, ImageOps
 
 from cluster import ray_session
+from gallery_index import Gallery
+from pipelines import gallery_jobs
 from pipelines.config import STAGES, Config, load_config
 from pipelines.manifests import Run, read_photos, read_stage
-from pipelines.protect import exit_status, protect
+from pipelines.protect import exit_status, list_source, protect
 from pipelines.sources import photo_id
+from pipelines.stages import fuse
 
 # Few steps: what is tested here is the job, not how well it protects (docs/results.md measures that).
 SETTINGS = [
-    "tune.steps=2", "refine.steps=6", "refine.lr=0.03", "attack.steps=2", "gallery.synthetic=64", "fuse.k=3",
-    "engine.workers=1", "engine.threads=1", "engine.device=cpu",
+    "tune.steps=2",
+    "refine.steps=6",
+    "refine.lr=0.03",
+    "attack.steps=2",
+    "gallery.synthetic=64",
+    "fuse.k=3",
+    "engine.workers=1",
+    "engine.threads=1",
+    "engine.device=cpu",
 ]
 
 
@@ -89,7 +99,13 @@ def test_every_photo_has_its_row_and_its_file(archive: Path, first: dict, run: R
     assert found == {*good, "landscape.jpg"}
 
     assert {k: first[k] for k in ("photos", "faces", "no_face", "error", "pending", "published", "copied")} == {
-        "photos": 5, "faces": 4, "no_face": 1, "error": 1, "pending": 0, "published": 3, "copied": 1
+        "photos": 5,
+        "faces": 4,
+        "no_face": 1,
+        "error": 1,
+        "pending": 0,
+        "published": 3,
+        "copied": 1,
     }
     assert first["ok"] + first["weak"] == 3 and first["skipped"] == {"NOT_A_PHOTO": 1}
     assert exit_status(first) == 1, "a photo failed"
@@ -162,7 +178,9 @@ def test_second_run_redoes_nothing(archive: Path, first: dict, run: Run) -> None
     again = protect(str(archive), str(out), settings("engine.workers=2", "engine.shard_photos=4"))
     assert all(stage["done"] == 0 for stage in again["engine"]["stages"].values())
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == times
-    assert {k: again[k] for k in ("ok", "weak", "error", "psnr", "ism")} == {k: first[k] for k in ("ok", "weak", "error", "psnr", "ism")}
+    assert {k: again[k] for k in ("ok", "weak", "error", "psnr", "ism")} == {
+        k: first[k] for k in ("ok", "weak", "error", "psnr", "ism")
+    }
 
 
 def test_faces_do_not_depend_on_order_or_grouping(archive: Path, first: dict, run: Run) -> None:
@@ -201,7 +219,44 @@ def test_changed_and_lost_photos_are_redone_alone(archive: Path, first: dict, ru
     assert photos["one.png"]["status"] == "no_face" and (out / "one.png").read_bytes() == (src / "one.png").read_bytes()
     assert (out / "deep" / "sideways.jpg").exists() and photos["deep/sideways.jpg"]["action"] == "protected"
     broken = photos["deep/broken.jpg"]
-    assert broken["status"] == "error" and broken["action"] == "copied" and broken["reason"].endswith("copied unprotected")
+    assert (
+        broken["status"] == "error" and broken["action"] == "copied" and broken["reason"].endswith("copied unprotected")
+    )
     assert (out / "deep" / "broken.jpg").read_bytes() == (src / "deep" / "broken.jpg").read_bytes()
     assert json.loads((Path(str(out) + ".run") / "summary.json").read_text())["copied"] == 3
     assert os.path.getsize(str(out) + ".run/report.html") > 1000
+
+
+def test_gallery_of_photos_and_its_exclusions(archive: Path, first: dict, run: Run, tmp_path: Path) -> None:
+    """A gallery of the archive's own faces, from the codes that the run has made; then a search in it."""
+    shutil.copytree(run.url, tmp_path / "gallery.run")
+    info, counts = gallery_jobs.build_from_photos(
+        str(archive), str(tmp_path / "gallery"), settings(), run_url=str(tmp_path / "gallery.run")
+    )
+    assert counts == {"photos": 5, "faces": 4, "failed": 1} and (info.count, info.photos, info.broadcast) == (
+        4,
+        3,
+        False,
+    )
+
+    gallery = Gallery.load(str(tmp_path / "gallery"))
+    faces = read_stage(run, "invert")
+    faces = faces.filter(pa.array([status == "ok" for status in faces["status"].to_pylist()]))
+    code = np.asarray(faces["code"][0].values).reshape(1, 16, 512)
+    assert np.array_equal(gallery.codes(faces["face_id"].to_pylist()[:1]), code)
+
+    # Three codes of other photos are there for a photo of one face, two for the photo of two faces.
+    table = faces.append_column("source.person_id", pa.nulls(4, pa.string()))
+    rows = fuse.operator(settings(), "w", str(tmp_path / "gallery"))(table).to_pylist()
+    two = photo_id("deep/er/zwei Gesichter ü.jpg")
+    for row in rows:
+        if row["photo_id"] == two:
+            assert row["status"] == "error" and row["reason"].startswith("GALLERY: ") and row["failed_stage"] == "fuse"
+        else:
+            assert row["status"] == "ok" and len(row["most_ids"]) == 3
+            assert not any(name.startswith(row["photo_id"]) for name in row["most_ids"])
+    assert len(rows) == 4 and sum(row["photo_id"] == two for row in rows) == 2
+
+    # With a person known, his other photos do not count either; person ids come from folders here.
+    people = {p.photo_id: p.person_id for p in list_source(str(archive), people_from="folder").photos}
+    assert people[two] == "er" and people[photo_id("one.png")] is None

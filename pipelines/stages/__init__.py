@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from functools import partial
 
 import numpy as np
 
-from cluster import Stage
+from cluster import Operator, Stage
 from pipelines.config import STAGES, Config
 from pipelines.manifests import SCHEMAS
-from pipelines.stages import align, attack, fuse, invert, publish, tune
 from pipelines.stages.common import error_rows
 
 # Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
 VERSIONS = {"align": "1", "invert": "1", "fuse": "1", "tune": "1", "attack": "1", "publish": "1"}
 
 __all__ = ["STAGES", "VERSIONS", "make_stages"]
+
+
+def load(stage: str, *arguments) -> Operator:
+    """A stage's operator.  Imported only now, so that a worker does not pay for what other pools need."""
+    return importlib.import_module(f"pipelines.stages.{stage}").operator(*arguments)
 
 
 def make_stages(
@@ -44,8 +49,14 @@ def make_stages(
 
     def stage(name: str, factory, pool: str, **options) -> Stage:
         return Stage(
-            name=name, version=VERSIONS[name], schema=SCHEMAS[name], factory=factory,
-            error_rows=partial(error_rows, name, config.seed), row_id="face_id", pool=pool, **options,
+            name=name,
+            version=VERSIONS[name],
+            schema=SCHEMAS[name],
+            factory=factory,
+            error_rows=partial(error_rows, name, config.seed),
+            row_id="face_id",
+            pool=pool,
+            **options,
         )
 
     # What is in hand when a run is stopped is lost, and these stages take a minute a face: one photo a part. Only runs
@@ -55,19 +66,51 @@ def make_stages(
     geometry = ["landmarks", "box", "quad"]
     # Stages of many faces a photo keep each face's time themselves; the others have the engine's limit for a photo.
     chain = [
-        stage("align", partial(align.operator, config, weights["align"]), "photos",
-              batch_items=config.engine.align_batch, item_seconds=limit),
-        stage("invert", partial(invert.operator, config, weights["invert"]), "generator",
-              columns=[*common, "crop", *geometry]),
-        stage("fuse", partial(fuse.operator, config, weights["fuse"], gallery), "gallery",
-              columns=[*common, "code"], joins={"source": ["person_id"]}, batch_items=16, item_seconds=limit),
-        stage("tune", partial(tune.operator, config, weights["tune"]), "generator",
-              columns=[*common, "fused"], joins={"align": ["crop", *geometry]}, shard_items=slow),
-        stage("attack", partial(attack.operator, config, weights["attack"], std), "generator",
-              columns=[*common, "tuned", "refined"],
-              joins={"align": ["crop", *geometry], "invert": ["code"], "fuse": ["target"]}, shard_items=slow),
-        stage("publish", partial(publish.operator, config, weights["publish"], out), "photos",
-              columns=[*common, "protected"], item_seconds=limit,
-              joins={"source": ["path", "url"], "align": ["crop", *geometry, "width", "height"]}),
+        stage(
+            "align",
+            partial(load, "align", config, weights["align"]),
+            "photos",
+            batch_items=config.engine.align_batch,
+            item_seconds=limit,
+        ),
+        stage(
+            "invert",
+            partial(load, "invert", config, weights["invert"]),
+            "generator",
+            columns=[*common, "crop", *geometry],
+        ),
+        stage(
+            "fuse",
+            partial(load, "fuse", config, weights["fuse"], gallery),
+            "gallery",
+            columns=[*common, "code"],
+            joins={"source": ["person_id"]},
+            batch_items=16,
+            item_seconds=limit,
+        ),
+        stage(
+            "tune",
+            partial(load, "tune", config, weights["tune"]),
+            "generator",
+            columns=[*common, "fused"],
+            joins={"align": ["crop", *geometry]},
+            shard_items=slow,
+        ),
+        stage(
+            "attack",
+            partial(load, "attack", config, weights["attack"], std),
+            "generator",
+            columns=[*common, "tuned", "refined"],
+            joins={"align": ["crop", *geometry], "invert": ["code"], "fuse": ["target"]},
+            shard_items=slow,
+        ),
+        stage(
+            "publish",
+            partial(load, "publish", config, weights["publish"], out),
+            "photos",
+            columns=[*common, "protected"],
+            item_seconds=limit,
+            joins={"source": ["path", "url"], "align": ["crop", *geometry, "width", "height"]},
+        ),
     ]
     return chain[: STAGES.index(until) + 1]

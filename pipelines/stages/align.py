@@ -81,12 +81,23 @@ def _detect(
 
 def _faces(row: Row, photo: Photo, faces: list[Face], config: Config) -> list[Row]:
     common = {
-        "key": row["key"], "photo_id": row["photo_id"], "format": photo.format, "width": photo.width,
+        "key": row["key"],
+        "photo_id": row["photo_id"],
+        "format": photo.format,
+        "width": photo.width,
         "height": photo.height,
     }
     if not faces:
-        return [common | {"face_id": None, "status": NO_FACE, "reason": "NO_FACE: no face was found",
-                          "failed_stage": "align", "seed": row["seed"]}]
+        return [
+            common
+            | {
+                "face_id": None,
+                "status": NO_FACE,
+                "reason": "NO_FACE: no face was found",
+                "failed_stage": "align",
+                "seed": row["seed"],
+            }
+        ]
     if len(faces) > config.align.max_faces:
         raise FaceError("TOO_MANY_FACES", f"{len(faces)} faces, align.max_faces is {config.align.max_faces}")
     landmarks = torch.from_numpy(np.stack([face.landmarks for face in faces])).double()
@@ -95,10 +106,18 @@ def _faces(row: Row, photo: Photo, faces: list[Face], config: Config) -> list[Ro
     out = []
     for index, face in enumerate(faces):
         name = face_id(row["photo_id"], index)
-        out.append(common | {
-            "face_id": name, "status": OK, "seed": row_seed(config.seed, name), "face_index": index,
-            "box": face.box.astype(np.float32), "landmarks": face.landmarks.astype(np.float32).reshape(-1),
-            "quad": quads[index].numpy().astype(np.float64).reshape(-1), "score": face.score,
-            "crop": encode_png(crops[index]),
-        })
+        out.append(
+            common
+            | {
+                "face_id": name,
+                "status": OK,
+                "seed": row_seed(config.seed, name),
+                "face_index": index,
+                "box": face.box.astype(np.float32),
+                "landmarks": face.landmarks.astype(np.float32).reshape(-1),
+                "quad": quads[index].numpy().astype(np.float64).reshape(-1),
+                "score": face.score,
+                "crop": encode_png(crops[index]),
+            }
+        )
     return out

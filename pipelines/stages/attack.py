@@ -43,8 +43,14 @@ def operator(config: Config, weights: str, std: np.ndarray | None) -> Operator:
         own, target = as_codes(row["invert.code"], device), as_codes(row["fuse.target"], device)
         inspection = inspect_components(own, target, config.inspect.tau, unit=config.inspect.unit, std=scale)
         result = attack(
-            look, decode_png(data, device), inspection.target, inspection.mask, mask, settings,
-            seed=row["seed"] ^ 2, deadline=deadline,
+            look,
+            decode_png(data, device),
+            inspection.target,
+            inspection.mask,
+            mask,
+            settings,
+            seed=row["seed"] ^ 2,
+            deadline=deadline,
         )
         return {
             "protected": encode_png(result.picture),

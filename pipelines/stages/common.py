@@ -34,7 +34,7 @@ class FaceError(Exception):
         super().__init__(f"{code}: {message}")
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------
+# ---- rows ------------------------------------------------------------------------------------------------------------
 
 
 def iterate(table: pa.Table) -> Iterator[Row]:
@@ -45,7 +45,8 @@ def iterate(table: pa.Table) -> Iterator[Row]:
         if pa.types.is_fixed_size_list(field.type):
             columns[field.name] = [
                 scalar.values.to_numpy(zero_copy_only=False) if scalar.is_valid else None
-                for chunk in column.chunks for scalar in chunk
+                for chunk in column.chunks
+                for scalar in chunk
             ]
         else:
             columns[field.name] = column.to_pylist()
@@ -94,9 +95,7 @@ def reason_of(error: BaseException) -> str:
     return f"EXCEPTION: {type(error).__name__}: {one_line(error)}"
 
 
-def each_face(
-    stage: str, table: pa.Table, weights: str, limit: float, treat: Callable[[Row, float], Row]
-) -> pa.Table:
+def each_face(stage: str, table: pa.Table, weights: str, limit: float, treat: Callable[[Row, float], Row]) -> pa.Table:
     """Call ``treat`` for every face that is well; carry the others.
 
     Args:
@@ -129,7 +128,7 @@ def raise_if_unfit(error: BaseException) -> None:
         raise WorkerUnfit(str(error)) from error
 
 
-# ---- pictures and geometry --------------------------------------------------------------------------------------------
+# ---- pictures and geometry -------------------------------------------------------------------------------------------
 
 
 def encode_png(picture: Tensor) -> bytes:
@@ -152,7 +151,9 @@ def to_tensor(pixels: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     return tensor.permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-def geometry_in_crop(row: Mapping[str, Any], size: int, device: torch.device, prefix: str = "") -> tuple[Tensor, Tensor]:
+def geometry_in_crop(
+    row: Mapping[str, Any], size: int, device: torch.device, prefix: str = ""
+) -> tuple[Tensor, Tensor]:
     """A face's landmarks (1, 5, 2) and box (1, 4) in pixels of its crop, float32."""
     quad = torch.from_numpy(np.array(row[prefix + "quad"], np.float64)).reshape(4, 2)
     to_crop = invert_affine(crop_transform(quad, size))

@@ -64,11 +64,13 @@ def _search(gallery: Gallery, config: Config, rows: list[Row]) -> list[Row | str
             layers=config.fuse.layers,
             original=torch.from_numpy(codes[i : i + 1]),
         )
-        answers.append({
-            "fused": as_vector(fused),
-            "target": result.least_vectors[i].reshape(-1),
-            "most_ids": result.most_ids[i, 0].tolist(),
-            "most_scores": result.most_scores[i, 0],
-            "least_scores": result.least_scores[i],
-        })
+        answers.append(
+            {
+                "fused": as_vector(fused),
+                "target": result.least_vectors[i].reshape(-1),
+                "most_ids": result.most_ids[i, 0].tolist(),
+                "most_scores": result.most_scores[i, 0],
+                "least_scores": result.least_scores[i],
+            }
+        )
     return answers

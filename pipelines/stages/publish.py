@@ -51,10 +51,13 @@ def operator(config: Config, weights: str, out: str) -> Operator:
         begin = time.monotonic()
         answers = _publish(rows)
         seconds = (time.monotonic() - begin) / len(rows)
-        return to_table("publish", [
-            {"path": row["source.path"], "action": "none"} | answer | {"weights": weights, "seconds": seconds}
-            for row, answer in zip(rows, answers, strict=True)
-        ])
+        return to_table(
+            "publish",
+            [
+                {"path": row["source.path"], "action": "none"} | answer | {"weights": weights, "seconds": seconds}
+                for row, answer in zip(rows, answers, strict=True)
+            ],
+        )
 
     def _publish(rows: list[Row]) -> list[Row]:
         bad = [row for row in rows if row["status"] == ERROR]
@@ -99,8 +102,13 @@ def operator(config: Config, weights: str, out: str) -> Operator:
 
     def _written(row: Row, data: bytes, action: str, notes: str | None) -> Row:
         where = write_output(out, row["source.path"], data)
-        return {"action": action, "out_path": where, "out_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-                "notes": notes}
+        return {
+            "action": action,
+            "out_path": where,
+            "out_bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "notes": notes,
+        }
 
     def _save(rows: list[Row]) -> tuple[Photo, Photo, Row]:
         photo = decode(read_bytes(rows[0]["source.url"], limits.max_bytes), limits)
@@ -126,8 +134,12 @@ def operator(config: Config, weights: str, out: str) -> Operator:
         landmarks, _ = geometry_in_crop(row, size, device, "align.")
         face = face_mask(landmarks, size)[0, 0].numpy() > 0.5
         found: Row = {
-            "psnr": psnr(before, after), "ssim": ssim(before, after), "flip": flip(before, after, face),
-            "face_psnr": psnr(before, after, face), "judge": judge.name, "max_ism": limit,
+            "psnr": psnr(before, after),
+            "ssim": ssim(before, after),
+            "flip": flip(before, after, face),
+            "face_psnr": psnr(before, after, face),
+            "judge": judge.name,
+            "max_ism": limit,
         }
         with torch.no_grad():
             for name, network in networks.items():

@@ -43,8 +43,15 @@ def operator(config: Config, weights: str) -> Operator:
             return [models.identity_feature(name, device, landmarks, box) for name in names]
 
         tuned = tune(
-            generator, fused, face, mask, features(config.tune.identity), config.tune.margin_of_each(), tuning,
-            seed=row["seed"], deadline=deadline,
+            generator,
+            fused,
+            face,
+            mask,
+            features(config.tune.identity),
+            config.tune.margin_of_each(),
+            tuning,
+            seed=row["seed"],
+            deadline=deadline,
         )
         refined = TuneResult(tuned.picture, 0, 0.0)
         if refining.steps and config.refine.identity:
@@ -54,8 +61,15 @@ def operator(config: Config, weights: str) -> Operator:
                     first = generator(fused).clamp(-1, 1)
                     locked = [feature(first) for feature in identity]
             refined = refine(
-                tuned.picture, face, mask, identity, config.refine.margin_of_each(), locked, refining,
-                seed=row["seed"] ^ 1, deadline=deadline,
+                tuned.picture,
+                face,
+                mask,
+                identity,
+                config.refine.margin_of_each(),
+                locked,
+                refining,
+                seed=row["seed"] ^ 1,
+                deadline=deadline,
             )
         original, after = to_uint8(face[0]), to_uint8(refined.picture[0])
         return {

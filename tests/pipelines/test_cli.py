@@ -44,7 +44,7 @@ def test_config_prints_a_file_that_can_be_read_back(tmp_path: Path) -> None:
     assert tomllib.loads(shown.output)["tune"]["steps"] == 7
     (tmp_path / "c.toml").write_text(shown.output)
     assert load_config(file=tmp_path / "c.toml") == load_config("quick", sets=["tune.steps=7"])
-    assert json.loads(scol("config", "--json").output)["attack"]["eps"] == pytest.approx(8 / 255)
+    assert json.loads(scol("config", "--json").output)["attack"]["eps"] == load_config().attack.eps
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,10 @@ def run(tmp_path: Path) -> Path:
     tables = {
         "align": [row("a", 0), bad, row("c", 0), row("c", 1)],
         "tune": [row("a", 0), bad, row("c", 0), timeout],
-        "publish": [row("a", 0, "weak", reason="WEAK_IDENTITY: words", failed_stage="publish", action="protected"), bad],
+        "publish": [
+            row("a", 0, "weak", reason="WEAK_IDENTITY: words", failed_stage="publish", action="protected"),
+            bad,
+        ],
     }
     for stage, rows in tables.items():
         run.store.write_part(stage, None, to_table(stage, rows))
@@ -124,7 +127,13 @@ def test_status(run: Path) -> None:
     found = json.loads(scol("status", str(run), "--json").output)
     assert found["photos"] == 3 and found["faces"] == 3
     assert {s: e["done"] for s, e in found["stages"].items()} == {
-        "source": 0, "align": 3, "invert": 0, "fuse": 0, "tune": 3, "attack": 0, "publish": 2
+        "source": 0,
+        "align": 3,
+        "invert": 0,
+        "fuse": 0,
+        "tune": 3,
+        "attack": 0,
+        "publish": 2,
     }
     assert (found["weak"], found["error"], found["pending"]) == (1, 1, 1)
     assert found["stages"]["tune"]["rows"] == {"ok": 2, "error": 2}
@@ -135,7 +144,9 @@ def test_status(run: Path) -> None:
 def test_errors(run: Path) -> None:
     found = json.loads(scol("errors", str(run), "--json").output)
     assert [(r["path"], r["status"], r["failed_stage"]) for r in found] == [
-        ("a.jpg", "weak", "publish"), ("b.jpg", "error", "align"), ("c.jpg", "error", "tune")
+        ("a.jpg", "weak", "publish"),
+        ("b.jpg", "error", "align"),
+        ("c.jpg", "error", "tune"),
     ]
     assert found[2]["face_id"] == "c-01"
     assert [r["path"] for r in json.loads(scol("errors", str(run), "--no-weak", "--json").output)] == ["b.jpg", "c.jpg"]
@@ -147,7 +158,9 @@ def test_models_lists_digests_that_hold() -> None:
 
     result = scol("models", "--json")
     cards = {card["name"]: card for card in json.loads(result.output)}
-    assert result.exit_code == 0 and all(card["found"] and card["licence"] and card["source"] for card in cards.values())
+    assert result.exit_code == 0 and all(
+        card["found"] and card["licence"] and card["source"] for card in cards.values()
+    )
     assert {"mobilestylegan-256", "encoder", "mobilefacenet", "dlib_resnet", "faceres", "mtcnn"} <= set(cards)
     listed = {name: digest for card in cards.values() for name, digest in card["files"].items()}
     assert SHA256.items() <= listed.items(), "an embedded file without a card"
@@ -165,4 +178,8 @@ def test_synthetic_gallery(tmp_path: Path) -> None:
 
 
 def test_numbers_that_json_has_not_become_null() -> None:
-    assert json.loads(to_json({"a": float("inf"), "b": [float("nan"), 1.5], "c": "x"})) == {"a": None, "b": [None, 1.5], "c": "x"}
+    assert json.loads(to_json({"a": float("inf"), "b": [float("nan"), 1.5], "c": "x"})) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": "x",
+    }

@@ -71,11 +71,21 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
 
 
 def test_values_from_words() -> None:
-    found = load_config(sets=["tune.identity=encoder", "refine.identity=mobilefacenet, encoder", "publish.max_ism=0.4",
-                              "refine.jpeg_quality=60,95", "attack.enabled=false", "engine.workers=none"])
+    found = load_config(
+        sets=[
+            "tune.identity=encoder",
+            "refine.identity=mobilefacenet, encoder",
+            "publish.max_ism=0.4",
+            "refine.jpeg_quality=60,95",
+            "attack.enabled=false",
+            "engine.workers=none",
+        ]
+    )
     assert found.tune.identity == ("encoder",) and found.refine.identity == ("mobilefacenet", "encoder")
     assert found.publish.max_ism == 0.4 and found.refine.jpeg_quality == (60, 95) and found.attack.enabled is False
-    assert len(found.refine.margin_of_each()) == 2 and load_config(sets=["publish.max_ism=none"]).publish.max_ism is None
+    assert (
+        len(found.refine.margin_of_each()) == 2 and load_config(sets=["publish.max_ism=none"]).publish.max_ism is None
+    )
 
 
 def test_keys_of_stages_follow_their_own_settings_only() -> None:
@@ -93,8 +103,16 @@ def test_keys_of_stages_follow_their_own_settings_only() -> None:
     assert changed("inspect.tau=2") == ["attack"] == changed("attack.steps=3")
     assert changed("publish.on_fail=copy") == ["publish"]
     assert changed("seed=1") == ["align"], "later stages follow through the key of the stage before"
-    for setting in ("engine.workers=3", "engine.threads=2", "engine.shard_photos=5", "engine.align_batch=2",
-                    "engine.face_seconds=9", "engine.device=cpu", "engine.ray_address=auto", "gallery.synthetic=99"):
+    for setting in (
+        "engine.workers=3",
+        "engine.threads=2",
+        "engine.shard_photos=5",
+        "engine.align_batch=2",
+        "engine.face_seconds=9",
+        "engine.device=cpu",
+        "engine.ray_address=auto",
+        "gallery.synthetic=99",
+    ):
         assert changed(setting) == [], setting
 
 

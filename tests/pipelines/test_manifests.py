@@ -12,7 +12,17 @@ import torch
 
 from pipelines import manifests
 from pipelines.config import STAGES, load_config
-from pipelines.manifests import CODE_DIM, CODE_LAYERS, SCHEMAS, Run, RunError, face_id, read_photos, read_stage, row_seed
+from pipelines.manifests import (
+    CODE_DIM,
+    CODE_LAYERS,
+    SCHEMAS,
+    Run,
+    RunError,
+    face_id,
+    read_photos,
+    read_stage,
+    row_seed,
+)
 from pipelines.protect import list_source, renew_missing, source_table, stage_keys
 from pipelines.stages.common import (
     FaceError,
@@ -49,8 +59,18 @@ def run(tmp_path: Path) -> Run:
     run.write_plan(plan_of({p: f"k{p}" for p in PHOTOS}))
     rows = [
         publish_row("a", 0, "ok", action="protected", psnr=34.0, ism=0.2, judge="faceres", max_ism=0.545),
-        publish_row("a", 1, "weak", action="protected", psnr=30.0, ism=0.6, judge="faceres", max_ism=0.545,
-                    reason="WEAK_IDENTITY: x", failed_stage="publish"),
+        publish_row(
+            "a",
+            1,
+            "weak",
+            action="protected",
+            psnr=30.0,
+            ism=0.6,
+            judge="faceres",
+            max_ism=0.545,
+            reason="WEAK_IDENTITY: x",
+            failed_stage="publish",
+        ),
         publish_row("b", None, "no_face", action="copied"),
         publish_row("c", None, "error", action="none", reason="TRUNCATED: y", failed_stage="align"),
     ]
@@ -63,7 +83,9 @@ def run(tmp_path: Path) -> Run:
 def test_only_rows_that_count_are_read(run: Run) -> None:
     table = read_stage(run, "publish", ["photo_id", "status"])
     assert table.to_pylist() == [
-        {"photo_id": "a", "status": "ok"}, {"photo_id": "a", "status": "weak"}, {"photo_id": "b", "status": "no_face"},
+        {"photo_id": "a", "status": "ok"},
+        {"photo_id": "a", "status": "weak"},
+        {"photo_id": "b", "status": "no_face"},
         {"photo_id": "c", "status": "error"},
     ]
     pieces = list(manifests.scan_stage(run, "publish", ["photo_id", "status"], photos=1))
@@ -81,8 +103,18 @@ def test_a_photo_is_as_its_worst_face(run: Run) -> None:
 
 def test_summary_counts_photos_once(run: Run) -> None:
     found = manifests.summary(run)
-    assert {k: found[k] for k in ("photos", "faces", "ok", "weak", "no_face", "error", "pending", "published", "copied")} == {
-        "photos": 4, "faces": 2, "ok": 0, "weak": 1, "no_face": 1, "error": 1, "pending": 1, "published": 1, "copied": 1
+    assert {
+        k: found[k] for k in ("photos", "faces", "ok", "weak", "no_face", "error", "pending", "published", "copied")
+    } == {
+        "photos": 4,
+        "faces": 2,
+        "ok": 0,
+        "weak": 1,
+        "no_face": 1,
+        "error": 1,
+        "pending": 1,
+        "published": 1,
+        "copied": 1,
     }
     assert found["face_status"] == {"ok": 1, "weak": 1, "error": 0}
     assert found["psnr"] == 32.0 and found["spread"]["psnr"]["max"] == 34.0 and found["ism"] == 0.4
@@ -116,7 +148,7 @@ def test_seeds_depend_on_run_and_face_alone() -> None:
     assert row_seed(0, "0123456789abcdef-00") == row_seed(0, "0123456789abcdef-00")
 
 
-# ---- rows through a stage ---------------------------------------------------------------------------------------------
+# ---- rows through a stage --------------------------------------------------------------------------------------------
 
 
 def test_rows_survive_arrow() -> None:
@@ -142,19 +174,33 @@ def test_pictures_survive_png_to_half_a_level() -> None:
 def test_geometry_in_the_crop() -> None:
     # A crop of 64 px whose quad is a square of 128 px with its corner at (10, 20): a pixel of it is two of the photo.
     quad = np.array([[9.5, 19.5], [9.5, 147.5], [137.5, 147.5], [137.5, 19.5]])
-    row = {"quad": quad.reshape(-1), "landmarks": np.tile([9.5 + 64, 19.5 + 32], 5), "box": np.array([9.5, 19.5, 137.5, 83.5])}
+    row = {
+        "quad": quad.reshape(-1),
+        "landmarks": np.tile([9.5 + 64, 19.5 + 32], 5),
+        "box": np.array([9.5, 19.5, 137.5, 83.5]),
+    }
     landmarks, box = geometry_in_crop(row, 64, torch.device("cpu"))
     assert torch.allclose(landmarks, torch.tensor([31.5, 15.5]).expand(1, 5, 2), atol=1e-4)
     assert torch.allclose(box, torch.tensor([[-0.5, -0.5, 63.5, 31.5]]), atol=1e-4)
 
 
 def face_rows() -> pa.Table:
-    return to_table("fuse", [
-        {"key": "k1", "photo_id": "p", "face_id": "p-00", "status": "ok", "seed": 1},
-        {"key": "k1", "photo_id": "p", "face_id": "p-01", "status": "error", "reason": "DIVERGED: z", "failed_stage": "invert"},
-        {"key": "k2", "photo_id": "q", "face_id": None, "status": "no_face", "failed_stage": "align"},
-        {"key": "k3", "photo_id": "r", "face_id": "r-00", "status": "ok", "seed": 2},
-    ])
+    return to_table(
+        "fuse",
+        [
+            {"key": "k1", "photo_id": "p", "face_id": "p-00", "status": "ok", "seed": 1},
+            {
+                "key": "k1",
+                "photo_id": "p",
+                "face_id": "p-01",
+                "status": "error",
+                "reason": "DIVERGED: z",
+                "failed_stage": "invert",
+            },
+            {"key": "k2", "photo_id": "q", "face_id": None, "status": "no_face", "failed_stage": "align"},
+            {"key": "k3", "photo_id": "r", "face_id": "r-00", "status": "ok", "seed": 2},
+        ],
+    )
 
 
 def test_each_face_carries_what_is_not_well_and_catches_what_fails() -> None:
@@ -169,7 +215,9 @@ def test_each_face_carries_what_is_not_well_and_catches_what_fails() -> None:
     rows = each_face("tune", face_rows(), "w:1", 60, treat).to_pylist()
     assert seen == ["p-00", "r-00"]
     assert [(r["status"], r["reason"], r["failed_stage"]) for r in rows] == [
-        ("ok", None, None), ("error", "DIVERGED: z", "invert"), ("no_face", None, "align"),
+        ("ok", None, None),
+        ("error", "DIVERGED: z", "invert"),
+        ("no_face", None, "align"),
         ("error", "TOO_ODD: an odd face", "tune"),
     ]
     assert rows[0]["psnr"] == 30.0 and rows[3]["tuned"] is None and {r["weights"] for r in rows} == {"w:1"}
@@ -178,8 +226,11 @@ def test_each_face_carries_what_is_not_well_and_catches_what_fails() -> None:
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(ValueError("two\nlines"), "EXCEPTION: ValueError: two lines"), (FloatingPointError("nan"), "DIVERGED: nan"),
-     (DeadlineExceeded("step 3 of 9"), "TIMEOUT: step 3 of 9")],
+    [
+        (ValueError("two\nlines"), "EXCEPTION: ValueError: two lines"),
+        (FloatingPointError("nan"), "DIVERGED: nan"),
+        (DeadlineExceeded("step 3 of 9"), "TIMEOUT: step 3 of 9"),
+    ],
 )
 def test_reasons_of_exceptions(error: Exception, reason: str) -> None:
     def treat(row, deadline):
@@ -205,12 +256,14 @@ def test_error_rows_of_the_engine_keep_earlier_reasons() -> None:
     rows = error_rows("tune", 0, face_rows(), "WORKER_DIED: x").to_pylist()
     assert [r["reason"] for r in rows] == ["WORKER_DIED: x", "DIVERGED: z", None, "WORKER_DIED: x"]
     assert [r["status"] for r in rows] == ["error", "error", "no_face", "error"]
-    source = pa.table({"key": ["k"], "photo_id": ["p"], "path": ["p.jpg"], "status": ["ok"], "reason": pa.nulls(1, pa.string())})
+    source = pa.table(
+        {"key": ["k"], "photo_id": ["p"], "path": ["p.jpg"], "status": ["ok"], "reason": pa.nulls(1, pa.string())}
+    )
     (row,) = error_rows("align", 0, source, "TIMEOUT: x").to_pylist()
     assert row["face_id"] is None and row["failed_stage"] == "align" and row["seed"] == row_seed(0, "p")
 
 
-# ---- keys -------------------------------------------------------------------------------------------------------------
+# ---- keys ------------------------------------------------------------------------------------------------------------
 
 WEIGHTS = {stage: f"{stage}:1" for stage in STAGES}
 
@@ -235,7 +288,11 @@ def test_keys_change_from_the_stage_concerned_on(archive: Path) -> None:
         return [stage for stage in STAGES if keys[stage] != base[stage]]
 
     assert changed(stage_keys(source, load_config(), WEIGHTS, "/out")) == []
-    assert changed(stage_keys(source, load_config(sets=["tune.steps=1"]), WEIGHTS, "/out")) == ["tune", "attack", "publish"]
+    assert changed(stage_keys(source, load_config(sets=["tune.steps=1"]), WEIGHTS, "/out")) == [
+        "tune",
+        "attack",
+        "publish",
+    ]
     assert changed(stage_keys(source, load_config(), WEIGHTS | {"fuse": "g"}, "/out"))[0] == "fuse"
     assert changed(stage_keys(source, load_config(), WEIGHTS, "/elsewhere")) == ["publish"]
     assert changed(stage_keys(source, load_config(sets=["engine.workers=7"]), WEIGHTS, "/out")) == []
@@ -270,7 +327,9 @@ def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Pa
 
     publish(keys[0], "a.jpg", "protected")
     publish(keys[1], "b.jpg", "none")
-    assert renew_missing(run, str(out), source, keys) == keys, "a.jpg is there, b.jpg was never meant to be, c.jpg is to do"
+    assert renew_missing(run, str(out), source, keys) == keys, (
+        "a.jpg is there, b.jpg was never meant to be, c.jpg is to do"
+    )
 
     (out / "a.jpg").unlink()
     second = renew_missing(run, str(out), source, keys)

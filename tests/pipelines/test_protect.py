@@ -66,7 +66,9 @@ def test_progress_in_a_log_is_not_said_too_often() -> None:
     assert stream.getvalue().startswith("10/10 photos")
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
 def test_duration(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
@@ -98,15 +100,31 @@ def test_generators_get_the_machine(nodes, sets, actors, threads, gpus) -> None:
 
 
 def result(**more) -> dict:
-    base = {"photos": 3, "faces": 2, "published": 2, "ok": 1, "weak": 1, "no_face": 0, "error": 1, "pending": 0,
-            "psnr": 33.456, "ssim": None, "judge": "faceres", "ism": 0.25, "seconds_per_face": 41.04, "seconds": 99.0}
+    base = {
+        "photos": 3,
+        "faces": 2,
+        "published": 2,
+        "ok": 1,
+        "weak": 1,
+        "no_face": 0,
+        "error": 1,
+        "pending": 0,
+        "psnr": 33.456,
+        "ssim": None,
+        "judge": "faceres",
+        "ism": 0.25,
+        "seconds_per_face": 41.04,
+        "seconds": 99.0,
+    }
     return base | more
 
 
 def test_table_has_a_line_for_everything_that_counts() -> None:
     rows = {line[:28].strip(): line[28:].strip() for line in table_of(result()).splitlines()}
     assert rows["photos"] == "3" and rows["photos protected"] == "2" and rows["of them weak"] == "1"
-    assert rows["failed"] == "1" and rows["PSNR of the face crop, dB"] == "33.46" and rows["SSIM of the face crop"] == "-"
+    assert (
+        rows["failed"] == "1" and rows["PSNR of the face crop, dB"] == "33.46" and rows["SSIM of the face crop"] == "-"
+    )
     assert rows["ISM by faceres"] == "0.250" and rows["seconds a face (all stages)"] == "41.0"
 
 
