@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scol_ops.filters import low_pass
+
 # Annex K of ITU-T T.81 (JPEG), tables K.1 and K.2.
 _LUMA = (
     16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56,
@@ -57,14 +59,7 @@ def random_resize_shift(x: Tensor, generator: torch.Generator, strength: float =
 def random_blur(x: Tensor, generator: torch.Generator, max_sigma: float = 1.5) -> Tensor:
     """Gaussian blur with a random sigma (pixels) in [0, max_sigma]; differentiable."""
     sigma = _uniform(generator, 0.0, max_sigma)
-    if sigma < 0.2:
-        return x
-    radius = math.ceil(3 * sigma)
-    t = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
-    kernel = torch.exp(-(t**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, -1)
-    x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="reflect"), kernel[:, :, None, :], groups=x.shape[1])
-    return F.conv2d(F.pad(x, (0, 0, radius, radius), mode="reflect"), kernel[:, :, :, None], groups=x.shape[1])
+    return x if sigma < 0.2 else low_pass(x, sigma)
 
 
 def quantisation_tables(quality: int) -> tuple[Tensor, Tensor]:

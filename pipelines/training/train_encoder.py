@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from pipelines.training.train_head import draw_codes, psnr
 from scol_ops.diversity import jpeg
+from scol_ops.filters import low_pass
 from scol_ops.models.encoder import Encoder
 from scol_ops.models.mobilestylegan import MobileStyleGAN
 from scol_ops.models.recognisers import load_recogniser
 from scol_ops.models.weights import load_encoder, load_mobilestylegan
 from scol_ops.runtime import set_up
-from scol_ops.tuning import low_pass
 
 CHUNK = 64
 TRAIN_SEED, HELD_OUT_SEED = 11, 12

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from scol_ops.attack import AttackSettings, attack, attack_loss
+from scol_ops.filters import low_pass
 from scol_ops.inversion import InvertSettings, invert
 from scol_ops.models.weights import load_mobilestylegan
 from scol_ops.refinement import RefineSettings, refine
-from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, low_pass, pristine, select_parameters, tune
+from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, pristine, select_parameters, tune
 
 
 @pytest.fixture(scope="module")
