@@ -1,6 +1,7 @@
 """A driver in a process of its own: `drive.py STORE LOG ITEMS MODE [ADDRESS]`."""
 
 import json
+import signal
 import sys
 
 from arithmetic import VERSIONS, chain, source_table, stages
@@ -8,6 +9,8 @@ from arithmetic import VERSIONS, chain, source_table, stages
 from cluster import Engine, PartStore, RunInterrupted
 
 if __name__ == "__main__":
+    # Where the tests run in the background, SIGINT is ignored, which processes inherit; a terminal's is not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     url, log, count, mode, *address = sys.argv[1:]
     source = source_table([mode] * int(count))
     engine = Engine(PartStore(url), stages(log), shard_items=2, address=address[0] if address else None)
