@@ -1,9 +1,12 @@
 """Train the compact encoder on generated faces: ``python -m pipelines.training.train_encoder``.
 
 ``--make`` draws codes (as ``train_head.draw_codes``: half plain W, half style-mixed) and renders them at
-256 px; ``--train MINUTES`` learns code regression from augmented pictures, then adds picture and identity
-losses through the generator.  Augmentations close the distance to real photos: recompression, blur,
-noise, colour, occluders, other backgrounds, misalignment.  Only generated pictures are read.
+256 px; ``--preview MINUTES`` fits a head to block 3, whose 128 px pictures cost a quarter of the generator's;
+``--train MINUTES`` learns code regression from augmented pictures, then adds picture and identity losses
+through the preview, and in the end through the generator itself.  Augmentations close the distance to real
+photos: recompression, blur, noise, colour, occluders, other backgrounds, misalignment.  The picture to
+reproduce has the light, the background and the place that the encoder sees, without the damage.  Only
+generated pictures are read.
 
 ``--evaluate`` reports on 512 unseen generated faces, and with ``--photos DIR`` on aligned real ones.
 Checkpoints (``encoder.safetensors``, ``training.json``) resume training; ``--export`` writes float16.
@@ -28,16 +31,13 @@ from pipelines.training.train_head import draw_codes, psnr
 from scol_ops.diversity import jpeg
 from scol_ops.filters import low_pass
 from scol_ops.models.encoder import Encoder
-from scol_ops.models.mobilestylegan import MobileStyleGAN
-from scol_ops.models.recognisers import load_recogniser
-from scol_ops.models.weights import load_encoder, load_mobilestylegan
+from scol_ops.models.mobilestylegan import MobileStyleGAN, StyledLayer, ToImage, inverse_haar
+from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
+from scol_ops.models.weights import ENCODER_TRUNK, load_encoder, load_mobilestylegan
 from scol_ops.runtime import set_up
 
 CHUNK = 64
 TRAIN_SEED, HELD_OUT_SEED = 11, 12
-# Where the five landmarks lie in FFHQ-aligned pictures of 256 px on average (for the identity loss only).
-MEAN_LANDMARKS = torch.tensor([[[96.0, 119.0], [160.0, 119.0], [128.0, 152.0], [103.0, 184.0], [153.0, 184.0]]])
-MEAN_BOX = torch.tensor([[70.0, 70.0, 186.0, 220.0]])
 
 
 def generator_256(head: Path | None) -> MobileStyleGAN:
@@ -92,8 +92,8 @@ class Pool:
         return torch.from_numpy(pictures).float() / 127.5 - 1, torch.from_numpy(codes).float()
 
 
-def augment(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """Pictures (B, 3, 256, 256) as a camera, an upload and a face detector would deliver them."""
+def augment(x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, 256, 256) as a camera, an upload and a face detector would deliver them, and without the damage."""
     batch, _, size, _ = x.shape
     y = torch.linspace(-1, 1, size)
     yy, xx = torch.meshgrid(y, y, indexing="ij")
@@ -107,13 +107,9 @@ def augment(x: Tensor, rng: np.random.Generator) -> Tensor:
     colour = torch.from_numpy(rng.uniform(-1, 1, size=(batch, 3, 1, 1)).astype(np.float32))
     other = torch.where(per_face(0, 1) < 0.5, colour.expand_as(x), x.flip(0).roll(size // 2, dims=-1))
     x = torch.where(per_face(0, 1) < 0.33, inside * x + (1 - inside) * other, x)
-    # An occluder for a fifth.
-    cx, cy = per_face(-0.8, 0.8), per_face(-0.8, 0.9)
-    block = (((xx - cx) / per_face(0.1, 0.4)) ** 2 + ((yy - cy) / per_face(0.1, 0.4)) ** 2) < 1
-    x = torch.where(block & (per_face(0, 1) < 0.2), colour.flip(0).expand_as(x), x)
-    # Light and colour: mild, since the code has to reproduce what is seen.
-    x = (x * per_face(0.85, 1.15) + per_face(-0.1, 0.1)) * torch.from_numpy(
-        rng.uniform(0.95, 1.05, size=(batch, 3, 1, 1)).astype(np.float32)
+    # Light and colour.
+    x = (x * per_face(0.75, 1.15) + per_face(-0.2, 0.15)) * torch.from_numpy(
+        rng.uniform(0.93, 1.07, size=(batch, 3, 1, 1)).astype(np.float32)
     )
     # Misalignment of a landmark detector.
     angle, zoom = per_face(-0.06, 0.06)[:, 0, 0, 0], per_face(0.95, 1.06)[:, 0, 0, 0]
@@ -126,6 +122,11 @@ def augment(x: Tensor, rng: np.random.Generator) -> Tensor:
         1,
     )
     x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+    target = x.clamp(-1, 1)
+    # An occluder for a fifth.
+    cx, cy = per_face(-0.8, 0.8), per_face(-0.8, 0.9)
+    block = (((xx - cx) / per_face(0.1, 0.4)) ** 2 + ((yy - cy) / per_face(0.1, 0.4)) ** 2) < 1
+    x = torch.where(block & (per_face(0, 1) < 0.2), colour.flip(0).expand_as(x), x)
     # Sharpness, noise and recompression: one draw for each half of the batch.
     parts = []
     for part in x.split(max(1, batch // 2)):
@@ -141,7 +142,7 @@ def augment(x: Tensor, rng: np.random.Generator) -> Tensor:
         if rng.uniform() < 0.5:
             part = jpeg(part, int(rng.integers(40, 96)))
         parts.append(part)
-    return torch.cat(parts).clamp(-1, 1)
+    return torch.cat(parts).clamp(-1, 1), target
 
 
 def code_statistics(generator: MobileStyleGAN) -> tuple[Tensor, Tensor]:
@@ -154,6 +155,61 @@ def code_statistics(generator: MobileStyleGAN) -> tuple[Tensor, Tensor]:
 def explained(pred: Tensor, target: Tensor, mean: Tensor) -> float:
     """Share of the codes' variance about the mean W that the prediction explains, over all layers."""
     return float(1 - (pred - target).square().sum() / (target - mean).square().sum())
+
+
+class Preview(nn.Module):
+    """Codes to 128 px pictures from the generator's first four blocks: close enough to steer by, a quarter of the cost."""
+
+    BLOCKS = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skip = ToImage(512, gain=1.0)
+        self.layer = StyledLayer(512, 128, 1, gain=1.0)
+        self.to_img = ToImage(128, gain=1.0)
+        for style in (self.skip.style, self.layer.style, self.to_img.style):
+            nn.init.zeros_(style.weight)
+            nn.init.ones_(style.bias)
+        for conv in (self.skip.conv, self.to_img.conv):
+            nn.init.normal_(conv.weight, std=0.002)
+            nn.init.zeros_(conv.bias)
+
+    def features(self, generator: MobileStyleGAN, codes: Tensor) -> Tensor:
+        x = generator.conv1(generator.const.expand(len(codes), -1, -1, -1), codes[:, 0])
+        for i, block in enumerate(generator.blocks[: self.BLOCKS]):
+            x = block(x, codes[:, 2 * i + 1], codes[:, 2 * i + 2])
+        return x  # (B, 512, 64, 64)
+
+    def forward(self, generator: MobileStyleGAN, codes: Tensor) -> Tensor:
+        """(B, 16, 512) -> (B, 3, 128, 128)."""
+        x = self.features(generator, codes)
+        return inverse_haar(self.skip.bands(x, codes[:, 9]) + self.to_img.bands(self.layer(x, codes[:, 10]), codes[:, 11]))
+
+
+def fit_preview(arguments: argparse.Namespace) -> None:
+    generator = generator_256(arguments.head).to(memory_format=torch.channels_last)
+    pool = Pool(arguments.folder, TRAIN_SEED, 64 * CHUNK)
+    pool.refresh()
+    torch.manual_seed(1)
+    preview, rng = Preview().to(memory_format=torch.channels_last), np.random.default_rng(1)
+    optimiser = torch.optim.Adam(preview.parameters(), lr=2e-3)
+    begin, step, errors = time.monotonic(), 0, []
+    while (done := (time.monotonic() - begin) / (60 * arguments.preview)) < 1:
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * min(1.0, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        clean, codes = pool.draw(rng, 8)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = preview(generator, codes).float()
+        loss = F.mse_loss(out, F.avg_pool2d(clean, 2))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        step += 1
+        errors.append(float(loss.detach()))
+        if step % 50 == 0:
+            print(f"preview step {step}: {10 * math.log10(4 / np.mean(errors[-50:])):.2f} dB", flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    save_file(preview.state_dict(), arguments.out / "preview.safetensors")
 
 
 class Trainer:
@@ -176,6 +232,10 @@ class Trainer:
             self.record = json.loads((arguments.out / "training.json").read_text())
         elif arguments.from_embedded:
             self.encoder.load_state_dict(load_encoder().state_dict())
+        self.encoder.face.network.load_state_dict(load_recogniser("mobilefacenet").state_dict())
+        self.preview = Preview().requires_grad_(False)
+        self.preview.load_state_dict(load_file(arguments.out / "preview.safetensors"))
+        self.preview.to(memory_format=torch.channels_last)
         self.encoder.to(memory_format=torch.channels_last)
         self.average = {k: v.detach().clone().float() for k, v in self.encoder.state_dict().items()}
         self.recogniser = load_recogniser("mobilefacenet")
@@ -187,23 +247,24 @@ class Trainer:
         os.replace(out / "encoder.tmp", out / "encoder.safetensors")
         (out / "training.json").write_text(json.dumps(self.record, indent=1))
 
-    def picture_losses(self, codes: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def picture_losses(self, codes: Tensor, target: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
-            out = self.generator(codes).float()
-        small, small_clean = F.avg_pool2d(out, 4), F.avg_pool2d(clean, 4)
-        pixel = F.mse_loss(out, clean) + F.mse_loss(small, small_clean) + 0.2 * F.l1_loss(out, clean)
-        n = clean.shape[0]
-        landmarks, box = MEAN_LANDMARKS.expand(n, -1, -1), MEAN_BOX.expand(n, -1)
+            out = self.generator(codes).float() if full else self.preview(self.generator, codes).float()
+        want = target if full else F.avg_pool2d(target, 2)
+        small, small_want = F.avg_pool2d(out, 4), F.avg_pool2d(want, 4)
+        pixel = F.mse_loss(out, want) + F.mse_loss(small, small_want) + 0.2 * F.l1_loss(out, want)
+        geometry = ffhq_mean_geometry(len(out), out.shape[-1])
         with torch.no_grad():
-            want = self.recogniser.embed_crops(clean, landmarks, box)
-        identity = 1 - (self.recogniser.embed_crops(out, landmarks, box) * want).sum(1).mean()
-        return pixel, identity, psnr(out.detach(), clean).mean()
+            person = self.recogniser.embed_crops(target, *ffhq_mean_geometry(len(out), target.shape[-1]))
+        identity = 1 - (self.recogniser.embed_crops(out, *geometry) * person).sum(1).mean()
+        return pixel, identity, psnr(out.detach(), want).mean()
 
     def train(self) -> None:
         a = self.arguments
         rng = np.random.default_rng([a.seed, self.record["steps"]])
         pool = Pool(a.folder, TRAIN_SEED, a.pool)
-        optimiser = torch.optim.AdamW(self.encoder.parameters(), lr=a.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        trained = [p for p in self.encoder.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=a.lr, betas=(0.9, 0.99), weight_decay=0.01)
         begin, last, step = time.monotonic(), time.monotonic(), 0
         sums: dict[str, list[float]] = {}
         while (elapsed := time.monotonic() - begin) < 60 * a.train:
@@ -214,28 +275,32 @@ class Trainer:
                 group["lr"] = a.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
             self.encoder.train()
             clean, codes = pool.draw(rng, a.batch)
-            seen = augment(clean, rng).contiguous(memory_format=torch.channels_last)
+            seen, target = augment(clean, rng)
+            seen = seen.contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
                 normal = self.encoder.normalised(seen)
             pred = self.encoder.mean_code + self.encoder.std_code * normal.float()
             scale = self.encoder.std_code.square().mean()
-            loss = (pred - codes).square().mean() / scale
+            loss = a.code_weight * (pred - codes).square().mean() / scale
             measured = {"code": float(loss.detach()), "explained": explained(pred.detach(), codes, self.encoder.mean_code)}
             if a.picture_every and step % a.picture_every == 0 and done >= a.picture_from:
-                n = a.picture_batch
-                pixel, identity, db = self.picture_losses(pred[:n], clean[:n])
+                full = done >= a.full_from
+                n = a.picture_batch // 2 if full else a.picture_batch
+                pixel, identity, db = self.picture_losses(pred[:n], target[:n], full)
                 loss = loss + a.pixel_weight * pixel + a.identity_weight * identity
                 measured |= {"pixel": float(pixel.detach()), "identity": float(identity.detach()), "psnr": float(db)}
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             step += 1
             self.record["steps"] += 1
             self.record["faces"] += a.batch
             decay = min(0.998, step / (step + 20))
-            for k, v in self.encoder.state_dict().items():
-                self.average[k].lerp_(v.float(), 1 - decay)
+            with torch.no_grad():
+                for k, v in self.encoder.state_dict().items():
+                    if not k.startswith(ENCODER_TRUNK):
+                        self.average[k].lerp_(v.float(), 1 - decay)
             for k, v in measured.items():
                 sums.setdefault(k, []).append(v)
             if step % 100 == 0:
@@ -282,7 +347,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with torch.no_grad():
         clean = torch.cat([generator(c).clamp(-1, 1) for c in codes.split(8)])
     n = len(clean)
-    values = measure(encoder, generator, clean, codes, MEAN_LANDMARKS.expand(n, -1, -1), MEAN_BOX.expand(n, -1))
+    values = measure(encoder, generator, clean, codes, *ffhq_mean_geometry(n, clean.shape[-1]))
     report["generated"] = {"faces": n, **{k: float(v.mean()) for k, v in values.items()}}
     if arguments.photos:
         from pipelines.training.real_faces import aligned_faces  # needs the detector
@@ -296,7 +361,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     state = load_file(arguments.out / "encoder.safetensors")
-    state = {k: v.half() if v.is_floating_point() else v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    state = {k: v.half() if v.is_floating_point() else v for k, v in state.items() if not k.endswith("num_batches_tracked") and not k.startswith(ENCODER_TRUNK)}
     save_file(state, arguments.export)
 
 
@@ -316,9 +381,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pool", type=int, default=20000, help="faces held in memory")
-    parser.add_argument("--picture-every", type=int, default=4, help="picture losses every n-th step, 0 for never")
-    parser.add_argument("--picture-from", type=float, default=0.3, help="share of the time before picture losses begin")
-    parser.add_argument("--picture-batch", type=int, default=4)
+    parser.add_argument("--preview", type=float, metavar="MINUTES", help="fit the preview head")
+    parser.add_argument("--code-weight", type=float, default=1.0)
+    parser.add_argument("--full-from", type=float, default=0.85, help="share of the time from which pictures are the generator's own")
+    parser.add_argument("--picture-every", type=int, default=1, help="picture losses every n-th step, 0 for never")
+    parser.add_argument("--picture-from", type=float, default=0.25, help="share of the time before picture losses begin")
+    parser.add_argument("--picture-batch", type=int, default=6)
     parser.add_argument("--pixel-weight", type=float, default=2.0)
     parser.add_argument("--identity-weight", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=1)
@@ -326,6 +394,8 @@ def main() -> None:
     set_up(arguments.threads)
     if arguments.make:
         make(arguments.folder, arguments.make, TRAIN_SEED, arguments.head)
+    if arguments.preview:
+        fit_preview(arguments)
     if arguments.train:
         Trainer(arguments).train()
     if arguments.evaluate:

@@ -1,9 +1,10 @@
 """Compact encoder: a face of 256 x 256 to W+ codes of the embedded generator, (B, 16, 512).
 
 A residual network with a feature pyramid in the manner of e4e (Tov et al. 2021, arXiv:2102.02766): one base
-code from the coarsest features, and for each code an offset from the level that sees its scale.  Outputs
-are offsets from the mean W in units of each component's standard deviation.  Trained by
-``pipelines/training/train_encoder.py`` on generated faces only.
+code from the coarsest features, and for each code an offset from the level that sees its scale.  As e4e's
+backbone begins as a face recogniser, so every level here also reads the features of one, MobileFaceNet, whose
+weights stay as they are.  Outputs are offsets from the mean W in units of each component's standard deviation.
+Trained by ``pipelines/training/train_encoder.py`` on generated faces only.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scol_ops.models.mobilefacenet import MobileFaceNet
 from scol_ops.models.mobilestylegan import CODE_DIM, NUM_CODES
+from scol_ops.models.recognisers import ffhq_mean_geometry
 
 INPUT_SIZE = 256
 GROUPS = ((0, 4), (4, 8), (8, NUM_CODES))  # codes that the 8, 16 and 32 px levels drive
@@ -37,17 +40,40 @@ class ResidualBlock(nn.Module):
         return F.leaky_relu(x + y, 0.1)
 
 
+class FaceFeatures(nn.Module):
+    """What a frozen face recogniser sees in FFHQ crops: (B, 3, 256, 256) -> (B, DIM), differentiable to the crops."""
+
+    DIM = 192 + 16 * 49 + 8 * 49
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = MobileFaceNet().requires_grad_(False)
+        self.middle = nn.Conv2d(128, 8, 1)
+        self.late = nn.Conv2d(128, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # FFHQ crops show every face in the same place, up to its pose.
+        landmarks, boxes = ffhq_mean_geometry(len(x), INPUT_SIZE)
+        aligned = self.network.align(x, landmarks, boxes).contiguous(memory_format=torch.channels_last)
+        middle, late, embedding = self.network.features(aligned)  # 14 px, 7 px, (B, 192)
+        middle = F.avg_pool2d(F.leaky_relu(self.middle(middle), 0.1), 2)
+        late = F.leaky_relu(self.late(late), 0.1)
+        # The unit embedding, scaled so that a component is about 1.
+        return torch.cat([embedding * embedding.shape[1] ** 0.5, middle.flatten(1), late.flatten(1)], dim=1)
+
+
 class LevelHead(nn.Module):
-    """A level's features to hidden numbers that keep where things are: pooled to 4 x 4, flattened."""
+    """A level's features, pooled to 4 x 4 so that they keep where things are, and a recogniser's, to hidden numbers."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.reduce = nn.Conv2d(channels, 64, 3, 1, 1)
         self.hidden = nn.Linear(64 * 16, hidden)
+        self.face = nn.Linear(FaceFeatures.DIM, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, face: Tensor) -> Tensor:
         x = F.adaptive_avg_pool2d(F.leaky_relu(self.reduce(x), 0.1), 4)
-        return F.leaky_relu(self.hidden(x.flatten(1)), 0.1)
+        return F.leaky_relu(self.hidden(x.flatten(1)) + self.face(face), 0.1)
 
 
 class Encoder(nn.Module):
@@ -68,6 +94,7 @@ class Encoder(nn.Module):
         self.lateral4 = nn.Conv2d(d, c, 1)
         self.lateral3 = nn.Conv2d(c, c, 1)
         self.lateral2 = nn.Conv2d(b, c, 1)
+        self.face = FaceFeatures()
         self.heads = nn.ModuleList(LevelHead(c, self.HIDDEN) for _ in GROUPS)
         self.base = nn.Linear(self.HIDDEN, CODE_DIM)
         self.offsets = nn.ModuleList(
@@ -80,13 +107,14 @@ class Encoder(nn.Module):
         """Faces to codes in standard units, (B, 16, 512): ``(w - mean) / std``."""
         if x.ndim != 4 or x.shape[1] != 3 or x.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
             raise ValueError(f"faces must be (B, 3, {INPUT_SIZE}, {INPUT_SIZE}), got {tuple(x.shape)}")
+        face = self.face(x)
         x = self.stage1(self.stem(F.avg_pool2d(x, 2)))
         c2 = self.stage2(x)
         c3 = self.stage3(c2)
         p4 = self.lateral4(self.stage4(c3))
         p3 = self.lateral3(c3) + F.interpolate(p4, scale_factor=2.0, mode="nearest")
         p2 = self.lateral2(c2) + F.interpolate(p3, scale_factor=2.0, mode="nearest")
-        hidden = [head(p) for head, p in zip(self.heads, (p4, p3, p2), strict=True)]
+        hidden = [head(p, face) for head, p in zip(self.heads, (p4, p3, p2), strict=True)]
         offsets = [layer(h).unflatten(1, (-1, CODE_DIM)) for layer, h in zip(self.offsets, hidden, strict=True)]
         return self.base(hidden[0])[:, None] + torch.cat(offsets, dim=1)
 

@@ -13,6 +13,7 @@ _BLOCKS = (
     (64, 128, 64, 2), *[(64, 128, 64, 1)] * 4, (64, 256, 128, 2), *[(128, 256, 128, 1)] * 6, (128, 512, 128, 2),
     *[(128, 256, 128, 1)] * 2,
 )
+_LAST_STRIDE = 12  # the block that goes from 14 to 7 px
 
 
 class _Conv(nn.Conv2d):
@@ -65,11 +66,17 @@ class MobileFaceNet(Recogniser):
     def alignment(self, landmarks: Tensor, boxes: Tensor) -> Tensor:
         return landmark_alignment(landmarks, ARCFACE_LANDMARKS)
 
-    def embed_aligned(self, aligned: Tensor) -> Tensor:
+    def features(self, aligned: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, 112, 112) in [-1, 1] -> features (B, 128, 14, 14) and (B, 128, 7, 7), embeddings (B, 192)."""
         x = aligned * (127.5 / 128)  # (p - 127.5) / 128 of p in 0..255
         for layer in self.stem.values():
             x = layer(x)
-        x = self.blocks(x)
+        middle = self.blocks[:_LAST_STRIDE](x)
+        late = self.blocks[_LAST_STRIDE:](middle)
+        x = late
         for layer in self.head.values():
             x = layer(x)
-        return unit(x.flatten(1))
+        return middle, late, unit(x.flatten(1))
+
+    def embed_aligned(self, aligned: Tensor) -> Tensor:
+        return self.features(aligned)[2]
