@@ -138,6 +138,14 @@ class FuseConfig(Section):
         None, description="layers that take the fused code, 0..15, the others keep the face's own; none: all"
     )
 
+    identity_ceiling: Annotated[float | None, BeforeValidator(_none_word)] = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="codes of faces whose MobileFaceNet cosine to the face is above are left out, besides those of the same "
+        "photo and person; needs a gallery made of photos; none: off",
+    )
+
     @field_validator("layers")
     @classmethod
     def _in_range(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
