@@ -20,7 +20,7 @@ from cluster.errors import ClusterError, ContractError, EngineError, PlanError, 
 from cluster.session import import_path, ray_session
 from cluster.stage import Pool, Resources, Stage
 from cluster.store import PartStore, part_key
-from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, with_retries
+from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, one_line, with_retries
 
 log = logging.getLogger("cluster")
 
@@ -627,9 +627,8 @@ class _Run:
     def _judge(self, call: _Call, error: Exception, node_died: bool) -> None:
         task, stage = call.task, self.stages[call.task.stage]
         elapsed = time.perf_counter() - call.start
-        log.warning(
-            "stage %s: a worker died with %d item(s) in hand, after %.1f s", stage.name, len(task.items), elapsed
-        )
+        words = "stage %s: a worker died with %d item(s) in hand, after %.1f s: %s"
+        log.warning(words, stage.name, len(task.items), elapsed, one_line(error))
         self.counts[task.stage].retried += len(task.items)
         if node_died:
             self._push(task)

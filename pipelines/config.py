@@ -228,6 +228,9 @@ class RefineConfig(IdentitySection):
     start: float = Field(1.0, ge=0, le=1, description="share of the tuned residual to begin with")
     l2_weight: float = Field(10.0, ge=0, le=1e4, description="weight of the pixel L2 to the photo")
     ssim_weight: float = Field(1.0, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM to the photo")
+    visible_weight: float = Field(
+        0.0, ge=0, le=1e5, description="weight of the squared change of what an eye sees on a screen (as FLIP models it)"
+    )
     id_lock: float = Field(0.0, ge=0, le=1e3, description="weight of the pull to the fused identity")
     hinge: float = Field(0.7, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
     diversity: float = Field(1.0, ge=0, le=2, description="strength of random resize and shift before the features")
