@@ -238,7 +238,7 @@ class RefineConfig(IdentitySection):
     lr: float = Field(0.01, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
     start: float = Field(0.4, ge=0, le=1, description="share of the tuned residual to begin with")
     l2_weight: float = Field(5.0, ge=0, le=1e4, description="weight of the pixel L2 to the photo")
-    ssim_weight: float = Field(0.5, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM to the photo")
+    ssim_weight: float = Field(1.0, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM to the photo")
     visible_weight: float = Field(
         200.0, ge=0, le=1e5, description="weight of the squared change of what an eye sees on a screen (as FLIP models it)"
     )
@@ -250,7 +250,7 @@ class RefineConfig(IdentitySection):
         None, description="random JPEG of a quality in this range (1..100) as well; none: off"
     )
     residual_sigma: float = Field(
-        0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
+        1.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
     )
     limit: float = Field(0.0, ge=0, le=2, description="largest change of a pixel in [-1, 1] units; 0: none")
 
