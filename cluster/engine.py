@@ -20,7 +20,7 @@ from cluster.errors import ClusterError, ContractError, EngineError, PlanError, 
 from cluster.session import import_path, ray_session
 from cluster.stage import Pool, Resources, Stage
 from cluster.store import PartStore, part_key
-from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, with_retries
+from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, one_line, with_retries
 
 log = logging.getLogger("cluster")
 
@@ -62,6 +62,8 @@ class StageSummary:
         shards: parts written by this run.
         operator_seconds: time inside operators, summed over workers.
         worker_seconds: the same with reading and writing parts.
+        peak_bytes: largest resident size of a worker while it worked at this stage (its networks, and those of the other
+            stages of its pool, included); 0 where no worker did or the system does not say.
     """
 
     total: int = 0
@@ -74,6 +76,7 @@ class StageSummary:
     shards: int = 0
     operator_seconds: float = 0.0
     worker_seconds: float = 0.0
+    peak_bytes: int = 0
 
 
 @dataclass
@@ -572,6 +575,7 @@ class _Run:
         count.statuses.update(result.statuses)
         count.operator_seconds += result.operator_seconds
         count.worker_seconds += result.seconds
+        count.peak_bytes = max(count.peak_bytes, result.peak_bytes)
         for failure in result.failures:
             count.reasons[failure.reason.split(":")[0]] += 1
             words = f"\n{failure.traceback}" if failure.traceback else ""
@@ -623,9 +627,8 @@ class _Run:
     def _judge(self, call: _Call, error: Exception, node_died: bool) -> None:
         task, stage = call.task, self.stages[call.task.stage]
         elapsed = time.perf_counter() - call.start
-        log.warning(
-            "stage %s: a worker died with %d item(s) in hand, after %.1f s", stage.name, len(task.items), elapsed
-        )
+        words = "stage %s: a worker died with %d item(s) in hand, after %.1f s: %s"
+        log.warning(words, stage.name, len(task.items), elapsed, one_line(error))
         self.counts[task.stage].retried += len(task.items)
         if node_died:
             self._push(task)

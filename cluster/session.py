@@ -6,8 +6,10 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,7 +71,8 @@ def ray_session(
         else:
             settings = dict(address=address)
         try:
-            ray.init(**settings, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True)
+            with _own_sigterm():
+                ray.init(**settings, logging_level=logging.ERROR, log_to_driver=False, configure_logging=True)
         except Exception as error:  # ConnectionError, RuntimeError, TimeoutError, ValueError: by where it fails
             ray.shutdown()
             where = "a local Ray" if address is None else f"Ray at {address}"
@@ -82,6 +85,15 @@ def ray_session(
     finally:
         if own_dir is not None:
             shutil.rmtree(own_dir, ignore_errors=True)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """`ray.init` lets SIGTERM end the process at once; the program's own handler, if it has one, stays instead."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -73,13 +73,15 @@ class Failure:
 
 @dataclass
 class ShardResult:
-    """What a worker reports. `statuses` counts rows; seconds are wall time, of the operator alone and of the call."""
+    """What a worker reports. `statuses` counts rows; seconds are wall time, of the operator alone and of the call;
+    `peak_bytes` is the process's largest resident size while the operator worked, 0 where the system does not say."""
 
     part: str
     committed: bool
     statuses: dict[str, int]
     operator_seconds: float = 0.0
     seconds: float = 0.0
+    peak_bytes: int = 0
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -134,6 +136,7 @@ class Worker:
         tables: list[pa.Table] = []
         failures: list[Failure] = []
         spent = 0.0
+        forget_peak_memory()
         if shard.verdict is not None:
             failures = [Failure(key, shard.verdict) for key in shard.keys]
             tables = [failed_rows(stage, rows, shard.verdict) for rows in items]
@@ -148,6 +151,7 @@ class Worker:
                     single = [self._attempt(stage, shard.stage, [rows], tables) for rows in batch]
                     failures.extend(f for f in single if f is not None)
                 spent += time.perf_counter() - start
+        peak = peak_memory()
         table = pa.concat_tables(tables)
         # Two attempts at a part must name it alike, so it is named by what was asked for.
         name = part_key(shard.keys)
@@ -160,6 +164,7 @@ class Worker:
             statuses={entry["values"]: entry["counts"] for entry in counts},
             operator_seconds=spent,
             seconds=time.perf_counter() - begin,
+            peak_bytes=peak,
             failures=failures,
         )
 
@@ -189,6 +194,24 @@ class Worker:
             return Failure("", reason, words)
         tables.append(failed_rows(stage, rows, reason))
         return Failure(rows["key"][0].as_py(), reason, words)
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` begin anew (Linux; elsewhere it does nothing)."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # proc(5): resets VmHWM to the present size
+    except OSError:
+        pass
+
+
+def peak_memory() -> int:
+    """This process's largest resident size since `forget_peak_memory`, bytes; 0 where the system does not say."""
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration, ValueError):
+        return 0
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -31,8 +34,20 @@ def _known_errors() -> tuple[type[BaseException], ...]:
     return tuple(found)
 
 
+@contextmanager
+def _on_sigterm(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # the caller deals with signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def guarded(command: Callable) -> Callable:
-    """Adds --verbose; typed errors become one line on stderr and status 2 (Ctrl-C: 130)."""
+    """Adds --verbose; typed errors become one line on stderr and status 2 (Ctrl-C: 130, SIGTERM: 143)."""
 
     @click.option("--verbose", is_flag=True, help="Show tracebacks and the packages' own messages.")
     @wraps(command)
@@ -41,13 +56,20 @@ def guarded(command: Callable) -> Callable:
             import logging
 
             logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        told: list[int] = []
+
+        def end(number: int, frame: Any) -> None:  # batch systems end a job so: it stops as cleanly as by Ctrl-C
+            told.append(number)
+            raise KeyboardInterrupt
+
         try:
-            return command(*args, **kwargs)
+            with _on_sigterm(end):
+                return command(*args, **kwargs)
         except KeyboardInterrupt:
             if verbose:
                 raise
             click.echo("interrupted; what is finished is kept, the same command goes on from there", err=True)
-            sys.exit(130)
+            sys.exit(128 + (told[0] if told else signal.SIGINT))
         except Exception as error:
             if verbose or not isinstance(error, _known_errors()):
                 raise

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from cluster import Progress
 from gallery_index import (
@@ -17,6 +18,7 @@ from gallery_index import (
     Gallery,
     GalleryBuilder,
     GalleryInfo,
+    GalleryMismatchError,
     GalleryNotFoundError,
     build,
     synthetic_codes,
@@ -24,7 +26,7 @@ from gallery_index import (
 from gallery_index.storage import Folder
 from pipelines import models
 from pipelines.config import Config, GalleryConfig
-from pipelines.manifests import CODE_DIM, CODE_LAYERS, OK, Run, scan_stage
+from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, Run, scan_stage
 from scol_ops.models.weights import load_mobilestylegan
 
 
@@ -40,11 +42,14 @@ def read_info(url: str) -> GalleryInfo:
 
 def expectation(config: Config) -> Expectation:
     """What a run needs a gallery to be.  Both generators share one mapping network, so its fingerprint counts."""
+    weights = {"generator": models.mapping_fingerprint(), "encoder": models.encoder_fingerprint()}
+    if config.fuse.identity_ceiling is not None:
+        weights["recogniser"] = models.recogniser_fingerprint(models.INVERSION_RECOGNISER)
     return Expectation(
         mode=config.gallery.similarity,
         layers=CODE_LAYERS,
         dim=CODE_DIM,
-        weights={"generator": models.mapping_fingerprint(), "encoder": models.encoder_fingerprint()},
+        weights=weights,
     )
 
 
@@ -93,9 +98,13 @@ def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tupl
     """
     from pipelines.protect import absolute
 
+    if config.fuse.identity_ceiling is not None and config.gallery.url is None:
+        raise GalleryMismatchError("fuse.identity_ceiling needs gallery.url: people who do not exist have no identity")
     if config.gallery.url is not None:
         info = read_info(config.gallery.url)
         expectation(config).check(info, config.gallery.url)
+        if config.fuse.identity_ceiling is not None and info.embedding_dim != IDENTITY_DIM:
+            raise GalleryMismatchError(f"{config.gallery.url} holds no identity embeddings for fuse.identity_ceiling")
         if config.fuse.k >= info.count:
             raise GalleryNotFoundError(
                 f"{config.gallery.url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more"
@@ -158,7 +167,7 @@ def build_from_photos(
         weights={
             "generator": models.mapping_fingerprint(),
             "encoder": models.encoder_fingerprint(),
-            "recogniser": None,
+            "recogniser": models.recogniser_fingerprint(models.INVERSION_RECOGNISER),
         },
     )
     listing = list_source(src, people_from=people_from)
@@ -166,21 +175,22 @@ def build_from_photos(
     people = {row.photo_id: row.person_id for row in listing.photos}
     failed = faces = 0
     with builder:
-        for table in scan_stage(run, "invert", ["photo_id", "face_id", "status", "code"]):
+        for table in scan_stage(run, "invert", ["photo_id", "face_id", "status", "code", "identity"]):
             good = [i for i, status in enumerate(table["status"].to_pylist()) if status == OK]
             failed += sum(status == "error" for status in table["status"].to_pylist())
             if not good:
                 continue
             table = table.take(good)
             faces += len(good)
-            codes = np.stack([scalar.values.to_numpy() for chunk in table["code"].chunks for scalar in chunk])
+            codes, identities = (_vectors(table, column) for column in ("code", "identity"))
             photo_ids = table["photo_id"].to_pylist()
             builder.add(
                 CodeBatch(
-                    codes.reshape(-1, CODE_LAYERS, CODE_DIM).astype(np.float32),
+                    codes.reshape(-1, CODE_LAYERS, CODE_DIM),
                     photo_ids,
                     [people[photo_id] for photo_id in photo_ids],
                     table["face_id"].to_pylist(),
+                    identities,
                 )
             )
         if not faces:
@@ -188,6 +198,11 @@ def build_from_photos(
         info = builder.finish()
     say(f"{faces} faces of {len(listing.photos)} photos; {failed} rows failed")
     return info, {"photos": len(listing.photos), "faces": faces, "failed": failed}
+
+
+def _vectors(table: pa.Table, column: str) -> np.ndarray:
+    """A column of lists of equal length as (rows, length) float32."""
+    return np.stack([scalar.values.to_numpy() for chunk in table[column].chunks for scalar in chunk]).astype(np.float32)
 
 
 def describe(url: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ OK, WEAK, NO_FACE, ERROR = "ok", "weak", "no_face", "error"
 STATUSES = (OK, WEAK, NO_FACE, ERROR)
 
 CODE_LAYERS, CODE_DIM = 16, 512
+IDENTITY_DIM = 192  # of pipelines.models.INVERSION_RECOGNISER's embeddings
 CODE = pa.list_(pa.float32(), CODE_LAYERS * CODE_DIM)
 
 COMMON = [
@@ -74,7 +75,12 @@ _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
         ("score", pa.float32()),
         ("crop", pa.binary()),
     ],
-    "invert": [("code", CODE), ("psnr", pa.float32()), ("id_cosine", pa.float32())],
+    "invert": [
+        ("code", CODE),
+        ("psnr", pa.float32()),
+        ("id_cosine", pa.float32()),
+        ("identity", pa.list_(pa.float32(), IDENTITY_DIM)),
+    ],
     "fuse": [
         ("fused", CODE),
         ("target", CODE),

@@ -22,6 +22,7 @@ import pyarrow as pa
 from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key, ray_session
 from pipelines import gallery_jobs, models
 from pipelines.config import STAGES, Config
+from pipelines.machine import machine
 from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, summary
 from pipelines.sources import OutputError, SourceRow, check_out, list_photos
 from pipelines.stages import VERSIONS, make_stages
@@ -374,25 +375,6 @@ def versions() -> dict[str, str | None]:
     )
     found = {name: _version(name) for name in names}
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v is not None}}
-
-
-def machine() -> dict[str, Any]:
-    """The driver's machine, in words and numbers."""
-    import torch
-
-    from cluster.session import usable_cpus
-
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            cpu = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), cpu)
-    except OSError:
-        pass
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    )
-    return {"system": platform.platform(), "cpu": cpu, "cores": usable_cpus(), "memory_bytes": memory, "gpus": gpus}
 
 
 def _now() -> str:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from scol_ops.models.weights import WeightsError
+from scol_ops.models.weights import WeightsError, read_checked
 
 SHA256 = {
     "pnet.pt": "a2a71925e0b9996a42f63e47efc1ca19043e69558b5c523b978d611dfae49c8f",
@@ -75,13 +75,7 @@ def _load_weights(name: str) -> dict[str, Tensor]:
     if spec is None or spec.origin is None:
         raise WeightsError("facenet-pytorch is not installed (pip install --no-deps facenet-pytorch==2.6.0)")
     path = Path(spec.origin).parent / "data" / name
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise WeightsError(f"cannot read weights {path}: {error}") from error
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != SHA256[name]:
-        raise WeightsError(f"{path} has sha256 {digest}, expected {SHA256[name]}: refused")
+    content = read_checked(path, SHA256[name])
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 

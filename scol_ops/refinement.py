@@ -21,13 +21,15 @@ from scol_ops.losses import (
     identity_hinge_loss,
     multiscale_ssim_loss,
 )
+from scol_ops.perception import perceived_colours, visible_difference
 from scol_ops.tuning import DeadlineExceeded, TuneResult, confine, masked_psnr
 
 
 @dataclass(frozen=True)
 class RefineSettings:
     """steps: Adam steps on the residual (0 switches the refinement off).  lr: in units of [-1, 1] a step.
-    start: share of the tuned residual that the search begins with.  l2_weight, ssim_weight: pull to the photo.
+    start: share of the tuned residual that the search begins with.  l2_weight, ssim_weight, visible_weight: pull to the
+    photo, by pixels, by structure and by what an eye sees (``perception``).
     id_lock: pull to the locked identity.  hinge: push from the original's.  diversity, blur, jpeg_quality: random
     transformations before the features (expectation over transformation).  residual_sigma: low-pass of the
     residual in crop pixels, 0 for none.  limit: largest change of a pixel in [-1, 1] units, 0 for none.
@@ -38,6 +40,7 @@ class RefineSettings:
     start: float = 1.0
     l2_weight: float = 10.0
     ssim_weight: float = 1.0
+    visible_weight: float = 0.0
     id_lock: float = 0.0
     hinge: float = 1.0
     diversity: float = 1.0
@@ -81,6 +84,7 @@ def refine(
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         of_original = [f(original) for f in identity]
+        colours = perceived_colours(original) if settings.visible_weight else None
     residual = (settings.start * (tuned - original)).clone().requires_grad_(True)
     optimiser = torch.optim.Adam([residual], lr=settings.lr)
     history: list[dict[str, float]] = []
@@ -99,6 +103,10 @@ def refine(
         losses = {"hinge": float(hinge.detach())}
         if settings.ssim_weight:
             loss = loss + settings.ssim_weight * multiscale_ssim_loss(picture, original)
+        if colours is not None:
+            visible = visible_difference(perceived_colours(picture), colours)
+            losses["visible"] = float(visible.detach())
+            loss = loss + settings.visible_weight * visible
         if locked is not None and settings.id_lock:
             lock = id_lock_loss(features, locked)
             losses["id_lock"] = float(lock.detach())

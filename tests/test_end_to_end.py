@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from cluster import ray_session
-from gallery_index import Gallery
+from gallery_index import Gallery, GalleryMismatchError
 from pipelines import gallery_jobs
 from pipelines.config import STAGES, Config, load_config
 from pipelines.manifests import Run, read_photos, read_stage
@@ -256,6 +256,18 @@ def test_gallery_of_photos_and_its_exclusions(archive: Path, first: dict, run: R
             assert row["status"] == "ok" and len(row["most_ids"]) == 3
             assert not any(name.startswith(row["photo_id"]) for name in row["most_ids"])
     assert len(rows) == 4 and sum(row["photo_id"] == two for row in rows) == 2
+
+    # An identity ceiling leaves out whoever looks alike: here the two most alike faces of different photos.
+    names, vectors = faces["face_id"].to_pylist(), np.stack([np.asarray(v.values) for v in faces["identity"]])
+    alike = np.where([[a[:16] == b[:16] for b in names] for a in names], -2, vectors @ vectors.T)
+    ceiling = float(alike.max()) - 1e-4
+    capped = settings(f"fuse.identity_ceiling={ceiling}", "fuse.k=1")
+    for name, row in zip(names, fuse.operator(capped, "w", str(tmp_path / "gallery"))(table).to_pylist(), strict=True):
+        others = {other for other, cosine in zip(names, alike[names.index(name)], strict=True) if -2 < cosine <= ceiling}
+        assert set(row["most_ids"]) <= others
+    assert gallery_jobs.expectation(capped).weights["recogniser"] == info.weights["recogniser"]
+    with pytest.raises(GalleryMismatchError, match="identity_ceiling"):
+        gallery_jobs.ensure_gallery(capped, run, print)
 
     # With a person known, his other photos do not count either; person ids come from folders here.
     people = {p.photo_id: p.person_id for p in list_source(str(archive), people_from="folder").photos}

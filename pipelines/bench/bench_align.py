@@ -23,7 +23,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pipelines.machine import machine, machine_line
 from scol_ops.detection import FaceDetector
 from scol_ops.runtime import keep_freed_memory
 
@@ -54,17 +54,6 @@ def facenet_mtcnn():
     from facenet_pytorch.models.mtcnn import MTCNN
 
     return MTCNN(keep_all=True)  # its torch.load unpickles nothing but tensors: weights_only since PyTorch 2.6
-
-
-def machine() -> str:
-    """Processor, cores and versions, in words."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
 
 
 def make_photos(side: int, count: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -219,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/bench/align.json"))
     options = parser.parse_args(arguments)
 
-    print(machine(), "| load", ", ".join(f"{v:.1f}" for v in os.getloadavg()))
+    print(machine_line())
     print(f"{'side':>5} {'threads':>7} {'facenet':>9} {'+malloc':>9} {'scol':>9}  {'ratio':>5} {'(cpu)':>6}   "
           "recall of each other >= 0.9 (scol, facenet), of truth")
     rows = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -28,22 +27,12 @@ import torch
 
 from gallery_index import CodeBatch, Gallery, SearchResult, build, synthetic_codes
 from gallery_index.reference import faiss_search
+from pipelines.machine import machine, machine_line
 from scol_ops.models.weights import load_mobilestylegan
 from scol_ops.runtime import set_up
 
 LAYERS = 16
 K = 10
-
-
-def machine() -> str:
-    """Processor and cores, in words."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, faiss {faiss.__version__}"
 
 
 def take_turns(
@@ -167,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
     result |= {"search": rows, "galleries": galleries}
     result["peak_megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-    print(f"{result['machine']}; {options.threads} threads, {options.clock} time")
+    print(f"{machine_line()}; {options.threads} threads, {options.clock} time")
     print(f"{options.count} codes, {LAYERS} layers, k = {K}, both ends")
     heads = ("ours", "FAISS x 2", "product", "vs FAISS", "of product", "same ids")
     print(f"{'gallery':<10} {'B':>3} " + " ".join(f"{head:>10}" for head in heads))

@@ -3,8 +3,9 @@
     python -m pipelines.bench.bench_stages [--faces 4] [--profile quick] [--workers 1]
 
 Protects photos of generated people (one face each) in a fresh folder through the whole engine, as ``scol
-protect`` does, and reads the seconds that each operator measured from the manifests.  Memory is the largest
-resident size of any worker process, sampled five times a second while the run goes on.  With one worker,
+protect`` does, and reads the seconds that each operator measured from the manifests.  Memory by stage is the
+largest resident size of a worker while it worked at it, with all networks of its pool; memory of all workers
+together is sampled five times a second.  With one worker,
 overhead = time in which photos were under way minus the sum of the operators' seconds; the start of Ray and
 the loading of networks are told apart.  Prints a table and writes build/bench/stages.json.
 """
@@ -45,11 +46,11 @@ def make_photos(folder: Path, count: int) -> None:
 
 
 class MemoryWatch(threading.Thread):
-    """Largest resident size of any one Ray worker that descends from this process, and of all together, in bytes."""
+    """Largest resident size of all Ray workers that descend from this process together, in bytes."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.largest = self.together = 0
+        self.together = 0
         self.stopped = threading.Event()
 
     def run(self) -> None:
@@ -62,7 +63,6 @@ class MemoryWatch(threading.Thread):
                         sizes.append(process.memory_info().rss)
                 except (psutil.NoSuchProcess, psutil.AccessDenied):
                     continue
-            self.largest = max(self.largest, max(sizes, default=0))
             self.together = max(self.together, sum(sizes))
 
 
@@ -81,12 +81,13 @@ def measure(faces: int, profile: str, workers: int) -> dict[str, object]:
         for stage in STAGES:
             rows = read_stage(run, stage)
             seconds = [s for s in rows["seconds"].to_pylist() if s is not None]
-            stages[stage] = {"faces": len(seconds), "seconds": sum(seconds), "faces_per_second": len(seconds) / max(sum(seconds), 1e-9)}
+            stages[stage] = {"faces": len(seconds), "seconds": sum(seconds), "faces_per_second": len(seconds) / max(sum(seconds), 1e-9),
+                             "peak_bytes": summary["engine"]["stages"][stage]["peak_bytes"]}
     return {
         "faces": faces, "profile": profile, "workers": workers, "wall_seconds": wall, "stages": stages,
         "operator_seconds": sum(s["seconds"] for s in stages.values()),
         "tuning_steps_per_second": config.tune.steps * stages["tune"]["faces"] / max(stages["tune"]["seconds"], 1e-9),
-        "largest_worker_bytes": watch.largest, "all_workers_bytes": watch.together,
+        "all_workers_bytes": watch.together,
         "summary": {k: summary[k] for k in ("photos", "faces", "ok", "weak", "error")},
     }
 
@@ -110,11 +111,11 @@ def main() -> None:
     arguments.out.write_text(json.dumps(result, indent=1))
     print(f"{result['machine']['cpu']}, {result['machine']['cores']} cores; profile {arguments.profile}, "
           f"{arguments.faces} faces, {arguments.workers} worker(s)")
-    print(f"{'stage':10} {'seconds a face':>15} {'faces a second':>15}")
+    print(f"{'stage':10} {'seconds a face':>15} {'faces a second':>15} {'peak memory, GiB':>17}")
     for stage, row in large["stages"].items():
-        print(f"{stage:10} {row['seconds'] / max(row['faces'], 1):15.2f} {row['faces_per_second']:15.2f}")
+        print(f"{stage:10} {row['seconds'] / max(row['faces'], 1):15.2f} {row['faces_per_second']:15.2f} {row['peak_bytes'] / 2**30:17.2f}")
     print(f"tuning (with refinement): {large['tuning_steps_per_second']:.2f} steps/s")
-    print(f"largest worker {large['largest_worker_bytes'] / 2**30:.2f} GiB, all workers {large['all_workers_bytes'] / 2**30:.2f} GiB")
+    print(f"all workers together {large['all_workers_bytes'] / 2**30:.2f} GiB")
     print(f"start (Ray, networks, gallery) {result['start_seconds']:.1f} s")
     if result["overhead_share"] is not None:
         print(f"engine overhead over the operators' own time: {100 * result['overhead_share']:.1f} %")

@@ -14,7 +14,7 @@ from pipelines.manifests import SCHEMAS
 from pipelines.stages.common import error_rows
 
 # Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
-VERSIONS = {"align": "1", "invert": "1", "fuse": "1", "tune": "1", "attack": "1", "publish": "1"}
+VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "1", "attack": "1", "publish": "1"}
 
 __all__ = ["STAGES", "VERSIONS", "make_stages"]
 
@@ -83,7 +83,7 @@ def make_stages(
             "fuse",
             partial(load, "fuse", config, weights["fuse"], gallery),
             "gallery",
-            columns=[*common, "code"],
+            columns=[*common, "code", "identity"],
             joins={"source": ["person_id"]},
             batch_items=16,
             item_seconds=limit,

@@ -42,6 +42,7 @@ def operator(config: Config, weights: str, gallery_url: str) -> Operator:
 
 def _search(gallery: Gallery, config: Config, rows: list[Row]) -> list[Row | str]:
     """Payload, or a reason, for every row. A query that is refused does not take its neighbours with it."""
+    ceiling = config.fuse.identity_ceiling
     codes = np.concatenate([as_codes(row["code"]).numpy() for row in rows])
     try:
         result = gallery.search(
@@ -49,6 +50,8 @@ def _search(gallery: Gallery, config: Config, rows: list[Row]) -> list[Row | str
             config.fuse.k,
             exclude_photo_ids=[row["photo_id"] for row in rows],
             exclude_person_ids=[row["source.person_id"] for row in rows],
+            identity_embeddings=None if ceiling is None else np.stack([row["identity"] for row in rows]),
+            identity_ceiling=ceiling,
         )
     except QueryError as error:
         if len(rows) == 1:

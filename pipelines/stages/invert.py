@@ -32,6 +32,7 @@ def operator(config: Config, weights: str) -> Operator:
             "code": as_vector(result.codes),
             "psnr": float(result.psnr[0]),
             "id_cosine": float((own * again).sum()),
+            "identity": as_vector(own),
         }
 
     return partial(each_face, "invert", weights=weights, limit=config.engine.face_seconds, treat=treat)

@@ -60,13 +60,22 @@ def read_verified(name: str) -> bytes:
         path = Path(spec.origin).parent / "data" / name.split("/", 1)[1]
     else:
         path = DATA / name
+    return read_checked(path, SHA256[name])
+
+
+def read_checked(path: Path, sha256: str) -> bytes:
+    """A file's content, after checking its sha256.
+
+    Raises:
+        WeightsError: the file cannot be read, or has another digest.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise WeightsError(f"cannot read weights {path}: {error}") from error
     digest = hashlib.sha256(content).hexdigest()
-    if digest != SHA256[name]:
-        raise WeightsError(f"{path} has sha256 {digest}, expected {SHA256[name]}: refused")
+    if digest != sha256:
+        raise WeightsError(f"{path} has sha256 {digest}, expected {sha256}: refused")
     return content
 
 

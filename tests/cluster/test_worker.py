@@ -10,7 +10,18 @@ from arithmetic import COMMON, PARTS, failed_parts, make_square
 from ray import cloudpickle
 
 from cluster import ContractError, ItemTimeout, PartStore, Stage, StoreError, hash_key
-from cluster.worker import Input, Shard, Worker, checked, one_line, read_input, time_limit, with_retries
+from cluster.worker import (
+    Input,
+    Shard,
+    Worker,
+    checked,
+    forget_peak_memory,
+    one_line,
+    peak_memory,
+    read_input,
+    time_limit,
+    with_retries,
+)
 
 X, Y = hash_key("x"), hash_key("y")
 ROWS = pa.table(
@@ -144,3 +155,14 @@ def test_a_time_limit_ends_with_its_block():
 def test_messages_are_cut_to_one_line():
     assert one_line(ValueError("a\n  b\tc")) == "a b c"
     assert len(one_line(ValueError("x" * 1000))) == 300
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is told by Linux's proc only")
+def test_peak_memory_is_of_the_block_alone():
+    block = b"x" * (200 << 20)
+    del block
+    forget_peak_memory()
+    before = peak_memory()
+    block = b"x" * (100 << 20)
+    after = peak_memory()
+    assert 80 << 20 < after - before < 150 << 20 and len(block) == 100 << 20

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from click.testing import CliRunner, Result
 
 from pipelines.cli import _PROFILES, main
@@ -183,3 +186,28 @@ def test_numbers_that_json_has_not_become_null() -> None:
         "b": [None, 1.5],
         "c": "x",
     }
+
+
+def test_sigterm_stops_a_run_as_cleanly_as_ctrl_c(tmp_path: Path) -> None:
+    """Batch systems end jobs by SIGTERM: finished parts stay, the summary says so, the same command goes on."""
+    (tmp_path / "photos").mkdir()
+    for i in range(24):  # no faces: only the stage align works
+        Image.new("RGB", (900, 1200), (9 * i, 120, 60)).save(tmp_path / f"photos/{i:02d}.jpg")
+    command = [sys.executable, "-m", "pipelines.cli", "protect", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    command += ["--set", "gallery.synthetic=50", "--set", "engine.shard_photos=1", "--set", "engine.workers=1"]
+    root = Path(__file__).parents[2]
+    run = Run(str(tmp_path / "out.run"))
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 180
+    while not list((tmp_path / "out.run/manifests/align").glob("*.parquet")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM and "interrupted" in output, output
+    summary = run.read_json("summary.json")
+    assert summary["interrupted"] and 0 < summary["pending"] + summary["no_face"] == 24 and summary["pending"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    summary = run.read_json("summary.json")
+    assert summary["no_face"] == 24 and 0 < summary["engine"]["stages"]["align"]["kept"] < 24
