@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 STAGES = ("align", "invert", "fuse", "tune", "attack", "publish")
 RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
 ENCODER = "encoder"
+ENCODER_TRUNK = "mobilefacenet"  # the recogniser whose features the encoder reads (scol_ops.models.encoder)
 GENERATORS = {"mobilestylegan-256": 256, "mobilestylegan-1024": 1024}
 # Where the hinge rests unless the configuration says otherwise: near the mean cosine of different people, which is far
 # from 0 for two of the networks (their cards in scol_ops/models/data).
@@ -355,6 +356,12 @@ class Config(Section):
                 raise ValueError(
                     f"publish.judge: {self.publish.judge!r} is in {section}.identity; what is used inside never judges"
                 )
+        through = [name for name in ("tune", "refine") if ENCODER in getattr(self, name).identity]
+        if self.publish.judge == ENCODER_TRUNK and (through or self.attack.enabled):
+            raise ValueError(
+                f"publish.judge: {ENCODER_TRUNK!r} is part of the encoder, which {(through or ['attack'])[0]} works through; "
+                "what is used inside never judges"
+            )
         for section in ("refine", "attack"):
             quality = getattr(self, section).jpeg_quality
             if quality is not None and not 1 <= quality[0] <= quality[1] <= 100:

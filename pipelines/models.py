@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from pipelines.config import ENCODER, GENERATORS, RECOGNISERS, Config
+from pipelines.config import ENCODER, ENCODER_TRUNK, GENERATORS, RECOGNISERS, Config
 from scol_ops import runtime
 from scol_ops.losses import IdentityFeature
 from scol_ops.models import recognisers, weights
@@ -129,7 +129,7 @@ def mapping_fingerprint() -> str:
 
 
 def encoder_fingerprint() -> str:
-    return _digest(_ENCODER)
+    return _digest(_ENCODER, f"{ENCODER_TRUNK}.safetensors")
 
 
 def recogniser_fingerprint(name: str) -> str:

@@ -25,8 +25,9 @@ import torch
 from PIL import Image
 
 from pipelines.config import PROFILES, STAGES, load_config
+from pipelines.machine import machine
 from pipelines.manifests import Run, read_stage
-from pipelines.protect import machine, protect
+from pipelines.protect import protect
 from scol_ops.metrics import to_uint8
 from scol_ops.models.weights import load_mobilestylegan
 

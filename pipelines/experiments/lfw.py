@@ -37,9 +37,9 @@ from torch import Tensor
 from cluster.store import hash_key
 from pipelines import models
 from pipelines.config import ENCODER, GENERATORS, RECOGNISERS
+from pipelines.machine import machine
 from pipelines.manifests import NO_FACE, OK, WEAK, Run, RunError, read_stage, to_json
 from pipelines.photo import PhotoError, decode
-from pipelines.protect import machine
 from pipelines.sources import SourceError, SourceRow, list_photos, read_bytes
 from pipelines.stages.common import as_codes, decode_png, geometry_in_crop, to_tensor
 from scol_ops import detection

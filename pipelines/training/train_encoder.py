@@ -9,7 +9,7 @@ reproduce has the light, the background and the place that the encoder sees, wit
 generated pictures are read.
 
 ``--evaluate`` reports on 512 unseen generated faces, and with ``--photos DIR`` on aligned real ones.
-Checkpoints (``encoder.safetensors``, ``training.json``) resume training; ``--export`` writes float16.
+Checkpoints (``encoder.safetensors``, ``training.json``) resume training; ``--export`` writes the packed file that is embedded.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from pipelines.training.train_head import draw_codes, psnr
 from scol_ops.diversity import jpeg
 from scol_ops.filters import low_pass
+from scol_ops.inversion import InvertSettings, invert
 from scol_ops.models.encoder import Encoder
 from scol_ops.models.mobilestylegan import MobileStyleGAN, StyledLayer, ToImage, inverse_haar
 from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
-from scol_ops.models.weights import ENCODER_TRUNK, load_encoder, load_mobilestylegan
+from scol_ops.models.weights import ENCODER_TRUNK, load_encoder, load_mobilestylegan, pack
 from scol_ops.runtime import set_up
 
 CHUNK = 64
@@ -313,15 +314,26 @@ class Trainer:
         self.save()
 
 
-def measure(encoder: Encoder, generator: MobileStyleGAN, clean: Tensor, codes: Tensor | None, landmarks: Tensor, boxes: Tensor) -> dict[str, np.ndarray]:
+def measure(
+    encoder: Encoder,
+    generator: MobileStyleGAN,
+    clean: Tensor,
+    codes: Tensor | None,
+    landmarks: Tensor,
+    boxes: Tensor,
+    refine_steps: int = 0,
+) -> dict[str, np.ndarray]:
     """PSNR (dB, 256 px) and recognisers' cosine of G(E(x)) against x, one number a face; code error where codes are known."""
+    settings = InvertSettings(refine_steps=refine_steps)
     recognisers = {name: load_recogniser(name) for name in ("mobilefacenet", "dlib_resnet", "faceres")}
     values: dict[str, list[np.ndarray]] = {}
     for i in range(0, len(clean), 8):
         part = slice(i, i + 8)
         with torch.no_grad():
-            pred = encoder(clean[part])
-            out = generator(pred).clamp(-1, 1)
+            with torch.enable_grad():
+                found = invert(encoder, clean[part], generator, settings)
+            pred, out = found.codes, found.pictures
+            values.setdefault("seconds", []).append(np.full(len(pred), found.seconds / len(pred)))
             values.setdefault("psnr", []).append(psnr(out, clean[part]).numpy())
             for name, r in recognisers.items():
                 a = r.embed_crops(out, landmarks[part], boxes[part])
@@ -340,29 +352,35 @@ def load_trained(folder: Path) -> Encoder:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
+    """Of the encoder in ``--out``, or of the embedded one where there is none."""
     generator = generator_256(arguments.head)
-    encoder = load_trained(arguments.out)
-    report: dict[str, dict[str, float]] = {}
+    trained = (arguments.out / "encoder.safetensors").exists()
+    encoder = load_trained(arguments.out) if trained else load_encoder()
     codes = torch.stack([draw_codes(i, HELD_OUT_SEED, generator) for i in range(arguments.count)])
     with torch.no_grad():
         clean = torch.cat([generator(c).clamp(-1, 1) for c in codes.split(8)])
-    n = len(clean)
-    values = measure(encoder, generator, clean, codes, *ffhq_mean_geometry(n, clean.shape[-1]))
-    report["generated"] = {"faces": n, **{k: float(v.mean()) for k, v in values.items()}}
+    sets = {"generated": (clean, codes, *ffhq_mean_geometry(len(clean), clean.shape[-1]))}
     if arguments.photos:
         from pipelines.training.real_faces import aligned_faces  # needs the detector
 
         clean, landmarks, boxes = aligned_faces(arguments.photos, min(256, arguments.count), seed=0)
-        values = measure(encoder, generator, clean, None, landmarks, boxes)
-        report["photos"] = {"faces": len(clean), **{k: float(v.mean()) for k, v in values.items()}}
+        sets["photos"] = (clean, None, landmarks, boxes)
+    report: dict[str, dict[str, float]] = {}
+    for name, data in sets.items():
+        for steps in (0, *arguments.refine_steps):
+            some = tuple(None if t is None else t[: arguments.refine_count] for t in data) if steps else data
+            values = measure(encoder, generator, *some, refine_steps=steps)
+            key = f"{name}, {steps} steps" if steps else name
+            report[key] = {"faces": len(some[0]), **{k: float(v.mean()) for k, v in values.items()}}
+            print(key, json.dumps(report[key]), flush=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "evaluation.json").write_text(json.dumps(report, indent=1))
-    print(json.dumps(report, indent=1))
 
 
 def export(arguments: argparse.Namespace) -> None:
     state = load_file(arguments.out / "encoder.safetensors")
-    state = {k: v.half() if v.is_floating_point() else v for k, v in state.items() if not k.endswith("num_batches_tracked") and not k.startswith(ENCODER_TRUNK)}
-    save_file(state, arguments.export)
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked") and not k.startswith(ENCODER_TRUNK)}
+    save_file(pack(state), arguments.export)
 
 
 def main() -> None:
@@ -377,6 +395,8 @@ def main() -> None:
     parser.add_argument("--export", type=Path, metavar="FILE")
     parser.add_argument("--photos", type=Path, help="folder of real photos for --evaluate")
     parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--refine-steps", type=int, nargs="*", default=[], help="also after so many gradient steps on W+")
+    parser.add_argument("--refine-count", type=int, default=32, help="faces of that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--batch", type=int, default=16)

@@ -20,12 +20,13 @@ from scol_ops.models.mobilestylegan import MobileStyleGAN, state_dict_from_ir
 from scol_ops.models.openvino_ir import read_constants
 
 DATA = Path(__file__).parent / "data"
+SCALE = ".int8_scale"  # see pack
 ENCODER_TRUNK = "face.network."  # entries of the encoder that are MobileFaceNet's own and are not stored twice
 
 SHA256 = {
     # Mean of 65,536 W codes of seed 0: ``python -m pipelines.training.mean_code`` makes it again.
     "mobilestylegan_mean.safetensors": "e4583dbad36362b9f9ce5a1089d6ac41ad95106a63dc02a25ebcf120ba5c6a22",
-    "encoder.safetensors": "b6390f803691073bb952eaa81868ad97153794d53161fcaa0de6a10ed9754911",
+    "encoder.safetensors": "065b05781009f7e94f5c35c2eefc364aec976e5613d489f4844f67085dff2292",
     "mobilestylegan_head256.safetensors": "746ad758517a624a2c4e36757b201974e101e30e1e8d1efd48b304c265d9573e",
     "random_face/MappingNetwork.xml": "73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
     "random_face/MappingNetwork.bin": "212dd716bdb556e18db603ea97300d4fa3c872b878c726b2402fea80820e7305",
@@ -80,8 +81,34 @@ def read_checked(path: Path, sha256: str) -> bytes:
 
 
 def read_safetensors(name: str) -> dict[str, Tensor]:
-    """``read_verified`` and parse as safetensors; float16 entries come back as float32."""
-    return {k: v.float() if v.is_floating_point() else v for k, v in load_safetensors(read_verified(name)).items()}
+    """``read_verified`` and parse as safetensors; float16 entries and ``pack``'s int8 ones come back as float32."""
+    stored = load_safetensors(read_verified(name))
+    found = {}
+    for key, value in stored.items():
+        if value.dtype == torch.int8:
+            scale = stored[key + SCALE]
+            found[key] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+        elif not key.endswith(SCALE):
+            found[key] = value.float() if value.is_floating_point() else value
+    return found
+
+
+def pack(state: dict[str, Tensor], above: int = 100_000) -> dict[str, Tensor]:
+    """Weights for storage: matrices and kernels of more than ``above`` numbers as int8, the rest as float16.
+
+    Each output channel of an int8 entry has its own scale (float32, under the entry's name and ``SCALE``): its largest
+    magnitude is 127, so that rounding costs about 1/250 of it at most.
+    """
+    packed = {}
+    for key, value in state.items():
+        if value.is_floating_point() and value.ndim > 1 and value.numel() > above:
+            rows = value.float().flatten(1)
+            scale = rows.abs().amax(1).clamp_min(1e-12) / 127
+            packed[key] = (rows / scale[:, None]).round().to(torch.int8).view(value.shape)
+            packed[key + SCALE] = scale
+        else:
+            packed[key] = value.half() if value.is_floating_point() else value
+    return packed
 
 
 @functools.cache

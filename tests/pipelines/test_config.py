@@ -143,3 +143,12 @@ def test_documents_name_every_key() -> None:
 def test_configuration_document_is_up_to_date() -> None:
     document = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert document.read_text(encoding="utf-8") == to_markdown(), "scol config --markdown > docs/configuration.md"
+
+
+def test_the_encoder_and_the_recogniser_in_it_do_not_judge_each_other() -> None:
+    others = ("tune.identity=dlib_resnet,faceres", "refine.identity=dlib_resnet,faceres", "publish.judge=mobilefacenet")
+    (found,) = problems(*others)
+    assert "part of the encoder, which attack works through" in found
+    assert load_config(sets=[*others, "attack.enabled=false"]).publish.judge == "mobilefacenet"
+    (found,) = problems("tune.identity=dlib_resnet,encoder", *others[1:], "attack.enabled=false")
+    assert "which tune works through" in found
