@@ -171,11 +171,36 @@ def main() -> None:
 @click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only a random sample of so many photos.")
 @click.option("--seed", type=int, default=0, help="Of that sample. (The run's own seed is --set seed=N.)")
+@click.option(
+    "--verify-content",
+    is_flag=True,
+    help="Tell changed photos by their bytes, all of which are read, instead of size and modification time.",
+)
+@click.option(
+    "--prune",
+    is_flag=True,
+    help="Remove the outputs of photos that SRC no longer has, if scol wrote them and nobody changed them since.",
+)
 @json_option
 @configured
 @engine_options
 @guarded
-def protect(src, out, run_url, gallery, on_fail, people_from, limit, seed, as_json, load, workers, ray_address):
+def protect(
+    src,
+    out,
+    run_url,
+    gallery,
+    on_fail,
+    people_from,
+    limit,
+    seed,
+    verify_content,
+    prune,
+    as_json,
+    load,
+    workers,
+    ray_address,
+):
     """Protect the photos of SRC into OUT.
 
     SRC is a folder (all depths), a glob in quotes, a text list (.txt), or a table (.csv, .parquet) with a column `path`
@@ -197,6 +222,8 @@ def protect(src, out, run_url, gallery, on_fail, people_from, limit, seed, as_js
         people_from=people_from,
         limit=limit,
         sample_seed=seed,
+        verify_content=verify_content,
+        prune=prune,
         say=_say,
         progress_stream=sys.stderr,
     )

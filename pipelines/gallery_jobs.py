@@ -156,7 +156,7 @@ def build_from_photos(
         ProtectError: no photo at ``src``, or no face in them.
         GalleryExistsError: ``out`` holds a gallery already.
     """
-    from pipelines.protect import ProtectError, absolute, execute, list_source
+    from pipelines.protect import ProtectError, absolute, execute, list_source, source_table
 
     run = Run(absolute(run_url or out.rstrip("/") + ".run"))
     # Opened first: an existing gallery is found before hours of work.
@@ -171,7 +171,8 @@ def build_from_photos(
         },
     )
     listing = list_source(src, people_from=people_from)
-    execute(run, listing.photos, config, until="invert", progress=progress)
+    about = {"source": absolute(src), "evidence": "stat"}
+    execute(run, source_table(listing.photos), config, about=about, until="invert", progress=progress)
     people = {row.photo_id: row.person_id for row in listing.photos}
     failed = faces = 0
     with builder:

@@ -12,19 +12,20 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
 import fsspec
 import pyarrow as pa
 
 from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key, ray_session
-from pipelines import gallery_jobs, models
+from pipelines import gallery_jobs, models, nightly
 from pipelines.config import STAGES, Config
 from pipelines.machine import machine
 from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, summary
-from pipelines.sources import OutputError, SourceRow, check_out, list_photos
+from pipelines.sources import OutputError, SourceError, SourceRow, check_out, content_digest, list_photos
 from pipelines.stages import VERSIONS, make_stages
 
 
@@ -41,17 +42,33 @@ class ProtectError(ValueError):
 
 @dataclass
 class Listing:
-    """What SRC holds: photos (with those that cannot be used, `error` set), and what was skipped, by code."""
+    """What SRC holds: photos (with those that cannot be used, `error` set), and what was skipped, by code.
+
+    `everything`: also the photos that ``--limit`` leaves out.
+    """
 
     photos: list[SourceRow]
     skipped: dict[str, int] = field(default_factory=dict)
-    total: int = 0
+    everything: list[SourceRow] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return len(self.everything)
 
 
 def list_source(
-    src: str, *, out: str | None = None, people_from: str | None = None, limit: int | None = None, seed: int = 0
+    src: str,
+    *,
+    out: str | None = None,
+    people_from: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    verify_content: bool = False,
 ) -> Listing:
     """List SRC; with ``limit`` a random sample of so many photos, the same for the same seed, in order of paths.
+
+    Args:
+        verify_content: read every photo of the sample and set its row's `content`.
 
     Raises:
         SourceError: see ``sources.list_photos``.
@@ -67,15 +84,39 @@ def list_source(
         raise ProtectError(
             "EMPTY", f"no photo at {src}" + (f" ({sum(skipped.values())} other files)" if skipped else "")
         )
-    total = len(photos)
-    if limit is not None and limit < total:
+    everything = photos
+    if limit is not None and limit < len(photos):
         photos = sorted(random.Random(seed).sample(photos, limit), key=lambda row: row.path)
-    return Listing(photos, dict(skipped), total)
+    if verify_content:
+        photos = with_content(photos)
+    return Listing(photos, dict(skipped), everything)
+
+
+def with_content(photos: Sequence[SourceRow], readers: int = 16) -> list[SourceRow]:
+    """The rows with `content` set; a photo that cannot be read gets `error`. Every file is read once."""
+
+    def hashed(row: SourceRow) -> SourceRow:
+        if row.error is not None:
+            return row
+        try:
+            return replace(row, content=content_digest(row.url))
+        except SourceError as error:
+            return replace(row, error=str(error))
+
+    out: list[SourceRow] = []
+    with ThreadPoolExecutor(readers) as pool:
+        for first in range(0, len(photos), 4096):  # `map` would queue all of them at once
+            out.extend(pool.map(hashed, photos[first : first + 4096]))
+    return out
 
 
 def source_key(row: SourceRow) -> str:
-    """Key of a photo at the source: where it is, and which version of it."""
-    fields = (row.path, row.url, row.size, row.modified, row.person_id, row.error)
+    """Key of a photo at the source: where it is, and which version of it.
+
+    The version is the content where it is known, else size and modification time (or etag).
+    """
+    version = (row.size, row.modified) if row.content is None else ("content", row.content)
+    fields = (row.path, row.url, *version, row.person_id, row.error)
     return hash_key(SOURCE, *("" if value is None else value for value in fields))
 
 
@@ -90,6 +131,7 @@ def source_table(photos: Sequence[SourceRow]) -> pa.Table:
                 "url": row.url,
                 "size": row.size,
                 "modified": row.modified,
+                "content": row.content,
                 "person_id": row.person_id,
                 "status": ERROR if row.error else OK,
                 "reason": row.error,
@@ -184,9 +226,10 @@ class Setting:
 
 def execute(
     run: Run,
-    photos: Sequence[SourceRow],
+    source: pa.Table,
     config: Config,
     *,
+    about: Mapping[str, str] | None = None,
     out: str | None = None,
     until: str = "publish",
     progress: Callable[[Progress], None] | None = None,
@@ -195,12 +238,15 @@ def execute(
 ) -> tuple[RunSummary, Setting]:
     """Plan and run the stages up to ``until`` over these photos; what is done already is not done again.
 
+    Args:
+        source: of ``source_table``.
+        about: kept with the plan, see ``manifests.plan_about``.
+
     Raises:
         WeightsError: embedded weights are missing or altered.
         GalleryError, StoreError, EngineError: see their packages.
         RunInterrupted: Ctrl-C; what is finished is kept.
     """
-    source = source_table(photos)
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
         url, info = gallery_jobs.ensure_gallery(config, run, say)
@@ -220,12 +266,12 @@ def execute(
         keys["publish"] = renew_missing(run, out, source, keys["publish"])
     # Stages beyond `until` get their keys in the plan as well: they are what a later run would make.
     run.write_plan(
-        pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA)
+        pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA), about
     )
     setting = Setting(weights, url, described)
     if on_start is not None:
         on_start(setting)
-    stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=len(photos), until=until)
+    stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=source.num_rows, until=until)
     engine = Engine(
         run.store,
         stages,
@@ -413,6 +459,8 @@ def protect(
     people_from: str | None = None,
     limit: int | None = None,
     sample_seed: int = 0,
+    verify_content: bool = False,
+    prune: bool = False,
     say: Callable[[str], None] = lambda text: None,
     progress_stream: TextIO | None = None,
 ) -> dict[str, Any]:
@@ -424,6 +472,9 @@ def protect(
         run_url: the run's folder; by default beside OUT.
         people_from: ``folder``: a photo's folder names its person.
         limit, sample_seed: only a random sample of so many photos.
+        verify_content: a photo has changed where its bytes have, whatever its size and modification time say; reads
+            every photo.
+        prune: once the stages are through, remove the outputs of photos that SRC no longer has (``nightly.prune``).
         say: takes messages for people, one line each.
         progress_stream: where progress goes; None for nowhere.
 
@@ -439,19 +490,34 @@ def protect(
     run = Run(absolute(run_url or default_run(out)))
     check_places(src, out, run.url)
     out = absolute(out)
-    listing = list_source(src, out=out, people_from=people_from, limit=limit, seed=sample_seed)
+    listing = list_source(
+        src, out=out, people_from=people_from, limit=limit, seed=sample_seed, verify_content=verify_content
+    )
     some = f", of {listing.total}" if len(listing.photos) < listing.total else ""
     say(f"{len(listing.photos)} photos at {src}{some}" + _skipped_words(listing.skipped))
+    source = source_table(listing.photos)
+    about = {"source": absolute(src), "evidence": "content" if verify_content else "stat"}
+    listed = pa.array([row.photo_id for row in listing.everything], pa.string())
+    failed = [row.path for row in listing.everything if row.error is not None]
+    changes = nightly.compare(run, about["source"], source, listed, failed, about["evidence"])
+    if changes.compared:
+        say(changes.words())
+    if changes.evidence_changed:
+        say("the last run told versions of photos otherwise (--verify-content), so all photos are done anew")
+    for path in changes.deleted[:20]:
+        say(f"deleted: {path}")
     record: dict[str, Any] = {
         "version": 1,
         "started": _now(),
         "finished": None,
-        "source": src,
+        "source": about["source"],
         "out": out,
         "run": run.url,
         "limit": limit,
         "sample_seed": sample_seed if limit is not None else None,
         "people_from": people_from,
+        "verify_content": verify_content,
+        "prune": prune,
         "skipped": listing.skipped,
         "config": config.model_dump(mode="json"),
         "stage_versions": VERSIONS,
@@ -467,7 +533,9 @@ def protect(
     interrupted: RunInterrupted | None = None
     done: RunSummary | None = None
     try:
-        done, _ = execute(run, listing.photos, config, out=out, progress=reporter, say=say, on_start=started)
+        done, _ = execute(
+            run, source, config, about=about, out=out, progress=reporter, say=say, on_start=started
+        )
     except RunInterrupted as error:
         interrupted, done = error, error.summary
     finally:
@@ -475,6 +543,16 @@ def protect(
             reporter.close()
     result = summary(run)
     result["skipped"] = listing.skipped
+    result["changes"] = changes.to_dict()
+    if prune and interrupted is None:
+        live = pa.chunked_array([pa.array([row.path for row in listing.everything], pa.string())])
+        pruned = nightly.prune(run, about["source"], out, live)
+        result["changes"]["pruned"] = pruned.to_dict()
+        say(f"pruned: {len(pruned.removed)} output(s) removed")
+        for path, why in pruned.kept.items():
+            say(f"not pruned: {path}: {why}")
+    elif changes.waiting:
+        say(f"{len(changes.waiting)} deleted photo(s) still have their outputs; --prune removes them")
     result["seconds"] = round(time.monotonic() - begin, 3)
     worked = sum(stage.operator_seconds for stage in done.stages.values())
     result["engine"] = done.to_dict()
