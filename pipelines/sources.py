@@ -54,6 +54,7 @@ SKIP_CODES = frozenset({"NOT_A_PHOTO", "HIDDEN"})
 _PIECE = 4 * 2**20  # bytes read at once where a file is only hashed
 _MAX_LINKS = 8  # folders entered through links, one inside the other: bounds what links across links can unfold to
 _DEVICES = re.compile(r"(?i)^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?$")
+_DRIVE = re.compile(r"[A-Za-z]:")
 _PROTOCOL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::|://)")
 
 
@@ -120,7 +121,9 @@ def safe_relative(path: str) -> str:
 
     Raises SourceError UNSAFE_PATH for `..`, absolute paths, drive letters, backslashes, control characters, line
     separators, lone surrogates, Windows device names and names of dots and spaces alone; EMPTY_PATH where no name is
-    left. Strict on every system, since OUT may be carried to another one.
+    left. Strict on every system, since OUT may be carried to another one: a drive letter counts in every name (Windows
+    joins `C:\\out`, `C:x` to `C:x`), and so does what another system may take for one of these: full-width dots and letters
+    and the like, by Unicode's compatibility form (NFKC).
     """
 
     def refuse(why: str):
@@ -131,16 +134,22 @@ def safe_relative(path: str) -> str:
         refuse("absolute path")
     if "\\" in path:
         refuse("backslash")
-    if re.match(r"[A-Za-z]:", path):
-        refuse("drive letter")
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in path):
         refuse("control character")
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    for part in parts:
+    seen = parts
+    if not path.isascii():
+        alike = [unicodedata.normalize("NFKC", part) for part in parts]
+        if any(part.startswith(("/", "\\")) for part in alike):
+            refuse("absolute path")
+        seen = parts + [name for part in alike for name in re.split(r"[/\\]", part) if name]
+    for part in seen:
         if part == "..":
             refuse("`..`")
         if not part.strip(". "):
             refuse("a name of dots and spaces")
+        if _DRIVE.match(part):
+            refuse("drive letter")
         if _DEVICES.match(part):
             refuse("device name")
     if not parts:
@@ -650,7 +659,7 @@ def write_output(out: str, path: str, data: bytes) -> str:
     """Writes `data` to OUT/path, replacing what is there, and returns where (absolute local path, or URL).
 
     Local: written beside its place under a temporary name, flushed to disk, then renamed, so that nobody sees half a
-    file; a folder in OUT that is a link to outside is refused. Other stores: one put, atomic where the store's is (S3,
+    file; a folder in OUT that is a link is refused (it may lead outside, or to where another photo's output lies). Other stores: one put, atomic where the store's is (S3,
     GCS, Azure). Raises OutputError UNSAFE_PATH, NOT_WRITABLE, DISK_FULL, WRITE_FAILED, BAD_URL.
     """
     try:
@@ -676,8 +685,8 @@ def write_output(out: str, path: str, data: bytes) -> str:
     part = os.path.join(folder, f".scol-{uuid.uuid4().hex}.part")
     try:
         # Checked before makedirs, which would follow a link that leads outside.
-        if not _inside(os.path.realpath(folder), root):
-            raise OutputError("UNSAFE_PATH", f"a link in OUT leads outside it: {path!r}")
+        if os.path.realpath(folder) != folder:
+            raise OutputError("UNSAFE_PATH", f"a folder in OUT is a link: {path!r}")
         os.makedirs(folder, exist_ok=True)
         with open(part, "xb") as f:
             f.write(data)
@@ -735,8 +744,8 @@ def remove_output(out: str, path: str, digests: Collection[str]) -> str | None:
     root = os.path.realpath(local)
     target = output_place(out, path)
     folder = os.path.dirname(target)
-    if not _inside(os.path.realpath(folder), root):
-        raise OutputError("UNSAFE_PATH", f"a link in OUT leads outside it: {path!r}")
+    if os.path.realpath(folder) != folder:
+        raise OutputError("UNSAFE_PATH", f"a folder in OUT is a link: {path!r}")
     try:
         try:
             if not stat.S_ISREG(os.lstat(target).st_mode):
