@@ -27,6 +27,8 @@ from gallery_index.storage import Folder
 from pipelines import models
 from pipelines.config import Config, GalleryConfig
 from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, Run, scan_stage
+from pipelines.observe import Observer
+from pipelines.presence import Presence
 from scol_ops.models.weights import load_mobilestylegan
 
 
@@ -170,9 +172,18 @@ def build_from_photos(
             "recogniser": models.recogniser_fingerprint(models.INVERSION_RECOGNISER),
         },
     )
-    listing = list_source(src, people_from=people_from)
     about = {"source": absolute(src), "evidence": "stat"}
-    execute(run, source_table(listing.photos), config, about=about, until="invert", progress=progress)
+    observer = Observer(run)
+
+    def heard(message: Progress) -> None:
+        observer(message)
+        if progress is not None:
+            progress(message)
+
+    with Presence(run, "gallery build", observer.tell, observer.work) as presence:
+        listing = list_source(src, people_from=people_from, stop=presence.stopped)
+        source = source_table(listing.photos)
+        execute(run, source, config, about=about, until="invert", progress=heard, stop=presence.stopped)
     people = {row.photo_id: row.person_id for row in listing.photos}
     failed = faces = 0
     with builder:

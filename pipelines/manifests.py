@@ -3,6 +3,7 @@
     RUN/manifests/STAGE/PART.parquet   rows of every stage, ever; see docs/manifests.md
     RUN/plan.parquet                   the keys that count now: one row a photo of the latest run
     RUN/deleted.parquet                photos that SRC no longer has, until --prune has removed their outputs
+    RUN/drivers/, RUN/retries/         who is at work (`presence`), failed rows that were opened again (`retry`)
     RUN/run.json, RUN/summary.json, RUN/report.html
 
 Parts are never changed, so rows of photos or settings that are no longer wanted stay in them.  `plan.parquet` says
@@ -11,6 +12,7 @@ which keys count; every reader here goes by it.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
@@ -19,6 +21,7 @@ import statistics
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,6 +238,22 @@ class Run:
         fs.invalidate_cache()
         return fs.isfile(path)
 
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files in the run's folder or one below it, sorted; empty where there is no such folder."""
+        fs, path = fsspec.core.url_to_fs(self.path(folder).rstrip("/"))
+        fs.invalidate_cache()
+        try:
+            found = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
+
+    def remove(self, name: str) -> None:
+        """Remove a file of the run's folder, if it is there."""
+        fs, path = fsspec.core.url_to_fs(self.path(name))
+        with suppress(FileNotFoundError):
+            fs.rm_file(path)
+
     def write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink, compression="zstd")
@@ -263,6 +282,21 @@ class Run:
 def plan_about(plan: pa.Table) -> dict[str, str]:
     """What a plan says about itself: `source`, SRC made absolute; `evidence`, `stat` or `content` (docs/manifests.md)."""
     return {name.decode(): value.decode() for name, value in (plan.schema.metadata or {}).items()}
+
+
+def utc() -> str:
+    """Now, UTC, ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 def to_json(value: Any) -> str:

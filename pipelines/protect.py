@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import importlib.metadata
 import math
@@ -12,19 +11,22 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import fsspec
 import pyarrow as pa
 
 from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key, ray_session
-from pipelines import gallery_jobs, models, nightly
+from pipelines import gallery_jobs, models, nightly, retry
 from pipelines.config import STAGES, Config
 from pipelines.machine import machine
-from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, summary
+from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, duration, summary, utc
+from pipelines.observe import Observer
+from pipelines.presence import Presence
 from pipelines.sources import OutputError, SourceError, SourceRow, check_out, content_digest, list_photos
 from pipelines.stages import VERSIONS, make_stages
 
@@ -64,11 +66,13 @@ def list_source(
     limit: int | None = None,
     seed: int = 0,
     verify_content: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Listing:
     """List SRC; with ``limit`` a random sample of so many photos, the same for the same seed, in order of paths.
 
     Args:
         verify_content: read every photo of the sample and set its row's `content`.
+        stop: asked now and then; where it says true, the listing ends as by Ctrl-C (KeyboardInterrupt).
 
     Raises:
         SourceError: see ``sources.list_photos``.
@@ -76,6 +80,8 @@ def list_source(
     """
     photos, skipped = [], Counter()
     for row in list_photos(src, people_from=people_from, out=out):
+        if stop():
+            raise KeyboardInterrupt
         if row.skipped:
             skipped[row.code] += 1
         else:
@@ -88,11 +94,11 @@ def list_source(
     if limit is not None and limit < len(photos):
         photos = sorted(random.Random(seed).sample(photos, limit), key=lambda row: row.path)
     if verify_content:
-        photos = with_content(photos)
+        photos = with_content(photos, stop)
     return Listing(photos, dict(skipped), everything)
 
 
-def with_content(photos: Sequence[SourceRow], readers: int = 16) -> list[SourceRow]:
+def with_content(photos: Sequence[SourceRow], stop: Callable[[], bool], readers: int = 16) -> list[SourceRow]:
     """The rows with `content` set; a photo that cannot be read gets `error`. Every file is read once."""
 
     def hashed(row: SourceRow) -> SourceRow:
@@ -105,8 +111,10 @@ def with_content(photos: Sequence[SourceRow], readers: int = 16) -> list[SourceR
 
     out: list[SourceRow] = []
     with ThreadPoolExecutor(readers) as pool:
-        for first in range(0, len(photos), 4096):  # `map` would queue all of them at once
-            out.extend(pool.map(hashed, photos[first : first + 4096]))
+        for first in range(0, len(photos), 256):  # `map` would queue all of them at once
+            if stop():
+                raise KeyboardInterrupt
+            out.extend(pool.map(hashed, photos[first : first + 256]))
     return out
 
 
@@ -145,8 +153,18 @@ def source_table(photos: Sequence[SourceRow]) -> pa.Table:
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
-def stage_keys(source: pa.Table, config: Config, weights: dict[str, str], out: str = "") -> dict[str, list[str]]:
-    """The photos' keys at every stage, all known before anything runs (docs/design.md)."""
+def stage_keys(
+    source: pa.Table,
+    config: Config,
+    weights: dict[str, str],
+    out: str = "",
+    opened: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> dict[str, list[str]]:
+    """The photos' keys at every stage, all known before anything runs (docs/design.md).
+
+    Args:
+        opened: of ``retry.opened``.
+    """
     keys, before = {}, source["key"].to_pylist()
     for stage in STAGES:
         # What is the same for all photos is hashed once.
@@ -154,6 +172,8 @@ def stage_keys(source: pa.Table, config: Config, weights: dict[str, str], out: s
             stage, VERSIONS[stage], config.canonical(stage), weights[stage], out if stage == "publish" else ""
         )
         before = keys[stage] = [hash_key(common, key) for key in before]
+        if opened.get(stage):
+            before = keys[stage] = [retry.current(key, opened[stage]) for key in before]
     return keys
 
 
@@ -178,10 +198,13 @@ def _output_sizes(out: str, paths: Sequence[str]) -> list[int | None]:
     return [found.get(path) for path in paths]
 
 
-def renew_missing(run: Run, out: str, source: pa.Table, keys: list[str]) -> list[str]:
+def renew_missing(
+    run: Run, out: str, source: pa.Table, keys: list[str], opened: Collection[str] = ()
+) -> list[str]:
     """Publish keys such that a photo whose file in OUT is gone, or has another size than was written, is done again.
 
-    Parts are never changed, so such a photo gets a new key: that of the next attempt.
+    Parts are never changed, so such a photo gets a new key: that of the next attempt. So does one whose latest attempt
+    is in ``opened`` (``retry.opened``).
     """
     store = run.store
     done = store.done_keys("publish")
@@ -191,7 +214,7 @@ def renew_missing(run: Run, out: str, source: pa.Table, keys: list[str]) -> list
     for key in keys:
         chain = [key]
         while chain[-1] in done:
-            chain.append(hash_key("again", chain[-1]))
+            chain.append(retry.again(chain[-1]))
         attempts.append(chain)
     latest = [chain[-2] for chain in attempts if len(chain) > 1]
     if not latest:
@@ -206,7 +229,7 @@ def renew_missing(run: Run, out: str, source: pa.Table, keys: list[str]) -> list
         chain[0]
         if len(chain) == 1
         else chain[-2]
-        if chain[-2] not in written or written[chain[-2]] == size
+        if chain[-2] not in opened and (chain[-2] not in written or written[chain[-2]] == size)
         else chain[-1]
         for chain, size in zip(attempts, sizes, strict=True)
     ]
@@ -233,6 +256,7 @@ def execute(
     out: str | None = None,
     until: str = "publish",
     progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] = lambda text: None,
     on_start: Callable[[Setting], None] | None = None,
 ) -> tuple[RunSummary, Setting]:
@@ -241,6 +265,7 @@ def execute(
     Args:
         source: of ``source_table``.
         about: kept with the plan, see ``manifests.plan_about``.
+        stop: see ``Engine``.
 
     Raises:
         WeightsError: embedded weights are missing or altered.
@@ -261,9 +286,10 @@ def execute(
             std = gallery_jobs.gallery_std(run, url, info)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
     weights = models.stage_weights(config, described.get("fingerprint", ""), std_digest)
-    keys = stage_keys(source, config, weights, out or "")
+    opened = retry.opened(run)
+    keys = stage_keys(source, config, weights, out or "", opened)
     if until == "publish":
-        keys["publish"] = renew_missing(run, out, source, keys["publish"])
+        keys["publish"] = renew_missing(run, out, source, keys["publish"], opened.get("publish", ()))
     # Stages beyond `until` get their keys in the plan as well: they are what a later run would make.
     run.write_plan(
         pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA), about
@@ -279,6 +305,7 @@ def execute(
         shard_items=config.engine.shard_photos,
         address=config.engine.ray_address,
         progress=progress,
+        stop=stop,
     )
     if not any(engine.plan(source, keys).missing().values()):
         return engine.run(source, keys), setting  # counts what is there; starts no Ray
@@ -382,16 +409,6 @@ class Reporter:
             self.stream.flush()
 
 
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
-    seconds = int(round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-
-
 # ---- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
@@ -421,10 +438,6 @@ def versions() -> dict[str, str | None]:
     )
     found = {name: _version(name) for name in names}
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v is not None}}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def default_run(out: str) -> str:
@@ -484,14 +497,56 @@ def protect(
     Raises:
         SourceError, OutputError, ProtectError: SRC, OUT or RUN cannot be used.
         WeightsError, GalleryError, ClusterError: see their packages.
-        RunInterrupted: Ctrl-C; the tables, the report and the summary of what is finished are written before.
+        BusyError: a purge of the run is going on.
+        RunInterrupted: Ctrl-C or ``scol cancel``; the tables, the report and the summary of what is finished are written
+            before.
     """
-    begin = time.monotonic()
     run = Run(absolute(run_url or default_run(out)))
     check_places(src, out, run.url)
-    out = absolute(out)
+    observer = Observer(run)
+    with Presence(run, "protect", observer.tell, observer.work) as presence:
+        return _protect(
+            run,
+            src,
+            absolute(out),
+            config,
+            presence,
+            observer,
+            people_from=people_from,
+            limit=limit,
+            sample_seed=sample_seed,
+            verify_content=verify_content,
+            prune=prune,
+            say=say,
+            progress_stream=progress_stream,
+        )
+
+
+def _protect(
+    run: Run,
+    src: str,
+    out: str,
+    config: Config,
+    presence: Presence,
+    observer: Observer,
+    *,
+    people_from: str | None,
+    limit: int | None,
+    sample_seed: int,
+    verify_content: bool,
+    prune: bool,
+    say: Callable[[str], None],
+    progress_stream: TextIO | None,
+) -> dict[str, Any]:
+    begin = time.monotonic()
     listing = list_source(
-        src, out=out, people_from=people_from, limit=limit, seed=sample_seed, verify_content=verify_content
+        src,
+        out=out,
+        people_from=people_from,
+        limit=limit,
+        seed=sample_seed,
+        verify_content=verify_content,
+        stop=presence.stopped,
     )
     some = f", of {listing.total}" if len(listing.photos) < listing.total else ""
     say(f"{len(listing.photos)} photos at {src}{some}" + _skipped_words(listing.skipped))
@@ -508,7 +563,7 @@ def protect(
         say(f"deleted: {path}")
     record: dict[str, Any] = {
         "version": 1,
-        "started": _now(),
+        "started": utc(),
         "finished": None,
         "source": about["source"],
         "out": out,
@@ -530,11 +585,25 @@ def protect(
         run.write_json("run.json", record)
 
     reporter = None if progress_stream is None else Reporter(progress_stream)
+
+    def progress(message: Progress) -> None:
+        observer(message)
+        if reporter is not None:
+            reporter(message)
+
     interrupted: RunInterrupted | None = None
     done: RunSummary | None = None
     try:
         done, _ = execute(
-            run, source, config, about=about, out=out, progress=reporter, say=say, on_start=started
+            run,
+            source,
+            config,
+            about=about,
+            out=out,
+            progress=progress,
+            stop=presence.stopped,
+            say=say,
+            on_start=started,
         )
     except RunInterrupted as error:
         interrupted, done = error, error.summary
@@ -561,11 +630,13 @@ def protect(
     )
     result["operator_seconds"] = round(worked, 3)
     result["interrupted"] = interrupted is not None
-    record["finished"] = _now()
+    record["finished"] = utc()
     run.write_json("run.json", record)
     run.write_json("summary.json", result)
     _write_report(run, say)
     if interrupted is not None:
+        if presence.stopped():
+            say("stopped, because `scol cancel` asked for it")
         raise interrupted
     return result
 
