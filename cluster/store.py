@@ -1,8 +1,8 @@
 """Committed Parquet parts on any fsspec store: the record of what is done.
 
 Layout: `URL/STAGE/NAME.parquet`, where NAME is `part_key` of the item keys that the part holds. A part is committed by
-create-if-absent of its final name and never changed afterwards (but for `PartStore.replace_part`). Temporary files are called `.NAME.RANDOM.tmp`; a
-leading dot keeps them out of Arrow's, Spark's and our own listings.
+create-if-absent of its final name and never changed afterwards (but for `PartStore.replace_part`). Temporary files are
+called `.NAME.RANDOM.tmp`; a leading dot keeps them out of Arrow's, Spark's and our own listings.
 
 What each back end promises about create-if-absent:
 

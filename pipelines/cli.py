@@ -146,6 +146,13 @@ def main() -> None:
       scol demo                          a small archive of generated people, protected, with its report
       scol protect PHOTOS --out OUT      the job itself
       scol doctor                        is everything in place?
+
+    \b
+    Operating (RUN is OUT.run unless --run says otherwise; docs/operate.md):
+      scol protect PHOTOS --out OUT --prune    every night: new and changed photos; deleted ones go
+      scol status RUN, scol cancel RUN         while it runs, from another terminal or machine
+      scol errors RUN, scol retry RUN          what failed, and once more
+      scol purge RUN --person ID               everything of a person is removed
     """
 
 
@@ -181,6 +188,7 @@ def main() -> None:
     is_flag=True,
     help="Remove the outputs of photos that SRC no longer has, if scol wrote them and nobody changed them since.",
 )
+@click.option("--log-json", metavar="FILE", help="Append structured logs to this local file, one JSON object a line.")
 @json_option
 @configured
 @engine_options
@@ -196,6 +204,7 @@ def protect(
     seed,
     verify_content,
     prune,
+    log_json,
     as_json,
     load,
     workers,
@@ -204,10 +213,11 @@ def protect(
     """Protect the photos of SRC into OUT.
 
     SRC is a folder (all depths), a glob in quotes, a text list (.txt), or a table (.csv, .parquet) with a column `path`
-    and optionally `person_id`; paths or fsspec URLs. A second run of the same command does only what is missing.
+    and optionally `person_id`; paths or fsspec URLs. A second run of the same command does only what is missing or has
+    changed, and says what is new, changed and deleted since.
 
     Exit status: 0 if no photo failed (photos that came out weak are warned of), 1 if one failed, 2 if the run could not
-    start or go on, 130 after Ctrl-C.
+    start or go on, 130 after Ctrl-C or `scol cancel`.
     """
     config = load(
         gallery__url=gallery, publish__on_fail=on_fail, engine__workers=workers, engine__ray_address=ray_address
@@ -224,6 +234,7 @@ def protect(
         sample_seed=seed,
         verify_content=verify_content,
         prune=prune,
+        log_json=log_json,
         say=_say,
         progress_stream=sys.stderr,
     )
@@ -363,7 +374,9 @@ def cancel(run, wait):
 
 @main.command(short_help="Have failed photos made again by the next run.")
 @click.argument("run")
-@click.option("--reason", "reasons", metavar="CODE", multiple=True, help="Only these, e.g. TIMEOUT; repeatable.  [default: all]")
+@click.option(
+    "--reason", "reasons", metavar="CODE", multiple=True, help="Only these, e.g. TIMEOUT; repeatable.  [default: all]"
+)
 @click.option("--stage", metavar="S", help="Only what failed at this stage.  [default: any]")
 @json_option
 @guarded
@@ -424,15 +437,17 @@ def errors(run, weak, reasons, parquet, as_json):
 
 @main.command(short_help="Remove everything that a run holds of a photo or a person.")
 @click.argument("run")
-@click.option("--photo", "photos", metavar="PATH", multiple=True, help="Path as in the manifests (relative); repeatable.")
+@click.option(
+    "--photo", "photos", metavar="PATH", multiple=True, help="Path as in the manifests, relative to SRC; repeatable."
+)
 @click.option("--person", "people", metavar="ID", multiple=True, help="All photos of this person; repeatable.")
 @json_option
 @guarded
 def purge(run, photos, people, as_json):
     """Remove photos from RUN: outputs, crops, codes, rows of every stage and version, mentions, report, logs in RUN.
 
-    SRC is not touched: take the photos out of it as well, or the next run makes them again. Refused while somebody is at
-    work on RUN. Outputs that were changed since stay, and are named.
+    SRC is not touched: take the photos out of it as well, or the next run makes them again. Refused while somebody is
+    at work on RUN. Outputs that were changed since stay, and are named.
 
     Exit status: 0 if all is gone, 1 if an output stays.
     """

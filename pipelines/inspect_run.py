@@ -103,7 +103,7 @@ _ERROR_COLUMNS = ("path", "photo_id", "face_id", "status", "reason", "failed_sta
 
 
 def by_reason(rows: list[dict[str, Any]], examples: int = 3) -> list[dict[str, Any]]:
-    """Rows of `errors` counted by status, code of the reason and stage, most frequent first, with some paths of each."""
+    """Rows of `errors` counted by status, code of the reason and stage, most frequent first, with some of each."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         code = (row["reason"] or "").split(":")[0]

@@ -280,7 +280,7 @@ class Run:
 
 
 def plan_about(plan: pa.Table) -> dict[str, str]:
-    """What a plan says about itself: `source`, SRC made absolute; `evidence`, `stat` or `content` (docs/manifests.md)."""
+    """What a plan says about itself: `source`, SRC made absolute; `evidence`, `stat` or `content`."""
     return {name.decode(): value.decode() for name, value in (plan.schema.metadata or {}).items()}
 
 

@@ -28,8 +28,8 @@ class Changes:
 
     Attributes:
         compared: there was a last run, and it was of the same SRC. Else every photo is `new`, and none `deleted`.
-        new, changed, unchanged: number of photos of this run. Changed: another file, by size and modification time or by
-            content (`--verify-content`), another person, or another place that it is read from.
+        new, changed, unchanged: number of photos of this run. Changed: another file, by size and modification time or
+            by content (`--verify-content`), another person, or another place that it is read from.
         deleted: paths of photos of the last run that the listing does not have.
         unlisted: how many more are missing only because a folder above them could not be listed; they are not deleted.
         waiting: photos deleted in this or an earlier run of this SRC, whose outputs have not been pruned.

@@ -62,8 +62,8 @@ def is_alive(entry: dict[str, Any], now: float | None = None) -> bool:
 def drivers(run: Run) -> list[dict[str, Any]]:
     """Records of all drivers that the run's folder knows, the latest last, each with `alive`.
 
-    Keys: id, kind (`protect`, `gallery build`, `purge`), host, pid, born, machine, started (UTC), beat (s since 1970), state
-    (`running`, `finished`, `interrupted`, `cancelled`, `failed`), and what the driver tells of itself.
+    Keys: id, kind (`protect`, `gallery build`, `purge`), host, pid, born, machine, started (UTC), beat (s since 1970),
+    state (`running`, `finished`, `interrupted`, `cancelled`, `failed`), and what the driver tells of itself.
     """
     found = []
     for name in run.names(_FOLDER):
@@ -77,7 +77,7 @@ def drivers(run: Run) -> list[dict[str, Any]]:
 
 
 def request_cancel(run: Run) -> list[dict[str, Any]]:
-    """Ask all living drivers of a run to stop. Returns their records; empty where none lives, then nothing is written."""
+    """Ask all living drivers of a run to stop. Returns their records; where none lives, nothing is written."""
     living = [entry for entry in drivers(run) if entry["alive"] and entry["kind"] != "purge"]
     for entry in living:
         run.write(f"{_FOLDER}/{entry['id']}.cancel", b"")

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TextIO
@@ -25,6 +26,7 @@ from pipelines import gallery_jobs, models, nightly, retry
 from pipelines.config import STAGES, Config
 from pipelines.machine import machine
 from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, duration, summary, utc
+from pipelines.logs import JsonLog
 from pipelines.observe import Observer
 from pipelines.presence import Presence
 from pipelines.sources import OutputError, SourceError, SourceRow, check_out, content_digest, list_photos
@@ -474,6 +476,7 @@ def protect(
     sample_seed: int = 0,
     verify_content: bool = False,
     prune: bool = False,
+    log_json: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     progress_stream: TextIO | None = None,
 ) -> dict[str, Any]:
@@ -488,6 +491,7 @@ def protect(
         verify_content: a photo has changed where its bytes have, whatever its size and modification time say; reads
             every photo.
         prune: once the stages are through, remove the outputs of photos that SRC no longer has (``nightly.prune``).
+        log_json: file that structured logs are appended to (``logs``).
         say: takes messages for people, one line each.
         progress_stream: where progress goes; None for nowhere.
 
@@ -498,13 +502,24 @@ def protect(
         SourceError, OutputError, ProtectError: SRC, OUT or RUN cannot be used.
         WeightsError, GalleryError, ClusterError: see their packages.
         BusyError: a purge of the run is going on.
-        RunInterrupted: Ctrl-C or ``scol cancel``; the tables, the report and the summary of what is finished are written
-            before.
+        RunInterrupted: Ctrl-C or ``scol cancel``; the tables, the report and the summary of what is finished are
+            written before.
     """
     run = Run(absolute(run_url or default_run(out)))
     check_places(src, out, run.url)
     observer = Observer(run)
-    with Presence(run, "protect", observer.tell, observer.work) as presence:
+    begin = time.monotonic()
+    with ExitStack() as stack:
+        presence = Presence(run, "protect", observer.tell, observer.work)
+        if log_json is not None:
+            log = observer.log = stack.enter_context(JsonLog(log_json, presence.id))
+            where = {"run": run.url, "source": absolute(src), "out": absolute(out)}
+            log.event("start", **where)
+            # called after the presence has ended, which knows how
+            stack.callback(
+                lambda: log.event("end", **where, state=presence.state, seconds=round(time.monotonic() - begin, 3))
+            )
+        stack.enter_context(presence)
         return _protect(
             run,
             src,
@@ -551,8 +566,11 @@ def _protect(
     some = f", of {listing.total}" if len(listing.photos) < listing.total else ""
     say(f"{len(listing.photos)} photos at {src}{some}" + _skipped_words(listing.skipped))
     source = source_table(listing.photos)
+    observer.photos = source["photo_id"]
     about = {"source": absolute(src), "evidence": "content" if verify_content else "stat"}
-    listed = pa.array([row.photo_id for row in listing.everything], pa.string())
+    listed = source["photo_id"].combine_chunks()
+    if len(listing.photos) < listing.total:
+        listed = pa.array([row.photo_id for row in listing.everything], pa.string())
     failed = [row.path for row in listing.everything if row.error is not None]
     changes = nightly.compare(run, about["source"], source, listed, failed, about["evidence"])
     if changes.compared:

@@ -1,13 +1,14 @@
 """`scol purge`: everything that a run holds or has published of some photos, or of a person's, is removed.
 
 Removed are: the files in OUT that the run wrote and nobody has changed since; the photos' rows, with crops, codes and
-pictures, at every stage and of every version; mentions of their faces among the similar codes of other photos; their rows
-in the plan, in what waits for `--prune` and in retries; lines of logs in the run's folder; temporary files of processes
-that died; and summary and report are made anew. Not touched: SRC, galleries elsewhere, logs elsewhere.
+pictures, at every stage and of every version; mentions of their faces among the similar codes of other photos; their
+rows in the plan, in what waits for `--prune` and in retries; lines of logs in the run's folder; temporary files of
+processes that died; and summary and report are made anew. Not touched: SRC, galleries elsewhere, logs elsewhere.
 
-A part is never changed otherwise (`PartStore.replace_part` says how it is done here), so nobody may be at work on the run
-meanwhile (`presence`). What is found through rows goes before the rows: outputs, and lines that name keys. The source rows,
-from which a person's photos are known, go last. So a purge that dies half-way finds the rest when it is called again.
+A part is never changed otherwise (`PartStore.replace_part` says how it is done here), so nobody may be at work on the
+run meanwhile (`presence`). What is found through rows goes before the rows: outputs, and lines that name keys. The
+source rows, from which a person's photos are known, go last. So a purge that dies half-way finds the rest when it is
+called again.
 """
 
 from __future__ import annotations
@@ -81,8 +82,8 @@ def purge(
     A photo counts as a person's if any of its versions did. What is still in SRC is made again by the next run.
 
     Raises:
-        RunError: not a run's folder, a photo or person that it does not know (then nothing is changed), or rows that keep
-            coming back.
+        RunError: not a run's folder, a photo or person that it does not know (then nothing is changed), or rows that
+            keep coming back.
         BusyError: somebody is at work on the run.
         StoreError, OutputError: something cannot be written or removed; the same purge again goes on.
     """
@@ -314,7 +315,8 @@ def _note_elsewhere(run: Run, ids: pa.Array, done: Purged) -> None:
                 done.notes.append(f"the gallery {place} could not be looked into: {error}")
                 continue
             if count:
-                done.notes.append(f"the gallery {place} holds {count} code(s) of these photos; build it anew without them")
+                note = f"the gallery {place} holds {count} code(s) of these photos; build it anew without them"
+                done.notes.append(note)
 
 
 def _codes_in_gallery(url: str, ids: pa.Array) -> int:

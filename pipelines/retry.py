@@ -2,8 +2,8 @@
 
 A part is never changed, so a photo that failed gets another key at the stage where it failed, and with it at all later
 ones: the old key hashed once more (`again`). Which keys are replaced so is kept in RUN/retries/*.parquet, one file a
-request, each with the columns `stage` and `key`. A key stands for one version of a photo and of the settings, so an entry
-has no effect on any other; and the rows of all other photos keep their keys, and are not touched.
+request, each with the columns `stage` and `key`. A key stands for one version of a photo and of the settings, so an
+entry has no effect on any other; and the rows of all other photos keep their keys, and are not touched.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def retry(run: Run, reasons: Collection[str] = (), stage: str | None = None) -> 
         stage: only rows that failed there.
 
     Returns:
-        what the next run will do. A photo is taken up at its earliest stage with a matching row; its other faces are made
-        again with it, with the same result.
+        what the next run will do. A photo is taken up at its earliest stage with a matching row; its other faces are
+        made again with it, with the same result.
 
     Raises:
         RunError: not a run's folder, an unknown stage, or a reason that no failed row has.

@@ -122,8 +122,8 @@ def safe_relative(path: str) -> str:
     Raises SourceError UNSAFE_PATH for `..`, absolute paths, drive letters, backslashes, control characters, line
     separators, lone surrogates, Windows device names and names of dots and spaces alone; EMPTY_PATH where no name is
     left. Strict on every system, since OUT may be carried to another one: a drive letter counts in every name (Windows
-    joins `C:\\out`, `C:x` to `C:x`), and so does what another system may take for one of these: full-width dots and letters
-    and the like, by Unicode's compatibility form (NFKC).
+    joins `C:\\out`, `C:x` to `C:x`), and so does what another system may take for one of these: full-width dots and
+    letters and the like, by Unicode's compatibility form (NFKC).
     """
 
     def refuse(why: str):
@@ -659,8 +659,9 @@ def write_output(out: str, path: str, data: bytes) -> str:
     """Writes `data` to OUT/path, replacing what is there, and returns where (absolute local path, or URL).
 
     Local: written beside its place under a temporary name, flushed to disk, then renamed, so that nobody sees half a
-    file; a folder in OUT that is a link is refused (it may lead outside, or to where another photo's output lies). Other stores: one put, atomic where the store's is (S3,
-    GCS, Azure). Raises OutputError UNSAFE_PATH, NOT_WRITABLE, DISK_FULL, WRITE_FAILED, BAD_URL.
+    file; a folder in OUT that is a link is refused, since it may lead outside, or to where another photo's output lies.
+    Other stores: one put, atomic where the store's is (S3, GCS, Azure). Raises OutputError UNSAFE_PATH, NOT_WRITABLE,
+    DISK_FULL, WRITE_FAILED, BAD_URL.
     """
     try:
         path = safe_relative(path)

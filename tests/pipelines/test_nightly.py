@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import struct
 import sys
@@ -232,7 +233,12 @@ def test_unchanged_photos_are_listed_and_not_read(tmp_path: Path) -> None:
     config = load_config("quick", sets=sets)
     with ray_session(num_cpus=2):
         with opened(src) as reads:
-            protect(str(src), str(out), config)
+            protect(str(src), str(out), config, log_json=str(tmp_path / "log.jsonl"))
+        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert [lines[0]["event"], lines[-1]["event"], lines[-1]["state"]] == ["start", "end", "finished"]
+        shards = [line for line in lines if line["event"] == "shard" and line["stage"] == "publish"]
+        logged = [photo for shard in shards for photo in shard["photos"]]
+        assert sorted(logged) == sorted(photo_id(f"{i}.png") for i in range(4))
         assert set(reads) == {"0.png", "1.png", "2.png", "3.png"} and min(reads.values()) >= 1
 
         said: list[str] = []

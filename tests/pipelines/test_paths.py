@@ -1,4 +1,4 @@
-"""Paths from lists, tables and manifests cannot leave OUT: seeded attempts, judged by other rules than the code's own."""
+"""Paths from lists, tables and manifests cannot leave OUT: seeded attempts, judged by other rules than the code's."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ PIECES = [
     *("\\", "..\\..", "a\\b", "C:", "c:x.jpg", "C:\\x", "\\\\host\\share", "x:y", "9:30.jpg", "a.jpg:stream"),
     *("CON", "con.jpg", "Aux .png", "nul.tar.gz", "COM1", "com¹.jpg", "LPT³", "CONIN$", "prn", "console.jpg"),
     *("．．", "‥", "․․", "…", "／", "／etc", "．．／x", "＼", "．．＼x", "Ｃ：", "Ｃ：x", "ＣＯＮ", "ｎｕｌ.jpg", "﹨..", "∕..∕"),
-    *("file:", "file://x", "s3::x", "::", "a::b.jpg", "link", "inner", "loop", "é", "e\u0301", "\u202egpj.exe", "\u200b.."),
+    *("file:", "file://x", "s3::x", "::", "a::b.jpg", "link", "inner", "loop"),
+    *("é", "e\u0301", "\u202egpj.exe", "\u200b.."),
     *("a\x00b", "a\nb", "a\u2028b", "\ud800.jpg", "\x7f", "\x85", "K.jpg", "ſ.jpg", "ﬁ.jpg"),
 ]
 FORMS = (None, "NFC", "NFD", "NFKC", "NFKD")
@@ -54,7 +55,7 @@ def test_no_system_would_leave_out_by_an_accepted_path() -> None:
         for form in FORMS:  # some file systems, and some conversions, put names into another form
             name = unicodedata.normalize(form, path) if form else path
             assert posixpath.normpath(posixpath.join("/out", name)).startswith("/out/"), (path, form)
-            name = re.sub(r"(?<![^/])([^A-Za-z/]):", r"\1_", name)  # Windows has no drives but letters; ntpath thinks so
+            name = re.sub(r"(?<![^/])([^A-Za-z/]):", r"\1_", name)  # ntpath takes other things than letters for drives
             there = ntpath.normpath(ntpath.join("C:\\out", *name.split("/")))
             assert there.startswith("C:\\out\\"), (path, form)
             for part in PureWindowsPath(there).parts[2:]:
@@ -128,7 +129,8 @@ def test_tables_of_photos_give_only_safe_paths(tmp_path: Path) -> None:
     paths = {}
     for path in attempts():
         if path and "\ud800" not in path:  # Parquet holds UTF-8
-            paths[posixpath.normpath(path.split("//")[-1]).lstrip("/")] = path  # a table with doubled paths is refused as a whole
+            # A table with doubled paths is refused as a whole.
+            paths[posixpath.normpath(path.split("//")[-1]).lstrip("/")] = path
     pq.write_table(pa.table({"path": sorted(paths.values())}), tmp_path / "photos.parquet")
     rows = list(list_photos(str(tmp_path / "photos.parquet")))
     assert len(rows) > 500

@@ -120,10 +120,11 @@ def test_observer_tells_pace_and_errors(tmp_path: Path) -> None:
     observer = Observer(run)
     for stage in (SOURCE, "align", "tune"):
         observer(Progress(stage, 2, 10, {}, 0.0))
+    base = {"key": "k", "photo_id": "p", "status": "error"}
     rows = [
-        {"key": "k", "photo_id": "p", "face_id": "p-00", "status": "error", "reason": "TIMEOUT: x", "failed_stage": "tune"},
-        {"key": "k", "photo_id": "p", "face_id": "p-01", "status": "error", "reason": "GEOMETRY: x", "failed_stage": "align"},
-        {"key": "k", "photo_id": "p", "face_id": "p-02", "status": "ok"},
+        base | {"face_id": "p-00", "reason": "TIMEOUT: x", "failed_stage": "tune"},
+        base | {"face_id": "p-01", "reason": "GEOMETRY: x", "failed_stage": "align"},
+        base | {"face_id": "p-02", "status": "ok"},
     ]
     run.store.write_part("tune", None, to_table("tune", rows))
     (part,) = run.store.parts("tune")
@@ -146,7 +147,8 @@ def test_status_and_cancel_from_another_process(tmp_path: Path) -> None:
     for i in range(80):  # no faces: only the stage align works
         Image.new("RGB", (900, 1200), (3 * i, 120, 60)).save(tmp_path / f"photos/{i:02d}.jpg")
     (tmp_path / "photos/00.jpg").write_bytes(b"broken")
-    command = [sys.executable, "-m", "pipelines.cli", "protect", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "pipelines.cli", "protect", str(tmp_path / "photos")]
+    command += ["--out", str(tmp_path / "out")]
     command += ["--set", "gallery.synthetic=50", "--set", "engine.shard_photos=1", "--set", "engine.workers=1"]
     url = str(tmp_path / "out.run")
     scol = CliRunner()

@@ -131,8 +131,9 @@ class Archive:
             needles["key"] += [self.key(stage, path, v).encode() for stage in (SOURCE, *STAGES) for v in (0, 1)]
         needles["name"] = [PEOPLE[path].encode() for path in paths if PEOPLE[path]]
         found = {}
+        files = {name: name.encode() + data for name, data in self.files().items()}
         for kind, words in needles.items():
-            found[kind] = {name for name, data in self.files().items() if any(w in data or w in name.encode() for w in words)}
+            found[kind] = {name for name, data in files.items() if any(word in data for word in words)}
         return found
 
 
