@@ -31,13 +31,19 @@ _BRIEF = 2.0  # seconds; calls shorter than this are queued one ahead, so that a
 
 @dataclass(frozen=True)
 class Progress:
-    """Said once for each stage at the start of a run, then after every finished shard.
+    """Said once for each stage at the start of a run, then after every finished shard and every death of a worker.
 
     Attributes:
         stage: the stage's name.
         done, total: items finished (by this run or found so) and wanted.
         statuses: rows written by this run, by status.
         seconds: since work began.
+        failed, retried: as in `StageSummary`, so far.
+        queued: items of the stage that wait for a worker.
+        workers: by pool, how many are at work or ready for it, and how many there are to be.
+        restarts: workers replaced so far, in all pools.
+        items: of the shard just finished: their positions in the source table; empty if it was not a shard.
+        shard: what its worker reported.
     """
 
     stage: str
@@ -45,6 +51,13 @@ class Progress:
     total: int
     statuses: Mapping[str, int]
     seconds: float
+    failed: int = 0
+    retried: int = 0
+    queued: int = 0
+    workers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    restarts: int = 0
+    items: Sequence[int] = ()
+    shard: ShardResult | None = None
 
 
 @dataclass
@@ -241,6 +254,7 @@ class Engine:
             most 16.
         address: of a Ray cluster to join; None uses the one this process is connected to, or starts a local one.
         progress: called in the driver with a `Progress` for each stage at the start, and after each finished shard.
+        stop: asked about once a second while work goes on; where it says true, the run ends as by Ctrl-C.
         hard_margin: seconds added to twice an item's time limit before its process is ended.
         item_deaths: how many workers an item must kill, being alone in hand, before it fails. The first death of a
             shard does not count, and the death of a node never does, so an item must be present at `item_deaths` + 1.
@@ -260,6 +274,7 @@ class Engine:
         shard_items: int | None = None,
         address: str | None = None,
         progress: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
         hard_margin: float = 30.0,
         item_deaths: int = 2,
     ):
@@ -292,6 +307,7 @@ class Engine:
         self.shard_items = shard_items
         self.address = address
         self.progress = progress
+        self.stop = stop
         self.hard_margin = hard_margin
         self.item_deaths = item_deaths
 
@@ -350,7 +366,7 @@ class Engine:
             StoreError: the store fails for good (disk full, no permission), or still does after retries.
             EngineError: Ray cannot be reached, or a stage's operator cannot be loaded.
             ContractError: a stage's `error_rows` fails, or rows of a join do not match.
-            RunInterrupted: Ctrl-C (a KeyboardInterrupt). Workers are stopped, finished parts are kept.
+            RunInterrupted: Ctrl-C (a KeyboardInterrupt), or `stop`. Workers are stopped, finished parts are kept.
         """
         begin = time.perf_counter()
         plan = self.plan(source, keys)
@@ -371,10 +387,12 @@ class Engine:
             summary.seconds = time.perf_counter() - begin
         return summary
 
-    def _tell(self, summary: RunSummary, name: str, seconds: float) -> None:
+    def _tell(self, summary: RunSummary, name: str, seconds: float, **more: Any) -> None:
         if self.progress is not None:
             count = summary.stages[name]
-            self.progress(Progress(name, count.kept + count.done, count.total, dict(count.statuses), seconds))
+            more |= {"failed": count.failed, "retried": count.retried, "restarts": summary.restarts}
+            done = count.kept + count.done
+            self.progress(Progress(name, done, count.total, dict(count.statuses), seconds, **more))
 
     def _write_source(self, source: pa.Table, plan: Plan, summary: StageSummary) -> None:
         missing = np.flatnonzero(plan.part[0] < 0)
@@ -407,6 +425,7 @@ class _Run:
         self.counts = [summary.stages[stage.name] for stage in self.stages]
         self.columns = [source_columns, *(set(stage.schema.names) for stage in self.stages)]
         self.pending: dict[str, list[tuple[int, int, _Task]]] = {stage.pool: [] for stage in self.stages}
+        self.queued = [0] * len(self.stages)
         self.order = itertools.count()
         self.actors: list[_Actor] = []
         self.start_failures: Counter[str] = Counter()
@@ -445,6 +464,8 @@ class _Run:
                 for _ in range(size.actors):
                     self._spawn(pool)
             while self.sizes:
+                if self.engine.stop is not None and self.engine.stop():
+                    raise KeyboardInterrupt
                 self._assign()
                 self._collect()
                 self._release()
@@ -472,6 +493,7 @@ class _Run:
 
     def _push(self, task: _Task) -> None:
         # The furthest stage first: items then leave the pipeline as fast as they can.
+        self.queued[task.stage] += len(task.items)
         heapq.heappush(self.pending[self.stages[task.stage].pool], (-task.stage, next(self.order), task))
 
     def _spawn(self, pool: str) -> None:
@@ -504,6 +526,7 @@ class _Run:
                 if depth == 1 and (task.alone or actor.calls[0].task.alone or not 0 < self.pace[task.stage] < _BRIEF):
                     continue
                 heapq.heappop(queue)
+                self.queued[task.stage] -= len(task.items)
                 actor.calls.append(_Call(actor.handle.run.remote(self._shard(task)), task, time.perf_counter()))
 
     def _shard(self, task: _Task) -> Shard:
@@ -581,7 +604,13 @@ class _Run:
             words = f"\n{failure.traceback}" if failure.traceback else ""
             log.warning("stage %s, item %s: %s%s", stage.name, failure.key, failure.reason, words)
         self._advance(task.items, task.stage)
-        self.engine._tell(self.summary, stage.name, time.perf_counter() - self.begin)
+        self._tell(task.stage, items=task.items, shard=result)
+
+    def _tell(self, stage: int, **more: Any) -> None:
+        ready = Counter(actor.pool for actor in self.actors if actor.ready)
+        workers = {pool: (ready[pool], size.actors) for pool, size in self.sizes.items()}
+        more |= {"queued": self.queued[stage], "workers": workers}
+        self.engine._tell(self.summary, self.stages[stage].name, time.perf_counter() - self.begin, **more)
 
     def _release(self) -> None:
         """Stop the workers of pools that have nothing left to do, so that their memory is free for the others."""
@@ -623,6 +652,8 @@ class _Run:
         else:
             self._judge(running, error, node_died)
         self._spawn(actor.pool)
+        if running.task is not None:
+            self._tell(running.task.stage)
 
     def _judge(self, call: _Call, error: Exception, node_died: bool) -> None:
         task, stage = call.task, self.stages[call.task.stage]

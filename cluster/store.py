@@ -1,8 +1,8 @@
 """Committed Parquet parts on any fsspec store: the record of what is done.
 
 Layout: `URL/STAGE/NAME.parquet`, where NAME is `part_key` of the item keys that the part holds. A part is committed by
-create-if-absent of its final name and never changed afterwards. Temporary files are called `.NAME.RANDOM.tmp`; a
-leading dot keeps them out of Arrow's, Spark's and our own listings.
+create-if-absent of its final name and never changed afterwards (but for `PartStore.replace_part`). Temporary files are
+called `.NAME.RANDOM.tmp`; a leading dot keeps them out of Arrow's, Spark's and our own listings.
 
 What each back end promises about create-if-absent:
 
@@ -210,7 +210,9 @@ class PartStore:
             raise StoreError(self._dir(stage), f"the part's name {key!r} is not that of the keys it holds, {name}")
         fields = {k.encode(): v.encode() for k, v in (metadata or {}).items()}
         fields |= {VERSION_FIELD: str(self.schema_version).encode(), STAGE_FIELD: stage.encode()}
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **fields})
+        return self._commit(stage, name, table.replace_schema_metadata({**(table.schema.metadata or {}), **fields}))
+
+    def _commit(self, stage: str, name: str, table: pa.Table) -> bool:
         path = self.path(stage, name)
         try:
             if self._local:
@@ -283,6 +285,49 @@ class PartStore:
     def _temp(path: str) -> str:
         folder, name = path.rsplit("/", 1)
         return f"{folder}/.{name[: -len(SUFFIX)]}.{uuid.uuid4().hex}.tmp"
+
+    def replace_part(self, stage: str, name: str, table: pa.Table) -> str | None:
+        """Take rows out of a committed part for good: the one exception to "a part is never changed".
+
+        What is to stay is committed under a new name, then the part is deleted. At any moment of death every row that
+        is to stay is in a part: in the old one, in both (whose rows for an item are the same, so that it does not
+        matter which counts), or in the new one. Done again, it comes to the same end.
+
+        Only for a store that nobody reads or writes meanwhile: a driver's plan would name a part that is gone.
+
+        Args:
+            table: the rows that stay, some or all of the part's, perhaps with other values; none to delete the part.
+
+        Returns:
+            name of the new part: a hash of the old name and of the rows; None where none stay.
+
+        Raises:
+            SchemaVersionError, StoreError: as for `read_part` and `write_part`.
+        """
+        old = self.path(stage, name)
+        new = None
+        if table.num_rows:
+            sink = pa.BufferOutputStream()
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table.combine_chunks())
+            new = hash_key("replaced", stage, name, sink.getvalue().to_pybytes())
+            self._commit(stage, new, table.replace_schema_metadata(self._footer(old)))
+        try:
+            self._fs.rm_file(old)
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            raise self._error(old, error) from error
+        return new
+
+    def _footer(self, path: str) -> dict[bytes, bytes]:
+        """What a part's writer put into its footer; not what pyarrow adds."""
+        try:
+            with self._fs.open(path, "rb") as source:
+                metadata = pq.read_schema(source).metadata or {}
+        except Exception as error:
+            raise self._error(path, error) from error
+        return {key: value for key, value in metadata.items() if key != b"ARROW:schema"}
 
     def collect_garbage(self, older_than: float = 24 * 3600.0) -> list[str]:
         """Remove temporary files of writers that died.

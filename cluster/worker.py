@@ -74,6 +74,7 @@ class Failure:
 @dataclass
 class ShardResult:
     """What a worker reports. `statuses` counts rows; seconds are wall time, of the operator alone and of the call;
+    `bytes` is the size of the part's rows in memory;
     `peak_bytes` is the process's largest resident size while the operator worked, 0 where the system does not say."""
 
     part: str
@@ -81,6 +82,7 @@ class ShardResult:
     statuses: dict[str, int]
     operator_seconds: float = 0.0
     seconds: float = 0.0
+    bytes: int = 0
     peak_bytes: int = 0
     failures: list[Failure] = field(default_factory=list)
 
@@ -164,6 +166,7 @@ class Worker:
             statuses={entry["values"]: entry["counts"] for entry in counts},
             operator_seconds=spent,
             seconds=time.perf_counter() - begin,
+            bytes=table.nbytes,
             peak_bytes=peak,
             failures=failures,
         )

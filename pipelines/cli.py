@@ -146,6 +146,13 @@ def main() -> None:
       scol demo                          a small archive of generated people, protected, with its report
       scol protect PHOTOS --out OUT      the job itself
       scol doctor                        is everything in place?
+
+    \b
+    Operating (RUN is OUT.run unless --run says otherwise; docs/operate.md):
+      scol protect PHOTOS --out OUT --prune    every night: new and changed photos; deleted ones go
+      scol status RUN, scol cancel RUN         while it runs, from another terminal or machine
+      scol errors RUN, scol retry RUN          what failed, and once more
+      scol purge RUN --person ID               everything of a person is removed
     """
 
 
@@ -171,18 +178,46 @@ def main() -> None:
 @click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only a random sample of so many photos.")
 @click.option("--seed", type=int, default=0, help="Of that sample. (The run's own seed is --set seed=N.)")
+@click.option(
+    "--verify-content",
+    is_flag=True,
+    help="Tell changed photos by their bytes, all of which are read, instead of size and modification time.",
+)
+@click.option(
+    "--prune",
+    is_flag=True,
+    help="Remove the outputs of photos that SRC no longer has, if scol wrote them and nobody changed them since.",
+)
+@click.option("--log-json", metavar="FILE", help="Append structured logs to this local file, one JSON object a line.")
 @json_option
 @configured
 @engine_options
 @guarded
-def protect(src, out, run_url, gallery, on_fail, people_from, limit, seed, as_json, load, workers, ray_address):
+def protect(
+    src,
+    out,
+    run_url,
+    gallery,
+    on_fail,
+    people_from,
+    limit,
+    seed,
+    verify_content,
+    prune,
+    log_json,
+    as_json,
+    load,
+    workers,
+    ray_address,
+):
     """Protect the photos of SRC into OUT.
 
     SRC is a folder (all depths), a glob in quotes, a text list (.txt), or a table (.csv, .parquet) with a column `path`
-    and optionally `person_id`; paths or fsspec URLs. A second run of the same command does only what is missing.
+    and optionally `person_id`; paths or fsspec URLs. A second run of the same command does only what is missing or has
+    changed, and says what is new, changed and deleted since.
 
     Exit status: 0 if no photo failed (photos that came out weak are warned of), 1 if one failed, 2 if the run could not
-    start or go on, 130 after Ctrl-C.
+    start or go on, 130 after Ctrl-C or `scol cancel`.
     """
     config = load(
         gallery__url=gallery, publish__on_fail=on_fail, engine__workers=workers, engine__ray_address=ray_address
@@ -197,6 +232,9 @@ def protect(src, out, run_url, gallery, on_fail, people_from, limit, seed, as_js
         people_from=people_from,
         limit=limit,
         sample_seed=seed,
+        verify_content=verify_content,
+        prune=prune,
+        log_json=log_json,
         say=_say,
         progress_stream=sys.stderr,
     )
@@ -294,37 +332,135 @@ def report(run):
 @json_option
 @guarded
 def status(run, as_json):
-    """How far RUN is, and how it came out so far. Also while it runs."""
+    """How far RUN is, and how it came out so far. Also while it runs, from another terminal or machine.
+
+    While a driver is at work: for each stage photos done and left, rows by status, photos a minute (over the last five
+    minutes) and time left; workers; the last errors; and whether the driver is alive.
+    """
     from pipelines import inspect_run
 
     result = inspect_run.status(run)
     if as_json:
         _print(result)
+    else:
+        click.echo("\n".join(inspect_run.status_lines(result)))
+
+
+@main.command(short_help="Stop a run that is going on, from anywhere.")
+@click.argument("run")
+@click.option("--wait", type=click.FloatRange(min=0), default=60.0, help="Seconds to wait until it has stopped.")
+@guarded
+def cancel(run, wait):
+    """Ask whoever is at work on RUN to stop, also on another machine. What is finished is kept, as after Ctrl-C.
+
+    Exit status: 0 if it has stopped, 1 if nobody is at work on RUN, or somebody still is after the wait.
+    """
+    from pipelines import presence
+    from pipelines.manifests import Run
+
+    place = Run(run)
+    if not place.has("plan.parquet") and not presence.drivers(place):
+        place.plan([])  # says that this is no run
+    asked = presence.request_cancel(place)
+    if not asked:
+        _say("nobody is at work on this run")
+        sys.exit(1)
+    for entry in asked:
+        click.echo(f"asked to stop: {presence.words(entry)}")
+    left = presence.wait_for_end(place, {entry["id"] for entry in asked}, wait)
+    click.echo(f"{len(left)} still at work" if left else "stopped; `scol protect` with the same arguments goes on")
+    sys.exit(1 if left else 0)
+
+
+@main.command(short_help="Have failed photos made again by the next run.")
+@click.argument("run")
+@click.option(
+    "--reason", "reasons", metavar="CODE", multiple=True, help="Only these, e.g. TIMEOUT; repeatable.  [default: all]"
+)
+@click.option("--stage", metavar="S", help="Only what failed at this stage.  [default: any]")
+@json_option
+@guarded
+def retry(run, reasons, stage, as_json):
+    """Have the photos of RUN that failed made again by the next `scol protect` with the same arguments.
+
+    Starts nothing. Rows of other photos are not touched. A run that is going on does not see it; the one after does.
+    """
+    from pipelines import retry as job
+    from pipelines.manifests import Run
+
+    found = job.retry(Run(run), reasons, stage)
+    if as_json:
+        _print({"photos": dict(found.photos), "at_source": found.at_source})
         return
-    click.echo(f"{result['photos']} photos, {result['faces']} faces found")
-    for stage, entry in result["stages"].items():
-        counts = ", ".join(f"{n} {word}" for word, n in entry["rows"].items() if n)
-        click.echo(f"  {stage:8} {entry['done']:>7}/{result['photos']} photos  {counts}")
-    for word in ("ok", "weak", "no_face", "error", "pending"):
-        click.echo(f"{word:8} {result[word]:>7}")
+    for name, count in found.photos.items():
+        click.echo(f"{count} photo(s) will be made again from {name} on")
+    if found.at_source:
+        click.echo(f"{found.at_source} photo(s) could not be used as SRC has them; every run looks again")
+    if not found.photos:
+        click.echo("nothing to make again")
 
 
 @main.command(short_help="List the photos that failed or came out weak.")
 @click.argument("run")
 @click.option("--weak/--no-weak", default=True, help="Also list faces that came out weak.")
+@click.option("--reasons", is_flag=True, help="Count by reason and stage instead, with three examples of each.")
+@click.option("--parquet", metavar="FILE", help="Also write the rows there, as a table.")
 @json_option
 @guarded
-def errors(run, weak, as_json):
+def errors(run, weak, reasons, parquet, as_json):
     """Every photo of RUN that failed or came out weak, with stage and reason."""
     from pipelines import inspect_run
 
     rows = inspect_run.errors(run, weak=weak)
+    if parquet is not None:
+        inspect_run.write_errors(rows, parquet)
+    if reasons:
+        groups = inspect_run.by_reason(rows)
+        if as_json:
+            _print(groups)
+            return
+        for group in groups:
+            click.echo(
+                f"{group['rows']:>7} {group['status']:6} {group['failed_stage'] or '-':8} {group['code']} "
+                f"({group['photos']} photos)"
+            )
+            for example in group["examples"]:
+                click.echo(f"        {example['path']}: {example['reason']}")
+        return
     if as_json:
         _print(rows)
         return
     for row in rows:
         click.echo(f"{row['status']:6} {row['failed_stage'] or '-':8} {row['path']}: {row['reason']}")
     click.echo(f"{len(rows)} row(s)", err=True)
+
+
+@main.command(short_help="Remove everything that a run holds of a photo or a person.")
+@click.argument("run")
+@click.option(
+    "--photo", "photos", metavar="PATH", multiple=True, help="Path as in the manifests, relative to SRC; repeatable."
+)
+@click.option("--person", "people", metavar="ID", multiple=True, help="All photos of this person; repeatable.")
+@json_option
+@guarded
+def purge(run, photos, people, as_json):
+    """Remove photos from RUN: outputs, crops, codes, rows of every stage and version, mentions, report, logs in RUN.
+
+    SRC is not touched: take the photos out of it as well, or the next run makes them again. Refused while somebody is
+    at work on RUN. Outputs that were changed since stay, and are named.
+
+    Exit status: 0 if all is gone, 1 if an output stays.
+    """
+    if not photos and not people:
+        raise click.UsageError("give --photo PATH or --person ID")
+    from pipelines import purge as job
+
+    done = job.purge(run, photos, people, say=_say)
+    if as_json:
+        _print(done.to_dict())
+    else:
+        click.echo("\n".join(job.lines(done)))
+    sys.exit(1 if done.kept else 0)
 
 
 @main.command(short_help="What protecting SRC would take: photos, faces, time, memory.")

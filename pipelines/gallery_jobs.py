@@ -27,6 +27,8 @@ from gallery_index.storage import Folder
 from pipelines import models
 from pipelines.config import Config, GalleryConfig
 from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, Run, scan_stage
+from pipelines.observe import Observer
+from pipelines.presence import Presence
 from scol_ops.models.weights import load_mobilestylegan
 
 
@@ -156,7 +158,7 @@ def build_from_photos(
         ProtectError: no photo at ``src``, or no face in them.
         GalleryExistsError: ``out`` holds a gallery already.
     """
-    from pipelines.protect import ProtectError, absolute, execute, list_source
+    from pipelines.protect import ProtectError, absolute, execute, list_source, source_table
 
     run = Run(absolute(run_url or out.rstrip("/") + ".run"))
     # Opened first: an existing gallery is found before hours of work.
@@ -170,8 +172,18 @@ def build_from_photos(
             "recogniser": models.recogniser_fingerprint(models.INVERSION_RECOGNISER),
         },
     )
-    listing = list_source(src, people_from=people_from)
-    execute(run, listing.photos, config, until="invert", progress=progress)
+    about = {"source": absolute(src), "evidence": "stat"}
+    observer = Observer(run)
+
+    def heard(message: Progress) -> None:
+        observer(message)
+        if progress is not None:
+            progress(message)
+
+    with Presence(run, "gallery build", observer.tell, observer.work) as presence:
+        listing = list_source(src, people_from=people_from, stop=presence.stopped)
+        source = source_table(listing.photos)
+        execute(run, source, config, about=about, until="invert", progress=heard, stop=presence.stopped)
     people = {row.photo_id: row.person_id for row in listing.photos}
     failed = faces = 0
     with builder:

@@ -15,17 +15,23 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from pipelines import presence
 from pipelines.config import STAGES, Config
-from pipelines.manifests import ERROR, SOURCE, WEAK, Run, RunError, read_stage, summary
+from pipelines.manifests import ERROR, SOURCE, WEAK, Run, RunError, duration, read_stage, summary
 
 
 def status(url: str) -> dict[str, Any]:
-    """Photos done at each stage, rows there by status, and the photos' states; see docs/manifests.md.
+    """Photos done at each stage, rows there by status, the photos' states, and who is at work; see docs/operate.md.
 
     Raises:
         RunError: not a run's folder.
     """
     run = Run(url)
+    drivers = presence.drivers(run)
+    words = ("ok", "weak", "no_face", "error", "pending", "published", "copied")
+    if any(driver["alive"] for driver in drivers) and not run.has("plan.parquet"):  # it lists SRC
+        nothing = {word: 0 for word in words}
+        return {"run": url, "photos": 0, "faces": 0, "stages": {}, "drivers": drivers, **nothing}
     plan = run.plan()
     stages = {}
     for stage in (SOURCE, *STAGES):
@@ -39,23 +45,37 @@ def status(url: str) -> dict[str, Any]:
         "photos": plan.num_rows,
         "faces": len(faces) - faces.null_count,
         "stages": stages,
-        **{
-            word: totals[word]
-            for word in (
-                "ok",
-                "weak",
-                "no_face",
-                "error",
-                "pending",
-                "published",
-                "copied",
-                "psnr",
-                "ssim",
-                "ism",
-                "judge",
-            )
-        },
+        "drivers": drivers,
+        **{word: totals[word] for word in (*words, "psnr", "ssim", "ism", "judge")},
     }
+
+
+def status_lines(found: dict[str, Any]) -> list[str]:
+    """``status`` for people."""
+    living = [driver for driver in found["drivers"] if driver["alive"]]
+    lines = [presence.words(driver) for driver in living or found["drivers"][-1:]]
+    lines.append(f"{found['photos']} photos, {found['faces']} faces found")
+    now: dict[str, Any] = {}
+    for driver in living:
+        now |= driver.get("stages", {})
+    for stage, entry in found["stages"].items():
+        line = f"  {stage:8} {entry['done']:>7}/{found['photos']} photos"
+        live = now.get(stage)
+        if live is not None and stage != SOURCE:
+            line += f"  {live['total'] - live['done']:>7} left"
+            if live["rate"]:
+                line += f"  {60 * live['rate']:>8.1f}/min  {duration(live['seconds_left'])} left"
+        counts = ", ".join(f"{n} {word}" for word, n in entry["rows"].items() if n)
+        lines.append(f"{line}  {counts}".rstrip())
+    for driver in living:
+        pools = (f"{pool} {ready}/{wanted}" for pool, (ready, wanted) in driver.get("workers", {}).items())
+        text = ", ".join(pools) or "none yet"
+        lines.append(f"workers  {text}" + (f"; {driver['restarts']} replaced" if driver.get("restarts") else ""))
+    lines += [f"{word:8} {found[word]:>7}" for word in ("ok", "weak", "no_face", "error", "pending")]
+    for driver in living:
+        for row in driver.get("last_errors", [])[-5:]:
+            lines.append(f"last error  {row['failed_stage']}  {row['face_id'] or row['photo_id']}: {row['reason']}")
+    return lines
 
 
 def errors(url: str, weak: bool = True) -> list[dict[str, Any]]:
@@ -79,6 +99,40 @@ def errors(url: str, weak: bool = True) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (order[row["photo_id"]], row["face_id"] or ""))
 
 
+_ERROR_COLUMNS = ("path", "photo_id", "face_id", "status", "reason", "failed_stage")
+
+
+def by_reason(rows: list[dict[str, Any]], examples: int = 3) -> list[dict[str, Any]]:
+    """Rows of `errors` counted by status, code of the reason and stage, most frequent first, with some of each."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        code = (row["reason"] or "").split(":")[0]
+        groups.setdefault((row["status"], code, row["failed_stage"] or ""), []).append(row)
+    found = [
+        {
+            "status": status,
+            "code": code,
+            "failed_stage": stage,
+            "rows": len(members),
+            "photos": len({row["photo_id"] for row in members}),
+            "examples": [{"path": row["path"], "reason": row["reason"]} for row in members[:examples]],
+        }
+        for (status, code, stage), members in groups.items()
+    ]
+    return sorted(found, key=lambda group: (-group["rows"], group["status"], group["code"], group["failed_stage"]))
+
+
+def write_errors(rows: list[dict[str, Any]], file: str) -> None:
+    """Rows of `errors` as a Parquet file (path or fsspec URL), all columns strings."""
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.string()) for name in _ERROR_COLUMNS])
+    with fsspec.open(file, "wb") as sink:
+        pq.write_table(pa.Table.from_pylist(rows, schema), sink, compression="zstd")
+
+
 # ---- plan ------------------------------------------------------------------------------------------------------------
 
 
@@ -93,7 +147,7 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
     """
     from pipelines import models
     from pipelines.photo import Limits, PhotoError, decode
-    from pipelines.protect import duration, layout, list_source
+    from pipelines.protect import layout, list_source
     from pipelines.sources import SourceError, read_bytes
 
     listing = list_source(src)

@@ -2,6 +2,8 @@
 
     RUN/manifests/STAGE/PART.parquet   rows of every stage, ever; see docs/manifests.md
     RUN/plan.parquet                   the keys that count now: one row a photo of the latest run
+    RUN/deleted.parquet                photos that SRC no longer has, until --prune has removed their outputs
+    RUN/drivers/, RUN/retries/         who is at work (`presence`), failed rows that were opened again (`retry`)
     RUN/run.json, RUN/summary.json, RUN/report.html
 
 Parts are never changed, so rows of photos or settings that are no longer wanted stay in them.  `plan.parquet` says
@@ -10,6 +12,7 @@ which keys count; every reader here goes by it.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
@@ -17,7 +20,8 @@ import os
 import statistics
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +140,7 @@ SOURCE_SCHEMA = pa.schema(
         pa.field("url", pa.string(), False),
         pa.field("size", pa.int64()),
         pa.field("modified", pa.string()),
+        pa.field("content", pa.string()),
         pa.field("person_id", pa.string()),
         pa.field("status", pa.string(), False),
         pa.field("reason", pa.string()),
@@ -227,17 +232,71 @@ class Run:
                 raise
             raise RunError(f"{self.path(name)}: not JSON: {error}") from error
 
-    def write_plan(self, plan: pa.Table) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(plan.cast(PLAN_SCHEMA), sink, compression="zstd")
-        self.write("plan.parquet", sink.getvalue().to_pybytes())
+    def has(self, name: str) -> bool:
+        """Whether the run's folder has this file."""
+        fs, path = fsspec.core.url_to_fs(self.path(name))
+        fs.invalidate_cache()
+        return fs.isfile(path)
 
-    def plan(self) -> pa.Table:
-        """One row a photo of the latest run, by path: photo_id, path, and its key at every stage."""
+    def names(self, folder: str = "") -> list[str]:
+        """Names of the files in the run's folder or one below it, sorted; empty where there is no such folder."""
+        fs, path = fsspec.core.url_to_fs(self.path(folder).rstrip("/"))
+        fs.invalidate_cache()
         try:
-            return pq.ParquetFile(pa.BufferReader(self.read("plan.parquet"))).read(use_threads=False)
+            found = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
+
+    def remove(self, name: str) -> None:
+        """Remove a file of the run's folder, if it is there."""
+        fs, path = fsspec.core.url_to_fs(self.path(name))
+        with suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink, compression="zstd")
+        self.write(name, sink.getvalue().to_pybytes())
+
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Raises RunError where the run has no such file, or it is not a table with these columns."""
+        try:
+            file = pq.ParquetFile(pa.BufferReader(self.read(name)))
+            absent = [column for column in columns or () if column not in file.schema_arrow.names]
+            if absent:
+                raise RunError(f"{self.path(name)}: no column {', '.join(absent)}")
+            return file.read(columns=None if columns is None else list(columns), use_threads=False)
         except pa.ArrowInvalid as error:
-            raise RunError(f"{self.path('plan.parquet')}: {error}") from error
+            raise RunError(f"{self.path(name)}: {error}") from error
+
+    def write_plan(self, plan: pa.Table, about: Mapping[str, str] | None = None) -> None:
+        """Args: about: kept in the file's own metadata, see `plan_about`."""
+        self.write_table("plan.parquet", plan.cast(PLAN_SCHEMA).replace_schema_metadata(dict(about or {})))
+
+    def plan(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """One row a photo of the latest run, by path: photo_id, path, and its key at every stage."""
+        return self.read_table("plan.parquet", columns)
+
+
+def plan_about(plan: pa.Table) -> dict[str, str]:
+    """What a plan says about itself: `source`, SRC made absolute; `evidence`, `stat` or `content`."""
+    return {name.decode(): value.decode() for name, value in (plan.schema.metadata or {}).items()}
+
+
+def utc() -> str:
+    """Now, UTC, ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    seconds = int(round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 def to_json(value: Any) -> str:

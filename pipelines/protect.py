@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import importlib.metadata
 import math
@@ -12,19 +11,25 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import fsspec
 import pyarrow as pa
 
 from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key, ray_session
-from pipelines import gallery_jobs, models
+from pipelines import gallery_jobs, models, nightly, retry
 from pipelines.config import STAGES, Config
 from pipelines.machine import machine
-from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, summary
-from pipelines.sources import OutputError, SourceRow, check_out, list_photos
+from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, duration, summary, utc
+from pipelines.logs import JsonLog
+from pipelines.observe import Observer
+from pipelines.presence import Presence
+from pipelines.sources import OutputError, SourceError, SourceRow, check_out, content_digest, list_photos
 from pipelines.stages import VERSIONS, make_stages
 
 
@@ -41,17 +46,35 @@ class ProtectError(ValueError):
 
 @dataclass
 class Listing:
-    """What SRC holds: photos (with those that cannot be used, `error` set), and what was skipped, by code."""
+    """What SRC holds: photos (with those that cannot be used, `error` set), and what was skipped, by code.
+
+    `everything`: also the photos that ``--limit`` leaves out.
+    """
 
     photos: list[SourceRow]
     skipped: dict[str, int] = field(default_factory=dict)
-    total: int = 0
+    everything: list[SourceRow] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return len(self.everything)
 
 
 def list_source(
-    src: str, *, out: str | None = None, people_from: str | None = None, limit: int | None = None, seed: int = 0
+    src: str,
+    *,
+    out: str | None = None,
+    people_from: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    verify_content: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Listing:
     """List SRC; with ``limit`` a random sample of so many photos, the same for the same seed, in order of paths.
+
+    Args:
+        verify_content: read every photo of the sample and set its row's `content`.
+        stop: asked now and then; where it says true, the listing ends as by Ctrl-C (KeyboardInterrupt).
 
     Raises:
         SourceError: see ``sources.list_photos``.
@@ -59,6 +82,8 @@ def list_source(
     """
     photos, skipped = [], Counter()
     for row in list_photos(src, people_from=people_from, out=out):
+        if stop():
+            raise KeyboardInterrupt
         if row.skipped:
             skipped[row.code] += 1
         else:
@@ -67,15 +92,41 @@ def list_source(
         raise ProtectError(
             "EMPTY", f"no photo at {src}" + (f" ({sum(skipped.values())} other files)" if skipped else "")
         )
-    total = len(photos)
-    if limit is not None and limit < total:
+    everything = photos
+    if limit is not None and limit < len(photos):
         photos = sorted(random.Random(seed).sample(photos, limit), key=lambda row: row.path)
-    return Listing(photos, dict(skipped), total)
+    if verify_content:
+        photos = with_content(photos, stop)
+    return Listing(photos, dict(skipped), everything)
+
+
+def with_content(photos: Sequence[SourceRow], stop: Callable[[], bool], readers: int = 16) -> list[SourceRow]:
+    """The rows with `content` set; a photo that cannot be read gets `error`. Every file is read once."""
+
+    def hashed(row: SourceRow) -> SourceRow:
+        if row.error is not None:
+            return row
+        try:
+            return replace(row, content=content_digest(row.url))
+        except SourceError as error:
+            return replace(row, error=str(error))
+
+    out: list[SourceRow] = []
+    with ThreadPoolExecutor(readers) as pool:
+        for first in range(0, len(photos), 256):  # `map` would queue all of them at once
+            if stop():
+                raise KeyboardInterrupt
+            out.extend(pool.map(hashed, photos[first : first + 256]))
+    return out
 
 
 def source_key(row: SourceRow) -> str:
-    """Key of a photo at the source: where it is, and which version of it."""
-    fields = (row.path, row.url, row.size, row.modified, row.person_id, row.error)
+    """Key of a photo at the source: where it is, and which version of it.
+
+    The version is the content where it is known, else size and modification time (or etag).
+    """
+    version = (row.size, row.modified) if row.content is None else ("content", row.content)
+    fields = (row.path, row.url, *version, row.person_id, row.error)
     return hash_key(SOURCE, *("" if value is None else value for value in fields))
 
 
@@ -90,6 +141,7 @@ def source_table(photos: Sequence[SourceRow]) -> pa.Table:
                 "url": row.url,
                 "size": row.size,
                 "modified": row.modified,
+                "content": row.content,
                 "person_id": row.person_id,
                 "status": ERROR if row.error else OK,
                 "reason": row.error,
@@ -103,8 +155,18 @@ def source_table(photos: Sequence[SourceRow]) -> pa.Table:
 # ---- keys ------------------------------------------------------------------------------------------------------------
 
 
-def stage_keys(source: pa.Table, config: Config, weights: dict[str, str], out: str = "") -> dict[str, list[str]]:
-    """The photos' keys at every stage, all known before anything runs (docs/design.md)."""
+def stage_keys(
+    source: pa.Table,
+    config: Config,
+    weights: dict[str, str],
+    out: str = "",
+    opened: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> dict[str, list[str]]:
+    """The photos' keys at every stage, all known before anything runs (docs/design.md).
+
+    Args:
+        opened: of ``retry.opened``.
+    """
     keys, before = {}, source["key"].to_pylist()
     for stage in STAGES:
         # What is the same for all photos is hashed once.
@@ -112,6 +174,8 @@ def stage_keys(source: pa.Table, config: Config, weights: dict[str, str], out: s
             stage, VERSIONS[stage], config.canonical(stage), weights[stage], out if stage == "publish" else ""
         )
         before = keys[stage] = [hash_key(common, key) for key in before]
+        if opened.get(stage):
+            before = keys[stage] = [retry.current(key, opened[stage]) for key in before]
     return keys
 
 
@@ -136,10 +200,13 @@ def _output_sizes(out: str, paths: Sequence[str]) -> list[int | None]:
     return [found.get(path) for path in paths]
 
 
-def renew_missing(run: Run, out: str, source: pa.Table, keys: list[str]) -> list[str]:
+def renew_missing(
+    run: Run, out: str, source: pa.Table, keys: list[str], opened: Collection[str] = ()
+) -> list[str]:
     """Publish keys such that a photo whose file in OUT is gone, or has another size than was written, is done again.
 
-    Parts are never changed, so such a photo gets a new key: that of the next attempt.
+    Parts are never changed, so such a photo gets a new key: that of the next attempt. So does one whose latest attempt
+    is in ``opened`` (``retry.opened``).
     """
     store = run.store
     done = store.done_keys("publish")
@@ -149,7 +216,7 @@ def renew_missing(run: Run, out: str, source: pa.Table, keys: list[str]) -> list
     for key in keys:
         chain = [key]
         while chain[-1] in done:
-            chain.append(hash_key("again", chain[-1]))
+            chain.append(retry.again(chain[-1]))
         attempts.append(chain)
     latest = [chain[-2] for chain in attempts if len(chain) > 1]
     if not latest:
@@ -164,7 +231,7 @@ def renew_missing(run: Run, out: str, source: pa.Table, keys: list[str]) -> list
         chain[0]
         if len(chain) == 1
         else chain[-2]
-        if chain[-2] not in written or written[chain[-2]] == size
+        if chain[-2] not in opened and (chain[-2] not in written or written[chain[-2]] == size)
         else chain[-1]
         for chain, size in zip(attempts, sizes, strict=True)
     ]
@@ -184,23 +251,29 @@ class Setting:
 
 def execute(
     run: Run,
-    photos: Sequence[SourceRow],
+    source: pa.Table,
     config: Config,
     *,
+    about: Mapping[str, str] | None = None,
     out: str | None = None,
     until: str = "publish",
     progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] = lambda text: None,
     on_start: Callable[[Setting], None] | None = None,
 ) -> tuple[RunSummary, Setting]:
     """Plan and run the stages up to ``until`` over these photos; what is done already is not done again.
+
+    Args:
+        source: of ``source_table``.
+        about: kept with the plan, see ``manifests.plan_about``.
+        stop: see ``Engine``.
 
     Raises:
         WeightsError: embedded weights are missing or altered.
         GalleryError, StoreError, EngineError: see their packages.
         RunInterrupted: Ctrl-C; what is finished is kept.
     """
-    source = source_table(photos)
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
         url, info = gallery_jobs.ensure_gallery(config, run, say)
@@ -215,17 +288,18 @@ def execute(
             std = gallery_jobs.gallery_std(run, url, info)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
     weights = models.stage_weights(config, described.get("fingerprint", ""), std_digest)
-    keys = stage_keys(source, config, weights, out or "")
+    opened = retry.opened(run)
+    keys = stage_keys(source, config, weights, out or "", opened)
     if until == "publish":
-        keys["publish"] = renew_missing(run, out, source, keys["publish"])
+        keys["publish"] = renew_missing(run, out, source, keys["publish"], opened.get("publish", ()))
     # Stages beyond `until` get their keys in the plan as well: they are what a later run would make.
     run.write_plan(
-        pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA)
+        pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA), about
     )
     setting = Setting(weights, url, described)
     if on_start is not None:
         on_start(setting)
-    stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=len(photos), until=until)
+    stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=source.num_rows, until=until)
     engine = Engine(
         run.store,
         stages,
@@ -233,6 +307,7 @@ def execute(
         shard_items=config.engine.shard_photos,
         address=config.engine.ray_address,
         progress=progress,
+        stop=stop,
     )
     if not any(engine.plan(source, keys).missing().values()):
         return engine.run(source, keys), setting  # counts what is there; starts no Ray
@@ -336,16 +411,6 @@ class Reporter:
             self.stream.flush()
 
 
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
-    seconds = int(round(seconds))
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
-
-
 # ---- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
@@ -375,10 +440,6 @@ def versions() -> dict[str, str | None]:
     )
     found = {name: _version(name) for name in names}
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v is not None}}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def default_run(out: str) -> str:
@@ -413,6 +474,9 @@ def protect(
     people_from: str | None = None,
     limit: int | None = None,
     sample_seed: int = 0,
+    verify_content: bool = False,
+    prune: bool = False,
+    log_json: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     progress_stream: TextIO | None = None,
 ) -> dict[str, Any]:
@@ -424,6 +488,10 @@ def protect(
         run_url: the run's folder; by default beside OUT.
         people_from: ``folder``: a photo's folder names its person.
         limit, sample_seed: only a random sample of so many photos.
+        verify_content: a photo has changed where its bytes have, whatever its size and modification time say; reads
+            every photo.
+        prune: once the stages are through, remove the outputs of photos that SRC no longer has (``nightly.prune``).
+        log_json: file that structured logs are appended to (``logs``).
         say: takes messages for people, one line each.
         progress_stream: where progress goes; None for nowhere.
 
@@ -433,25 +501,96 @@ def protect(
     Raises:
         SourceError, OutputError, ProtectError: SRC, OUT or RUN cannot be used.
         WeightsError, GalleryError, ClusterError: see their packages.
-        RunInterrupted: Ctrl-C; the tables, the report and the summary of what is finished are written before.
+        BusyError: a purge of the run is going on.
+        RunInterrupted: Ctrl-C or ``scol cancel``; the tables, the report and the summary of what is finished are
+            written before.
     """
-    begin = time.monotonic()
     run = Run(absolute(run_url or default_run(out)))
     check_places(src, out, run.url)
-    out = absolute(out)
-    listing = list_source(src, out=out, people_from=people_from, limit=limit, seed=sample_seed)
+    observer = Observer(run)
+    begin = time.monotonic()
+    with ExitStack() as stack:
+        presence = Presence(run, "protect", observer.tell, observer.work)
+        if log_json is not None:
+            log = observer.log = stack.enter_context(JsonLog(log_json, presence.id))
+            where = {"run": run.url, "source": absolute(src), "out": absolute(out)}
+            log.event("start", **where)
+            # called after the presence has ended, which knows how
+            stack.callback(
+                lambda: log.event("end", **where, state=presence.state, seconds=round(time.monotonic() - begin, 3))
+            )
+        stack.enter_context(presence)
+        return _protect(
+            run,
+            src,
+            absolute(out),
+            config,
+            presence,
+            observer,
+            people_from=people_from,
+            limit=limit,
+            sample_seed=sample_seed,
+            verify_content=verify_content,
+            prune=prune,
+            say=say,
+            progress_stream=progress_stream,
+        )
+
+
+def _protect(
+    run: Run,
+    src: str,
+    out: str,
+    config: Config,
+    presence: Presence,
+    observer: Observer,
+    *,
+    people_from: str | None,
+    limit: int | None,
+    sample_seed: int,
+    verify_content: bool,
+    prune: bool,
+    say: Callable[[str], None],
+    progress_stream: TextIO | None,
+) -> dict[str, Any]:
+    begin = time.monotonic()
+    listing = list_source(
+        src,
+        out=out,
+        people_from=people_from,
+        limit=limit,
+        seed=sample_seed,
+        verify_content=verify_content,
+        stop=presence.stopped,
+    )
     some = f", of {listing.total}" if len(listing.photos) < listing.total else ""
     say(f"{len(listing.photos)} photos at {src}{some}" + _skipped_words(listing.skipped))
+    source = source_table(listing.photos)
+    observer.photos = source["photo_id"]
+    about = {"source": absolute(src), "evidence": "content" if verify_content else "stat"}
+    listed = source["photo_id"].combine_chunks()
+    if len(listing.photos) < listing.total:
+        listed = pa.array([row.photo_id for row in listing.everything], pa.string())
+    failed = [row.path for row in listing.everything if row.error is not None]
+    changes = nightly.compare(run, about["source"], source, listed, failed, about["evidence"])
+    if changes.compared:
+        say(changes.words())
+    if changes.evidence_changed:
+        say("the last run told versions of photos otherwise (--verify-content), so all photos are done anew")
+    for path in changes.deleted[:20]:
+        say(f"deleted: {path}")
     record: dict[str, Any] = {
         "version": 1,
-        "started": _now(),
+        "started": utc(),
         "finished": None,
-        "source": src,
+        "source": about["source"],
         "out": out,
         "run": run.url,
         "limit": limit,
         "sample_seed": sample_seed if limit is not None else None,
         "people_from": people_from,
+        "verify_content": verify_content,
+        "prune": prune,
         "skipped": listing.skipped,
         "config": config.model_dump(mode="json"),
         "stage_versions": VERSIONS,
@@ -464,10 +603,26 @@ def protect(
         run.write_json("run.json", record)
 
     reporter = None if progress_stream is None else Reporter(progress_stream)
+
+    def progress(message: Progress) -> None:
+        observer(message)
+        if reporter is not None:
+            reporter(message)
+
     interrupted: RunInterrupted | None = None
     done: RunSummary | None = None
     try:
-        done, _ = execute(run, listing.photos, config, out=out, progress=reporter, say=say, on_start=started)
+        done, _ = execute(
+            run,
+            source,
+            config,
+            about=about,
+            out=out,
+            progress=progress,
+            stop=presence.stopped,
+            say=say,
+            on_start=started,
+        )
     except RunInterrupted as error:
         interrupted, done = error, error.summary
     finally:
@@ -475,6 +630,16 @@ def protect(
             reporter.close()
     result = summary(run)
     result["skipped"] = listing.skipped
+    result["changes"] = changes.to_dict()
+    if prune and interrupted is None:
+        live = pa.chunked_array([pa.array([row.path for row in listing.everything], pa.string())])
+        pruned = nightly.prune(run, about["source"], out, live)
+        result["changes"]["pruned"] = pruned.to_dict()
+        say(f"pruned: {len(pruned.removed)} output(s) removed")
+        for path, why in pruned.kept.items():
+            say(f"not pruned: {path}: {why}")
+    elif changes.waiting:
+        say(f"{len(changes.waiting)} deleted photo(s) still have their outputs; --prune removes them")
     result["seconds"] = round(time.monotonic() - begin, 3)
     worked = sum(stage.operator_seconds for stage in done.stages.values())
     result["engine"] = done.to_dict()
@@ -483,11 +648,13 @@ def protect(
     )
     result["operator_seconds"] = round(worked, 3)
     result["interrupted"] = interrupted is not None
-    record["finished"] = _now()
+    record["finished"] = utc()
     run.write_json("run.json", record)
     run.write_json("summary.json", result)
     _write_report(run, say)
     if interrupted is not None:
+        if presence.stopped():
+            say("stopped, because `scol cancel` asked for it")
         raise interrupted
     return result
 

@@ -31,7 +31,7 @@ import stat
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -51,8 +51,10 @@ PHOTO_SUFFIXES = frozenset(
 TABLE_SUFFIXES = (".parquet", ".pq", ".csv")
 SKIP_CODES = frozenset({"NOT_A_PHOTO", "HIDDEN"})
 
+_PIECE = 4 * 2**20  # bytes read at once where a file is only hashed
 _MAX_LINKS = 8  # folders entered through links, one inside the other: bounds what links across links can unfold to
 _DEVICES = re.compile(r"(?i)^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?$")
+_DRIVE = re.compile(r"[A-Za-z]:")
 _PROTOCOL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::|://)")
 
 
@@ -83,6 +85,7 @@ class SourceRow:
     `path`: relative, POSIX, valid UTF-8, unique in the listing. `url`: what `read_bytes` opens: an absolute local path
     or an fsspec URL. `size`: bytes, None where unknown. `modified`: nanoseconds since 1970 as text for local files, the
     store's etag (or modification time) elsewhere, None where unknown. `error`: `CODE: words`, None for a good photo.
+    `content`: `content_digest`, where it was asked for.
     """
 
     path: str
@@ -91,6 +94,7 @@ class SourceRow:
     modified: str | None = None
     person_id: str | None = None
     error: str | None = None
+    content: str | None = None
 
     @property
     def photo_id(self) -> str:
@@ -117,7 +121,9 @@ def safe_relative(path: str) -> str:
 
     Raises SourceError UNSAFE_PATH for `..`, absolute paths, drive letters, backslashes, control characters, line
     separators, lone surrogates, Windows device names and names of dots and spaces alone; EMPTY_PATH where no name is
-    left. Strict on every system, since OUT may be carried to another one.
+    left. Strict on every system, since OUT may be carried to another one: a drive letter counts in every name (Windows
+    joins `C:\\out`, `C:x` to `C:x`), and so does what another system may take for one of these: full-width dots and
+    letters and the like, by Unicode's compatibility form (NFKC).
     """
 
     def refuse(why: str):
@@ -128,16 +134,22 @@ def safe_relative(path: str) -> str:
         refuse("absolute path")
     if "\\" in path:
         refuse("backslash")
-    if re.match(r"[A-Za-z]:", path):
-        refuse("drive letter")
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in path):
         refuse("control character")
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    for part in parts:
+    seen = parts
+    if not path.isascii():
+        alike = [unicodedata.normalize("NFKC", part) for part in parts]
+        if any(part.startswith(("/", "\\")) for part in alike):
+            refuse("absolute path")
+        seen = parts + [name for part in alike for name in re.split(r"[/\\]", part) if name]
+    for part in seen:
         if part == "..":
             refuse("`..`")
         if not part.strip(". "):
             refuse("a name of dots and spaces")
+        if _DRIVE.match(part):
+            refuse("drive letter")
         if _DEVICES.match(part):
             refuse("device name")
     if not parts:
@@ -554,6 +566,38 @@ def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
         raise SourceError("READ_FAILED", f"{type(e).__name__}: {e}") from e
 
 
+def content_digest(url: str) -> str:
+    """BLAKE2b of a file's bytes, 32 hex digits; read in pieces, so that its size does not matter.
+
+    Raises SourceError NOT_FOUND, UNREADABLE, NOT_A_FILE, READ_FAILED, BAD_URL.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    local = _local(url)
+    try:
+        if local is not None:
+            # Not blocking on a pipe that has taken the file's place.
+            handle = os.open(local, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+            try:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise SourceError("NOT_A_FILE", "a device, pipe or folder")
+                while piece := os.read(handle, _PIECE):
+                    digest.update(piece)
+            finally:
+                os.close(handle)
+        else:
+            fs, path = _fs(url)
+            with fs.open(path, "rb", block_size=_PIECE, cache_type="readahead") as file:
+                while piece := file.read(_PIECE):
+                    digest.update(piece)
+    except SourceError:
+        raise
+    except OSError as e:
+        raise _os_error(e, "file") from e
+    except Exception as e:  # each store's client has errors of its own
+        raise SourceError("READ_FAILED", f"{type(e).__name__}: {e}") from e
+    return digest.hexdigest()
+
+
 # ---- OUT -------------------------------------------------------------------------------------------------------------
 
 
@@ -615,8 +659,9 @@ def write_output(out: str, path: str, data: bytes) -> str:
     """Writes `data` to OUT/path, replacing what is there, and returns where (absolute local path, or URL).
 
     Local: written beside its place under a temporary name, flushed to disk, then renamed, so that nobody sees half a
-    file; a folder in OUT that is a link to outside is refused. Other stores: one put, atomic where the store's is (S3,
-    GCS, Azure). Raises OutputError UNSAFE_PATH, NOT_WRITABLE, DISK_FULL, WRITE_FAILED, BAD_URL.
+    file; a folder in OUT that is a link is refused, since it may lead outside, or to where another photo's output lies.
+    Other stores: one put, atomic where the store's is (S3, GCS, Azure). Raises OutputError UNSAFE_PATH, NOT_WRITABLE,
+    DISK_FULL, WRITE_FAILED, BAD_URL.
     """
     try:
         path = safe_relative(path)
@@ -636,13 +681,13 @@ def write_output(out: str, path: str, data: bytes) -> str:
         return fs.unstrip_protocol(target)
 
     root = os.path.realpath(local)
-    target = os.path.join(root, *path.split("/"))
+    target = output_place(out, path)
     folder = os.path.dirname(target)
     part = os.path.join(folder, f".scol-{uuid.uuid4().hex}.part")
     try:
         # Checked before makedirs, which would follow a link that leads outside.
-        if not _inside(os.path.realpath(folder), root):
-            raise OutputError("UNSAFE_PATH", f"a link in OUT leads outside it: {path!r}")
+        if os.path.realpath(folder) != folder:
+            raise OutputError("UNSAFE_PATH", f"a folder in OUT is a link: {path!r}")
         os.makedirs(folder, exist_ok=True)
         with open(part, "xb") as f:
             f.write(data)
@@ -654,3 +699,70 @@ def write_output(out: str, path: str, data: bytes) -> str:
             os.unlink(part)
         raise _out_error(e, path) from e
     return target
+
+
+def output_place(out: str, path: str) -> str:
+    """Where `write_output` puts OUT/path, and what it returns: absolute local path, links resolved, or URL."""
+    local = _local(out)
+    if local is not None:
+        return os.path.join(os.path.realpath(local), *path.split("/"))
+    fs, root = _fs(out, OutputError)
+    return fs.unstrip_protocol(f"{root.rstrip('/')}/{path}")
+
+
+def remove_output(out: str, path: str, digests: Collection[str]) -> str | None:
+    """Removes OUT/path if its bytes are still some that were written there, and folders of OUT that this leaves empty.
+
+    Args:
+        digests: SHA-256, hex, of what was written there, whenever.
+
+    Returns:
+        None where the file is gone now (or was before); else why it stays, in words.
+
+    Raises OutputError UNSAFE_PATH, NOT_WRITABLE, WRITE_FAILED, BAD_URL.
+    """
+    try:
+        path = safe_relative(path)
+    except SourceError as e:
+        raise OutputError(e.code, e.message) from e
+    local = _local(out)
+    if local is None:
+        fs, root = _fs(out, OutputError)
+        target = f"{root.rstrip('/')}/{path}"
+        try:
+            fs.invalidate_cache()
+            if not fs.exists(target):
+                return None
+            if hashlib.sha256(fs.cat_file(target)).hexdigest() not in digests:
+                return "it has changed since it was written"
+            fs.rm_file(target)
+        except OSError as e:
+            raise _out_error(e, path) from e
+        except Exception as e:  # each store's client has errors of its own
+            raise OutputError("WRITE_FAILED", f"{path}: {type(e).__name__}: {e}") from e
+        return None
+
+    root = os.path.realpath(local)
+    target = output_place(out, path)
+    folder = os.path.dirname(target)
+    if os.path.realpath(folder) != folder:
+        raise OutputError("UNSAFE_PATH", f"a folder in OUT is a link: {path!r}")
+    try:
+        try:
+            if not stat.S_ISREG(os.lstat(target).st_mode):
+                return "something else than a file has taken its place"
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        with open(target, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() not in digests:
+                return "it has changed since it was written"
+        os.unlink(target)
+        while folder != root:
+            try:
+                os.rmdir(folder)  # refuses where anything is left
+            except OSError:
+                break
+            folder = os.path.dirname(folder)
+    except OSError as e:
+        raise _out_error(e, path) from e
+    return None

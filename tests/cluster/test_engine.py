@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from arithmetic import PARTS, VERSIONS, chain, expected_total, failed_parts, make_square, source_table, stages
 
-from cluster import ContractError, Engine, EngineError, PartStore, Pool, Resources, Stage
+from cluster import ContractError, Engine, EngineError, PartStore, Pool, Resources, RunInterrupted, Stage
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -284,3 +284,26 @@ def test_a_driver_that_is_killed_is_resumed_by_another(tmp_path, ray_cluster):
     assert assert_complete(store, source, keys) == {}
     assert summary.stages["split"].kept >= 6
     assert store.read_rows("split").num_rows == sum(n % 3 + 1 for n in range(30))
+
+
+def test_a_run_stops_when_it_is_asked_to_and_goes_on_later(tmp_path):
+    store, told = PartStore(tmp_path / "m"), []
+    source = source_table(["slow:0.3"] * 12)
+    keys = chain(source, VERSIONS)
+    asked = threading.Event()
+
+    def listen(progress):
+        told.append(progress)
+        if progress.stage == "split" and progress.items:
+            asked.set()
+
+    engine = Engine(store, stages(), shard_items=1, progress=listen, stop=asked.is_set)
+    with pytest.raises(RunInterrupted) as caught:
+        engine.run(source, keys)
+    first = caught.value.summary.stages["split"].done
+    assert 0 < first < 12 and len(store.done_keys("split")) >= first
+    shard = next(p for p in told if p.items)
+    assert shard.shard.bytes > 0 and shard.workers["default"][1] >= 1 and 0 < shard.queued < 12
+    assert set(store.index("split")["key"].to_pylist()) >= {keys["split"][i] for p in told for i in p.items}
+    summary, source, keys = run(store, ["slow:0.3"] * 12)
+    assert assert_complete(store, source, keys) == {} and summary.stages["split"].kept >= first

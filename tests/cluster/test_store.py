@@ -261,3 +261,30 @@ def test_a_writer_killed_before_it_commits_leaves_no_part(tmp_path):
     assert len(os.listdir(tmp_path / "s")) == 1 and store.parts("s") == []
     assert store.write_part("s", None, rows([A], [1]))
     assert len(store.collect_garbage(older_than=0)) == 1
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_rows_taken_out_of_a_part_are_gone_and_the_others_are_kept(tmp_path, kind):
+    store = PartStore(tmp_path / "m" if kind == "local" else f"memory://{tmp_path.name}/m")
+    table = pa.table({"key": ["a", "b", "b", "c"], "value": ["secret", "one", "two", "three"]})
+    store.write_part("s", None, table, {"cluster.stage_version": "7"})
+    (old,) = store.parts("s")
+    rest = store.read_part("s", old).slice(1)
+    new = store.replace_part("s", old, rest)
+    assert store.parts("s") == [new] and new != old
+    assert store.read_part("s", new) == rest and store.done_keys("s") == {"b", "c"}
+    with store._fs.open(store.path("s", new)) as file:
+        data = file.read()
+    assert b"secret" not in pq.read_table(pa.BufferReader(data)).to_string().encode()
+    assert pq.read_schema(pa.BufferReader(data)).metadata[b"cluster.stage_version"] == b"7"
+
+    # Killed between commit and deletion: both parts are there, every item is read once, and the second try ends it.
+    store._fs.pipe_file(store.path("s", old), data)
+    assert store.read_rows("s", ["b", "c"])["value"].to_pylist() == ["one", "two", "three"]
+    assert store.replace_part("s", old, rest) == new and store.parts("s") == [new]
+
+    # Values may change without a change of keys; the name is another all the same.
+    changed = rest.set_column(1, "value", pa.array(["", "two", "three"]))
+    third = store.replace_part("s", new, changed)
+    assert third not in (old, new) and store.read_part("s", third) == changed and store.parts("s") == [third]
+    assert store.replace_part("s", third, changed.slice(0, 0)) is None and store.parts("s") == []

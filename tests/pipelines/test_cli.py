@@ -11,6 +11,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from click.testing import CliRunner, Result
@@ -65,6 +66,9 @@ def test_config_prints_a_file_that_can_be_read_back(tmp_path: Path) -> None:
         (["protect", "{src}", "--out", "{tmp}/out", "--gallery", "{tmp}/nowhere"], "nowhere"),
         (["status", "{tmp}"], "no run of scol"),
         (["errors", "{tmp}"], "no run of scol"),
+        (["cancel", "{tmp}"], "no run of scol"),
+        (["retry", "{tmp}"], "no run of scol"),
+        (["purge", "{tmp}", "--person", "x"], "no run of scol"),
         (["report", "{tmp}"], "no run of scol"),
         (["gallery", "info", "{tmp}"], "{tmp}"),
         (["plan", "{tmp}/nowhere"], "NOT_FOUND"),
@@ -154,6 +158,21 @@ def test_errors(run: Path) -> None:
     assert found[2]["face_id"] == "c-01"
     assert [r["path"] for r in json.loads(scol("errors", str(run), "--no-weak", "--json").output)] == ["b.jpg", "c.jpg"]
     assert "error  align    b.jpg: CORRUPT: words" in scol("errors", str(run)).output
+
+
+def test_errors_by_reason_and_as_a_table(run: Path, tmp_path: Path) -> None:
+    groups = json.loads(scol("errors", str(run), "--reasons", "--json").output)
+    assert [(g["code"], g["failed_stage"], g["rows"], g["photos"]) for g in groups] == [
+        ("CORRUPT", "align", 1, 1),
+        ("TIMEOUT", "tune", 1, 1),
+        ("WEAK_IDENTITY", "publish", 1, 1),
+    ]
+    assert groups[1]["examples"] == [{"path": "c.jpg", "reason": "TIMEOUT: 9 s"}]
+    shown = scol("errors", str(run), "--reasons", "--parquet", str(tmp_path / "errors.parquet")).output
+    assert "1 error  tune     TIMEOUT (1 photos)" in shown and "c.jpg: TIMEOUT: 9 s" in shown
+    table = pq.read_table(tmp_path / "errors.parquet")
+    assert table["path"].to_pylist() == ["a.jpg", "b.jpg", "c.jpg"]
+    assert table["face_id"].to_pylist() == ["a-00", None, "c-01"] and table["failed_stage"][2].as_py() == "tune"
 
 
 def test_models_lists_digests_that_hold() -> None:
