@@ -44,6 +44,8 @@ def misbehave(mode: str, spoil: str) -> None:
     kind, _, where = mode.partition(":")
     if kind == "raise":
         raise ValueError(f"item is\nbad {'x' * 1000}")
+    if kind == "bad":
+        raise ValueError("bad item")
     if kind == "sleep":
         time.sleep(60)
     if kind == "stubborn":  # swallows every Exception

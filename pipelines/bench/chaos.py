@@ -24,8 +24,8 @@ tables as every reader does, by key:
 - `finished_redone`: items that a driver did again though their part was committed before it started;
 - `rows_stored_twice`: rows that lie in two parts, of which readers take one.
 
-The engine gives up an item in whose presence three workers of one run die, since it cannot know who killed them. So one
-life of a driver gets at most two kills of a process with work in hand; kills of nodes do not count, neither here nor there.
+The engine gives up an item in whose presence three workers of one run die, since it cannot know who killed them. So
+one life of a driver gets at most two kills of a process with work in hand; those of nodes count neither here nor there.
 
 The exit status is 1 where rows_lost, rows_doubled, outputs_different or finished_redone is not 0, or a job hung.
 """

@@ -1,8 +1,8 @@
 """What the chaos campaign runs: drivers of the arithmetic chain and of the real stages, watched, and interruptible.
 
-The drivers do what any driver does, with two additions that no production code has: every call of an operator is noted
-in a log, and a worker that is about to commit a part, or has just done so, stops there when the campaign asks for it, so
-that it can be killed at that very point. Environment, inherited by the workers through the campaign's Ray nodes:
+The drivers do what any driver does, with two additions that no production code has: every call of an operator is
+noted in a log, and a worker that is about to commit a part, or has just done so, stops there when the campaign asks for
+it, so that it can be killed at that very point. Environment, inherited by the workers through the campaign's Ray nodes:
 
     CHAOS_ORDERS   folder; a file `write` or `commit` there makes the next committing process rename it to
                    `write.PID` or `commit.PID` and wait, before the link of its part's temporary file or after it
@@ -84,7 +84,7 @@ def _watched_factory(factory: Callable[[], Operator], stage: str) -> Operator:
 
 def arithmetic_source(items: int) -> pa.Table:
     """The campaign's items: each takes some time, every 50th fails by an exception."""
-    return arithmetic.source_table(["raise" if n % 50 == 49 else f"slow:{ITEM_SECONDS}" for n in range(items)])
+    return arithmetic.source_table(["bad" if n % 50 == 49 else f"slow:{ITEM_SECONDS}" for n in range(items)])
 
 
 def run_arithmetic(store: str, items: int, address: str, actors: int) -> None:
