@@ -62,8 +62,8 @@ class StageSummary:
         shards: parts written by this run.
         operator_seconds: time inside operators, summed over workers.
         worker_seconds: the same with reading and writing parts.
-        peak_bytes: largest resident size of a worker while it worked at this stage (its networks, and those of the other
-            stages of its pool, included); 0 where no worker did or the system does not say.
+        peak_bytes: largest resident size of a worker while it worked at this stage (its networks, and those of the
+            other stages of its pool, included); 0 where no worker did or the system does not say.
     """
 
     total: int = 0
