@@ -11,10 +11,10 @@ from cluster.errors import (
     StoreError,
     UnsafeStoreError,
 )
-from cluster.keys import KeyRule, hash_key, hash_keys
+from cluster.keys import KeyRule, hash_key, hash_keys, part_key
 from cluster.session import ray_session
 from cluster.stage import ItemTimeout, Operator, Pool, Resources, Stage, WorkerUnfit
-from cluster.store import PartStore, part_key
+from cluster.store import PartStore
 
 __all__ = [
     "ClusterError",

@@ -9,17 +9,19 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from cluster.errors import ClusterError, ContractError, EngineError, PlanError, RunInterrupted, UnsafeStoreError
-from cluster.keys import KeyIndex, KeyRule, distinct, pack, unpack, windows
+from cluster.keys import KeyIndex, KeyRule, distinct, pack, part_key, unpack, windows
 from cluster.session import import_path, ray_session
 from cluster.stage import Pool, Resources, Stage
-from cluster.store import PartStore, part_key
+from cluster.store import PartStore
 from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, one_line, with_retries
 
 log = logging.getLogger("cluster")
@@ -352,14 +354,13 @@ class Engine:
         self,
         source: pa.Table | Iterable[pa.Table],
         keys: Mapping[str, Keys],
-        write: Callable[[pa.Table], str] | None = None,
+        write: Callable[[str, pa.Table], None] | None = None,
     ) -> tuple[Plan, set[str]]:
         """The plan, and the names of the source's columns.
 
         Args:
             write: None to leave the store as it is. Else what the store's parts hold is saved where that pays, and
-                source rows that it lacks are handed to `write`, up to `_SOURCE_ITEMS` at a time, which puts them into a
-                part and returns its name.
+                source rows that it lacks are handed to `write`, up to `_SOURCE_ITEMS` at a time, with the part's name.
         """
         for name in self.names[1:]:
             if name not in keys:
@@ -379,8 +380,10 @@ class Engine:
             missing = np.flatnonzero(where == 0) if write is not None else []
             for first in range(0, len(missing), _SOURCE_ITEMS):
                 items = missing[first : first + _SOURCE_ITEMS]
-                names.append(write(table.take(pa.array(items))))
+                rows = table.take(pa.array(items))
+                names.append(part_key(rows["key"].to_pylist()))
                 where[items] = len(names)
+                write(names[-1], rows)
             packed.append(some)
             codes.append(where)
         packed = np.concatenate(packed) if packed else np.empty((0, 2), np.uint64)
@@ -414,8 +417,8 @@ class Engine:
             for some in windows(len(plan)):
                 if not isinstance(given[position], np.ndarray):
                     here[some] = _packed(name, given[position](unpack(here[some])), some.stop - some.start)
-                if len(index):
-                    plan.part[position][some] = index.find(here[some]) + 1
+                if np.any((found := index.find(here[some])) >= 0):  # else the array stays untouched, see `Plan`
+                    plan.part[position][some] = found + 1
 
     def _key_index(self, stage: str, save: bool) -> KeyIndex:
         index = with_retries(lambda: self.store.key_index(stage))
@@ -446,7 +449,8 @@ class Engine:
         summary = RunSummary({self.names[0]: listed})
         plan = None
         try:
-            plan, columns = self._plan(source, keys, lambda rows: self._write_source(rows, listed))
+            with _SourceWriter(self.store, self.names[0], listed) as writer:
+                plan, columns = self._plan(source, keys, writer.write)
             listed.total, listed.kept = len(plan), len(plan) - listed.done
             for name, missing in list(plan.missing().items())[1:]:
                 summary.stages[name] = StageSummary(total=len(plan), kept=len(plan) - missing)
@@ -471,12 +475,36 @@ class Engine:
             count = summary.stages[name]
             self.progress(Progress(name, count.kept + count.done, count.total, dict(count.statuses), seconds))
 
-    def _write_source(self, rows: pa.Table, summary: StageSummary) -> str:
-        name = part_key(rows["key"].to_pylist())
-        with_retries(lambda: self.store.write_part(self.names[0], name, rows))
-        summary.done += rows.num_rows
-        summary.shards += 1
-        return name
+class _SourceWriter:
+    """Commits source parts in threads, so that a listing need not wait for the disk. Leaving the block waits for them."""
+
+    def __init__(self, store: PartStore, stage: str, summary: StageSummary, threads: int = 4):
+        self.store, self.stage, self.summary = store, stage, summary
+        self.most = 2 * threads
+        self.pool = ThreadPoolExecutor(threads)
+        self.open: deque[Future] = deque()
+
+    def __enter__(self) -> _SourceWriter:
+        return self
+
+    def write(self, name: str, rows: pa.Table) -> None:
+        """Raises StoreError if an earlier part could not be written."""
+        while len(self.open) >= self.most:
+            self._settle()
+        commit = partial(self.store.write_part, self.stage, name, rows)
+        self.open.append(self.pool.submit(with_retries, commit))
+        self.summary.done += rows.num_rows
+        self.summary.shards += 1
+
+    def _settle(self) -> None:
+        self.open.popleft().result()
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            while self.open and kind is None:
+                self._settle()
+        finally:
+            self.pool.shutdown(cancel_futures=True)
 
 
 def _packed(stage: str, keys: Keys, count: int) -> np.ndarray:

@@ -7,7 +7,7 @@ A key is what `hash_key` gives: 32 hex digits. As strings, ten million of them t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ def hash_key(*fields: str | bytes | int) -> str:
     Returns:
         32 hex digits (blake2b, 16 bytes; RFC 7693).
     """
-    return hashlib.blake2b(b"".join(map(_framed, fields)), digest_size=16).hexdigest()
+    return hashlib.blake2b(b"".join([_framed(field) for field in fields]), digest_size=16).hexdigest()
 
 
 def hash_keys(fields: Sequence[str | bytes | int], keys: Sequence[str]) -> list[str]:
@@ -44,6 +44,16 @@ def hash_keys(fields: Sequence[str | bytes | int], keys: Sequence[str]) -> list[
     if any(len(item) != end for item in data):
         raise ValueError("keys of different lengths")
     return [digest(item, digest_size=16).hexdigest() for item in data]
+
+
+def part_key(keys: Iterable[str]) -> str:
+    """Name of the part that holds exactly these item keys: `hash_key` of the sorted, distinct keys (32 hex digits)."""
+    ordered = sorted(set(keys))
+    if not all(len(key) == 32 and key.isascii() for key in ordered):
+        return hash_key(*ordered)
+    frame = (32).to_bytes(8, "little").decode("latin-1")  # what `_framed` puts before each of them
+    data = frame + frame.join(ordered) if ordered else ""
+    return hashlib.blake2b(data.encode("latin-1"), digest_size=16).hexdigest()
 
 
 def _framed(field: str | bytes | int) -> bytes:

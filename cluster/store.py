@@ -45,7 +45,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import SchemaVersionError, StoreError, UnsafeStoreError
-from cluster.keys import KeyIndex, hash_key, pack, unpack
+from cluster.keys import KeyIndex, pack, part_key, unpack
 
 VERSION_FIELD = b"cluster.schema_version"
 STAGE_FIELD = b"cluster.stage"
@@ -76,11 +76,6 @@ _PERMANENT = {
     errno.EINVAL: "invalid argument",
     errno.ENOTSUP: "not supported by the file system",
 }
-
-
-def part_key(keys: Iterable[str]) -> str:
-    """Name of the part that holds exactly these item keys: `hash_key` of the sorted, distinct keys (32 hex digits)."""
-    return hash_key(*sorted(set(keys)))
 
 
 class PartStore:

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import ContractError, StoreError
+from cluster.keys import part_key
 from cluster.stage import ItemTimeout, Operator, Stage, WorkerUnfit
-from cluster.store import PartStore, part_key
+from cluster.store import PartStore
 
 T = TypeVar("T")
 log = logging.getLogger("cluster")

@@ -2,18 +2,18 @@
 
     python -m pipelines.bench.bench_engine [--only rows,planning,efficiency,overhead] [--rows 1000000] ...
 
-- rows: the same Parquet files (--rows rows in --shards files) through a stage that does nothing, by this engine (with its
-  manifest: the source's rows are stored as well), by datatrove's local executor, and by plain Ray Data with
+- rows: the same Parquet files (--rows rows in --shards files) through a stage that does nothing, by this engine (with
+  its manifest: the source's rows are stored as well), by datatrove's local executor, and by plain Ray Data with
   `write_parquet`, one after the other, each with --workers processes. Seconds are of the job: the start of Ray is left
   out, that of workers is not. Memory is the largest sum of the resident sizes of all processes of the job, sampled five
   times a second; shared pages count in each. Files are those left in the output's folder.
 - planning: a synthetic listing of --photos-planned photos, made and keyed as `scol protect` does, compared with a store
   that has --photos-done of them at every stage.
-- efficiency: --actors workers with items of --item-seconds that only sleep. While every worker has work (from the moment
-  that the last one began to the moment that the first one ran out): their time in the operator by the time that passed.
+- efficiency: --actors workers with items of --item-seconds that only sleep. While every worker has work (from the
+  moment that the last one began to that at which the first one ran out): their time in the operator by the time passed.
 - overhead: see `bench_stages`, with --photos photos, the quick profile.
 
-datatrove comes from an environment of its own (requirements-bench.txt, `make bench-engine` makes it). Writes
+datatrove and Ray Data run in an environment of their own (requirements-bench.txt, `make bench-engine` makes it). Writes
 build/bench/engine.json; parts that were not measured keep what an earlier call wrote there.
 """
 
@@ -70,6 +70,24 @@ if __name__ == "__main__":
     print("SECONDS", time.perf_counter() - begin)
 """
 
+RAY_DATA = """
+import glob, sys, time
+import ray
+
+if __name__ == "__main__":
+    source, out, logs, tasks, workers = sys.argv[1:]
+    ray.init(address="local", num_cpus=int(workers), include_dashboard=False, object_store_memory=2**30,
+             log_to_driver=False, logging_level="error")
+    import ray.data
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    begin = time.perf_counter()
+    files = sorted(glob.glob(source + "/*.parquet"))
+    table = ray.data.read_parquet(files, override_num_blocks=int(tasks))
+    table = table.map_batches(lambda rows: rows, batch_format="pyarrow", batch_size=None)
+    table.write_parquet(out, compression="zstd")
+    print("SECONDS", time.perf_counter() - begin)
+"""
+
 
 # ---- rows a second ---------------------------------------------------------------------------------------------------
 
@@ -94,11 +112,12 @@ def failed_row(rows: pa.Table, reason: str) -> pa.Table:
 
 
 def listing(folder: Path) -> Iterator[pa.Table]:
-    """The files' rows as a source: keyed by what they hold."""
-    for path in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(path, use_threads=False)
-        names = zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True)
-        key = pa.array([hash_key("source", *fields) for fields in names], pa.string())
+    """The files' rows as a source, some files at a time."""
+    paths = sorted(folder.glob("*.parquet"))
+    for first in range(0, len(paths), 16):
+        tables = [pq.ParquetFile(path).read(use_threads=False) for path in paths[first : first + 16]]
+        table = pa.concat_tables(tables)
+        key = pa.array(hash_keys(["source"], table["id"].to_pylist()), pa.string())
         status = pa.array(["ok"] * len(table), pa.string())
         columns = [key, status, pa.nulls(len(table), pa.string()), table["id"], table["text"]]
         yield pa.Table.from_arrays(columns, schema=ROW)
@@ -114,39 +133,26 @@ def run_scol(source: Path, out: Path, shards: int, rows: int, workers: int) -> f
         return time.perf_counter() - begin
 
 
-def run_ray_data(source: Path, out: Path, shards: int, workers: int) -> float:
-    with ray_session(num_cpus=workers, object_store_bytes=2**30):
-        import ray.data
-
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        files = [str(path) for path in sorted(source.glob("*.parquet"))]
-        begin = time.perf_counter()
-        table = ray.data.read_parquet(files, override_num_blocks=shards)
-        table = table.map_batches(lambda rows: rows, batch_format="pyarrow", batch_size=None)
-        table.write_parquet(str(out), compression="zstd")
-        return time.perf_counter() - begin
-
-
 def count_rows(folder: Path) -> int:
     return sum(pq.read_metadata(path).num_rows for path in folder.rglob("*.parquet"))
 
 
 def measure_rows(rows: int, shards: int, workers: int) -> dict[str, Any]:
     """Each system in a process of its own."""
+    if not BENCH_PYTHON.exists():
+        raise FileNotFoundError(f"{BENCH_PYTHON}: `make bench-engine` makes it from requirements-bench.txt")
     found: dict[str, Any] = {"rows": rows, "shards": shards, "workers": workers, "systems": {}}
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as name:
         folder = Path(name)
         make_rows(folder / "in", rows, shards)
         for system in SYSTEMS:
             out = folder / system
-            if system == "datatrove":
-                if not BENCH_PYTHON.exists():
-                    raise FileNotFoundError(f"{BENCH_PYTHON}: `make bench-engine` makes it from requirements-bench.txt")
-                script = folder / "pipeline.py"
-                script.write_text(DATATROVE)
-                command = [BENCH_PYTHON, script, folder / "in", out, folder / "logs", shards, workers]
+            if system == "scol":
+                command = [*_self("row_part"), folder / "in", out, shards, rows, workers]
             else:
-                command = [*_self("row_part"), system, folder / "in", out, shards, rows, workers]
+                script = folder / f"job_{system}.py"
+                script.write_text(DATATROVE if system == "datatrove" else RAY_DATA)
+                command = [BENCH_PYTHON, script, folder / "in", out, folder / "logs", shards, workers]
             seconds, peak = run_watched([str(word) for word in command])
             written = count_rows(out / "noop" if system == "scol" else out)
             if written != rows:
@@ -162,12 +168,8 @@ def measure_rows(rows: int, shards: int, workers: int) -> dict[str, Any]:
     return found
 
 
-def row_part(system: str, source: str, out: str, shards: str, rows: str, workers: str) -> None:
-    if system == "scol":
-        seconds = run_scol(Path(source), Path(out), int(shards), int(rows), int(workers))
-    else:
-        seconds = run_ray_data(Path(source), Path(out), int(shards), int(workers))
-    print("SECONDS", seconds)
+def row_part(source: str, out: str, shards: str, rows: str, workers: str) -> None:
+    print("SECONDS", run_scol(Path(source), Path(out), int(shards), int(rows), int(workers)))
 
 
 def _self(part: str) -> list[str]:
@@ -232,7 +234,7 @@ def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table
 
 
 def planning_part(folder: str, photos: str, done: str) -> None:
-    """Prints a JSON object: seconds, and the peak of this process's resident size."""
+    """Prints a JSON object: seconds, by how much the resident size grew at most, and its peak."""
     from pipelines.config import STAGES
     from pipelines.stages import VERSIONS
 
@@ -253,7 +255,7 @@ def planning_part(folder: str, photos: str, done: str) -> None:
     if len(plan) != int(photos) or set(missing.values()) != {int(photos) - int(done)}:
         raise RuntimeError(f"the plan is wrong: {len(plan)} photos, missing {missing}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "start_bytes": start}))
+    print(json.dumps({"seconds": seconds, "planning_bytes": peak - start, "process_bytes": peak}))
 
 
 def measure_planning(photos: int, done: int) -> dict[str, Any]:
@@ -367,7 +369,8 @@ def main() -> None:
         elif part == "planning":
             found = result["planning"] = measure_planning(arguments.photos_planned, arguments.photos_done)
             print(
-                f"planning {found['photos']} photos: {found['seconds']:.1f} s, {found['peak_bytes'] / 2**30:.2f} GiB"
+                f"planning {found['photos']} photos: {found['seconds']:.1f} s, "
+                f"{found['planning_bytes'] / 2**30:.2f} GiB (the whole process, with PyTorch loaded, {found['process_bytes'] / 2**30:.2f} GiB)"
             )
         elif part == "efficiency":
             found = measure_efficiency(
