@@ -8,13 +8,17 @@ STAMP  := $(VENV)/.setup-done
 TSTAMP := $(VENV)/.setup-test-done
 BENCHES := align gallery stages
 
-.PHONY: help setup setup-test demo test bench $(addprefix bench-,$(BENCHES)) clean
+BVENV   := build/bench-venv
+
+.PHONY: help setup setup-test demo test bench $(addprefix bench-,$(BENCHES)) bench-engine chaos clean
 
 help:
 	@echo "make setup          create .venv (pinned versions; quick when nothing changed)"
 	@echo "make demo           set-up, then protect a small archive of generated people, then the report"
 	@echo "make test           set-up, then the tests"
 	@echo "make bench          all benchmarks; one of them: $(addprefix bench-,$(BENCHES))"
+	@echo "make bench-engine   the engine beside datatrove and Ray Data (in an environment of their own), planning, overhead"
+	@echo "make chaos          kill 200 processes of running jobs, resume, and compare what came out"
 	@echo "make clean          remove .venv and build"
 
 setup: $(STAMP)
@@ -48,6 +52,17 @@ $(addprefix bench-,$(BENCHES)): bench-%: $(STAMP)
 # One after the other, also under -j: they measure time.
 bench: $(STAMP)
 	@for name in $(BENCHES); do $(MAKE) --no-print-directory bench-$$name || exit 1; done
+
+$(BVENV)/.done: requirements-bench.txt constraints.txt
+	$(PYTHON) -m venv $(BVENV)
+	$(BVENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -r requirements-bench.txt
+	@touch $@
+
+bench-engine: $(STAMP) $(BVENV)/.done
+	$(PY) -m pipelines.bench.bench_engine $(ARGS)
+
+chaos: $(STAMP)
+	$(PY) -m pipelines.bench.chaos $(ARGS)
 
 clean:
 	rm -rf $(VENV) build

@@ -11,9 +11,10 @@ from cluster.errors import (
     StoreError,
     UnsafeStoreError,
 )
+from cluster.keys import KeyRule, hash_key, hash_keys, part_key
 from cluster.session import ray_session
 from cluster.stage import ItemTimeout, Operator, Pool, Resources, Stage, WorkerUnfit
-from cluster.store import PartStore, hash_key, part_key
+from cluster.store import PartStore
 
 __all__ = [
     "ClusterError",
@@ -21,6 +22,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "ItemTimeout",
+    "KeyRule",
     "Operator",
     "PartStore",
     "Plan",
@@ -37,6 +39,7 @@ __all__ = [
     "UnsafeStoreError",
     "WorkerUnfit",
     "hash_key",
+    "hash_keys",
     "part_key",
     "ray_session",
 ]

@@ -8,18 +8,20 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cluster.errors import ClusterError, ContractError, EngineError, PlanError, RunInterrupted, UnsafeStoreError
+from cluster.keys import KeyIndex, KeyRule, distinct, pack, part_key, unpack, windows
 from cluster.session import import_path, ray_session
 from cluster.stage import Pool, Resources, Stage
-from cluster.store import PartStore, part_key
+from cluster.store import PartStore
 from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, one_line, with_retries
 
 log = logging.getLogger("cluster")
@@ -75,8 +77,8 @@ class StageSummary:
         shards: parts written by this run.
         operator_seconds: time inside operators, summed over workers.
         worker_seconds: the same with reading and writing parts.
-        peak_bytes: largest resident size of a worker while it worked at this stage (its networks, and those of the other
-            stages of its pool, included); 0 where no worker did or the system does not say.
+        peak_bytes: largest resident size of a worker while it worked at this stage (its networks, and those of the
+            other stages of its pool, included); 0 where no worker did or the system does not say.
     """
 
     total: int = 0
@@ -108,41 +110,63 @@ class RunSummary:
         return {"seconds": self.seconds, "restarts": self.restarts, "stages": stages}
 
 
-@dataclass
+Keys = Sequence[str] | pa.Array | pa.ChunkedArray | KeyRule
+
+
 class Plan:
     """What is finished and what is missing.
 
+    An item takes 16 bytes for its key at the source, as much for each stage whose keys are given as a column, and 4 for
+    each stage that has parts; keys that a rule gives are derived when they are needed.
+
     Attributes:
         stages: names, the source first.
-        keys: one string array a stage, all of one length: the items' keys there.
         names: by stage, the names of the parts known.
-        part: by stage, int32 array: for each item the position in `names` of the part that holds it, -1 if missing.
+        part: by stage, int32 array: for each item 1 + the position in `names` of the part that holds it, 0 if missing.
+        known: by stage, how many of the parts were there when the plan was made.
     """
 
-    stages: list[str]
-    keys: list[pa.Array]
-    names: list[list[str]]
-    part: list[np.ndarray]
+    def __init__(self, stages: list[str], keys: list[np.ndarray | KeyRule]):
+        self.stages = stages
+        self._keys = keys
+        self.names: list[list[str]] = [[] for _ in stages]
+        # zeros: the system gives memory to such an array only as it is written to
+        self.part = [np.zeros(len(keys[0]), np.int32) for _ in stages]
+        self.known = [0] * len(stages)
 
     def __len__(self) -> int:
-        return len(self.keys[0])
+        return len(self.part[0])
 
     def missing(self) -> dict[str, int]:
         """Items to do, by stage."""
-        return {name: int((part < 0).sum()) for name, part in zip(self.stages, self.part, strict=True)}
+        return {name: int((part == 0).sum()) for name, part in zip(self.stages, self.part, strict=True)}
 
-    def keys_of(self, stage: int, items: Sequence[int]) -> list[str]:
+    def keys_of(self, stage: int, items: Sequence[int] | np.ndarray) -> list[str]:
         """Keys of some items (positions) at a stage (position, 0 is the source)."""
-        return self.keys[stage].take(pa.array(items, pa.int64())).to_pylist()
+        first = stage
+        while not isinstance(self._keys[first], np.ndarray):
+            first -= 1
+        keys = unpack(self._keys[first][items])
+        for rule in self._keys[first + 1 : stage + 1]:
+            keys = rule(keys)
+        return keys
 
-    def parts_of(self, stage: int, items: Sequence[int]) -> list[str]:
+    def parts_of(self, stage: int, items: Sequence[int] | np.ndarray) -> list[str]:
         """Names of the parts that hold some items at a stage, sorted."""
-        return sorted({self.names[stage][code] for code in self.part[stage][items]})
+        return sorted({self.names[stage][code - 1] for code in self.part[stage][items].tolist()})
 
-    def record(self, stage: int, items: Sequence[int], name: str) -> None:
+    def record(self, stage: int, items: Sequence[int] | np.ndarray, name: str) -> None:
         """Note that these items are in that part now."""
         self.names[stage].append(name)
-        self.part[stage][items] = len(self.names[stage]) - 1
+        self.part[stage][items] = len(self.names[stage])
+
+    def new_parts(self, stage: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Parts that came since the plan was made: their names, keys (packed), and for each key its part's position."""
+        items = np.flatnonzero(self.part[stage] > self.known[stage])
+        packed = np.empty((len(items), 2), np.uint64)
+        for some in windows(len(items)):
+            packed[some] = pack(self.keys_of(stage, items[some]))
+        return self.names[stage][self.known[stage] :], packed, self.part[stage][items] - self.known[stage] - 1
 
 
 @dataclass(frozen=True)
@@ -225,6 +249,20 @@ class _Task:
     alone: bool = False
     deaths: int = 0
     verdict: str | None = None
+
+
+@dataclass
+class _Backlog:
+    """Items to be done at a stage that no task has been made of yet, `size` at a time."""
+
+    stage: int
+    items: np.ndarray
+    size: int
+
+    def cut(self) -> list[int]:
+        """Take the next task's items."""
+        some, self.items = self.items[: self.size].tolist(), self.items[self.size :]
+        return some
 
 
 @dataclass
@@ -313,50 +351,104 @@ class Engine:
 
     # Planning --------------------------------------------------------------------------------------------------
 
-    def plan(self, source: pa.Table, keys: Mapping[str, Sequence[str] | pa.Array | pa.ChunkedArray]) -> Plan:
+    def plan(self, source: pa.Table | Iterable[pa.Table], keys: Mapping[str, Keys]) -> Plan:
         """Compare the items wanted with the parts that the store has. Reads key columns, starts nothing.
 
         Args:
-            source: one row an item, with a string column `key`: the item's key at the source stage.
-            keys: by stage, the items' keys there, in the order of `source`'s rows.
+            source: one row an item, with a column `key`: the item's key at the source stage. A listing of many items
+                comes as an iterable of tables of one schema; it is gone through once, and only its keys are kept.
+            keys: by stage, the items' keys there, in the order of `source`'s rows, or a rule by which they follow from
+                the keys of the stage before (`KeyRule`). All keys are of the form that `hash_key` gives.
 
         Raises:
-            PlanError: a stage's keys are missing, null, doubled, or not as many as the source has rows.
+            PlanError: a stage's keys are missing, null, doubled, of another form, or not as many as the source has
+                rows.
         """
-        columns = []
-        for position, name in enumerate(self.names):
-            try:
-                column = source["key"] if position == 0 else keys[name]
-                if not isinstance(column, pa.Array | pa.ChunkedArray):
-                    column = pa.array(column, pa.string())
-            except KeyError:
-                raise PlanError(f"no keys for stage {name!r}") from None
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise PlanError(f"stage {name!r}: its keys are not strings ({error})") from error
-            if isinstance(column, pa.ChunkedArray):
-                column = column.combine_chunks()
-            if len(column) != source.num_rows or column.null_count or not pa.types.is_string(column.type):
-                raise PlanError(f"stage {name!r} needs one string key for each of {source.num_rows} items")
-            if pc.count_distinct(column).as_py() < len(column):
+        return self._plan(source, keys)[0]
+
+    def _plan(
+        self,
+        source: pa.Table | Iterable[pa.Table],
+        keys: Mapping[str, Keys],
+        write: Callable[[str, pa.Table], None] | None = None,
+    ) -> tuple[Plan, set[str]]:
+        """The plan, and the names of the source's columns.
+
+        Args:
+            write: None to leave the store as it is. Else what the store's parts hold is saved where that pays, and
+                source rows that it lacks are handed to `write`, up to `_SOURCE_ITEMS` at a time, with the part's name.
+        """
+        for name in self.names[1:]:
+            if name not in keys:
+                raise PlanError(f"no keys for stage {name!r}")
+        tables = [source] if isinstance(source, pa.Table) else source
+        index = self._key_index(self.names[0], write is not None)
+        packed, codes, columns = [], [], set()
+        names = list(index.names)
+        for table in tables:
+            columns = set(table.column_names)
+            if "key" not in columns:
+                raise PlanError(f"no keys for stage {self.names[0]!r}")
+            some = _packed(self.names[0], table["key"], table.num_rows)
+            if isinstance(source, pa.Table) and not distinct(some):
+                raise PlanError(f"stage {self.names[0]!r}: two items have the same key")
+            where = index.find(some) + 1
+            missing = np.flatnonzero(where == 0) if write is not None else []
+            for first in range(0, len(missing), _SOURCE_ITEMS):
+                items = missing[first : first + _SOURCE_ITEMS]
+                rows = table.take(pa.array(items))
+                names.append(part_key(rows["key"].to_pylist()))
+                where[items] = len(names)
+                write(names[-1], rows)
+            packed.append(some)
+            codes.append(where)
+        packed = np.concatenate(packed) if packed else np.empty((0, 2), np.uint64)
+        if not isinstance(source, pa.Table) and not distinct(packed):
+            raise PlanError(f"stage {self.names[0]!r}: two items have the same key")
+        given: list[np.ndarray | KeyRule] = [packed]
+        for name in self.names[1:]:
+            given.append(keys[name] if callable(keys[name]) else _packed(name, keys[name], len(packed)))
+            if isinstance(given[-1], np.ndarray) and not distinct(given[-1]):
                 raise PlanError(f"stage {name!r}: two items have the same key")
-            columns.append(column)
-        names, part = [], []
-        for name, column in zip(self.names, columns, strict=True):
-            index = with_retries(lambda name=name: self.store.index(name))
-            place = pc.index_in(column, value_set=index["key"].combine_chunks())
-            dictionary = index["part"].combine_chunks()
-            codes = pc.fill_null(dictionary.indices.take(place), -1)
-            names.append(dictionary.dictionary.to_pylist())
-            part.append(codes.to_numpy(zero_copy_only=False).astype(np.int32))
-        return Plan(self.names, columns, names, part)
+        plan = Plan(self.names, given)
+        plan.names[0], plan.known[0] = names, len(index.names)
+        if codes:
+            plan.part[0] = np.concatenate(codes)
+        del index
+        self._compare(plan, given, write is not None)
+        return plan, columns
+
+    def _compare(self, plan: Plan, given: list[np.ndarray | KeyRule], save: bool) -> None:
+        """Fill in what the store has of the stages after the source."""
+        parts = [with_retries(lambda n=name: self.store.parts(n)) for name in self.names]
+        last = max((i for i, names in enumerate(parts) if names), default=0)  # no need to derive keys beyond
+        here, own = given[0], False  # keys at the stage in hand; whether the array is ours to write into
+        for position in range(1, last + 1):
+            index, name = self._key_index(self.names[position], save), self.names[position]
+            plan.names[position], plan.known[position] = list(index.names), len(index.names)
+            if isinstance(given[position], np.ndarray):
+                here, own = given[position], False
+            elif not own:
+                here, own = here.copy(), True
+            for some in windows(len(plan)):
+                if not isinstance(given[position], np.ndarray):
+                    here[some] = _packed(name, given[position](unpack(here[some])), some.stop - some.start)
+                if np.any((found := index.find(here[some])) >= 0):  # else the array stays untouched, see `Plan`
+                    plan.part[position][some] = found + 1
+
+    def _key_index(self, stage: str, save: bool) -> KeyIndex:
+        index = with_retries(lambda: self.store.key_index(stage))
+        if save:
+            with_retries(lambda: self.store.save_index(stage, index))
+        return index
 
     # Running ---------------------------------------------------------------------------------------------------
 
-    def run(self, source: pa.Table, keys: Mapping[str, Sequence[str] | pa.Array | pa.ChunkedArray]) -> RunSummary:
+    def run(self, source: pa.Table | Iterable[pa.Table], keys: Mapping[str, Keys]) -> RunSummary:
         """Do what is missing. Every finished shard is committed at once, so a run that ends early loses little.
 
         Args:
-            source, keys: as for `plan`.
+            source, keys: as for `plan`. Source rows that the store lacks are written while the listing is gone through.
 
         Returns:
             What was done. Failed items are not errors of the run: they have rows that say so.
@@ -369,19 +461,26 @@ class Engine:
             RunInterrupted: Ctrl-C (a KeyboardInterrupt), or `stop`. Workers are stopped, finished parts are kept.
         """
         begin = time.perf_counter()
-        plan = self.plan(source, keys)
-        summary = RunSummary({})
-        for name, missing in plan.missing().items():
-            summary.stages[name] = StageSummary(total=len(plan), kept=len(plan) - missing)
+        listed = StageSummary()
+        summary = RunSummary({self.names[0]: listed})
+        plan = None
         try:
-            self._write_source(source, plan, summary.stages[self.names[0]])
+            with _SourceWriter(self.store, self.names[0], listed) as writer:
+                plan, columns = self._plan(source, keys, writer.write)
+            listed.total, listed.kept = len(plan), len(plan) - listed.done
+            for name, missing in list(plan.missing().items())[1:]:
+                summary.stages[name] = StageSummary(total=len(plan), kept=len(plan) - missing)
             for name in self.names:
                 self._tell(summary, name, 0.0)
             if any(summary.stages[stage.name].kept < len(plan) for stage in self.stages):
                 with ray_session(self.address):
-                    _Run(self, plan, summary, set(source.column_names)).loop()
+                    _Run(self, plan, summary, columns).loop()
                 with_retries(self.store.collect_garbage)
+                for position, name in enumerate(self.names):
+                    with_retries(lambda p=position, n=name: self.store.extend_index(n, *plan.new_parts(p)))
         except KeyboardInterrupt:
+            for name in self.names:
+                summary.stages.setdefault(name, StageSummary())
             raise RunInterrupted(summary) from None
         finally:
             summary.seconds = time.perf_counter() - begin
@@ -394,16 +493,45 @@ class Engine:
             done = count.kept + count.done
             self.progress(Progress(name, done, count.total, dict(count.statuses), seconds, **more))
 
-    def _write_source(self, source: pa.Table, plan: Plan, summary: StageSummary) -> None:
-        missing = np.flatnonzero(plan.part[0] < 0)
-        for first in range(0, len(missing), _SOURCE_ITEMS):
-            items = missing[first : first + _SOURCE_ITEMS]
-            rows = source.take(pa.array(items))
-            name = part_key(rows["key"].to_pylist())
-            with_retries(lambda rows=rows, name=name: self.store.write_part(self.names[0], name, rows))
-            plan.record(0, items, name)
-            summary.done += len(items)
-            summary.shards += 1
+class _SourceWriter:
+    """Commits source parts in threads, so that a listing need not wait for the disk. Leaving the block waits for them."""
+
+    def __init__(self, store: PartStore, stage: str, summary: StageSummary, threads: int = 4):
+        self.store, self.stage, self.summary = store, stage, summary
+        self.most = 2 * threads
+        self.pool = ThreadPoolExecutor(threads)
+        self.open: deque[Future] = deque()
+
+    def __enter__(self) -> _SourceWriter:
+        return self
+
+    def write(self, name: str, rows: pa.Table) -> None:
+        """Raises StoreError if an earlier part could not be written."""
+        while len(self.open) >= self.most:
+            self._settle()
+        commit = partial(self.store.write_part, self.stage, name, rows)
+        self.open.append(self.pool.submit(with_retries, commit))
+        self.summary.done += rows.num_rows
+        self.summary.shards += 1
+
+    def _settle(self) -> None:
+        self.open.popleft().result()
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            while self.open and kind is None:
+                self._settle()
+        finally:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _packed(stage: str, keys: Keys, count: int) -> np.ndarray:
+    if len(keys) != count:
+        raise PlanError(f"stage {stage!r} needs one key for each of {count} items")
+    try:
+        return pack(keys)
+    except ValueError as error:
+        raise PlanError(f"stage {stage!r}: {error}") from error
 
 
 class _Run:
@@ -424,8 +552,9 @@ class _Run:
         self.begin = time.perf_counter()
         self.counts = [summary.stages[stage.name] for stage in self.stages]
         self.columns = [source_columns, *(set(stage.schema.names) for stage in self.stages)]
-        self.pending: dict[str, list[tuple[int, int, _Task]]] = {stage.pool: [] for stage in self.stages}
-        self.queued = [0] * len(self.stages)
+        self.pending: dict[str, list[tuple[bool, int, int, _Task]]] = {stage.pool: [] for stage in self.stages}
+        self.backlog: dict[str, list[_Backlog]] = {stage.pool: [] for stage in self.stages}
+        self.queued = [0] * len(self.stages)  # items, in `pending` and `backlog` together
         self.order = itertools.count()
         self.actors: list[_Actor] = []
         self.start_failures: Counter[str] = Counter()
@@ -459,7 +588,9 @@ class _Run:
 
     def loop(self) -> None:
         try:
-            self._advance(np.arange(len(self.plan)), -1)
+            for group in self._advance(np.arange(len(self.plan), dtype=np.int32), -1):
+                self.backlog[self.stages[group.stage].pool].append(group)
+                self.queued[group.stage] += len(group.items)
             for pool, size in self.sizes.items():
                 for _ in range(size.actors):
                     self._spawn(pool)
@@ -478,23 +609,34 @@ class _Run:
         counts = enumerate(self.counts)
         return [i for i, c in counts if c.kept + c.done < c.total and self.stages[i].pool == pool]
 
-    def _advance(self, items: Iterable[int], stage: int) -> None:
-        """Items have finished `stage`: make tasks of them at the stages where each is missing next."""
-        groups: dict[int, list[int]] = {}
-        for item in items:
-            for later in range(stage + 1, len(self.stages)):
-                if self.plan.part[later + 1][item] < 0:
-                    groups.setdefault(later, []).append(int(item))
-                    break
-        for later, members in groups.items():
-            size = min(self.limit, self.stages[later].shard_items or self.limit)
-            for first in range(0, len(members), size):
-                self._push(_Task(later, members[first : first + size]))
+    def _advance(self, items: np.ndarray, stage: int) -> Iterator[_Backlog]:
+        """Items have finished `stage`: they are to be done at the stages where each is missing next."""
+        following = np.full(len(items), -1, np.int8)
+        for later in range(len(self.stages) - 1, stage, -1):
+            following[self.plan.part[later + 1][items] == 0] = later
+        for later in range(stage + 1, len(self.stages)):
+            members = items[following == later]
+            if len(members):
+                yield _Backlog(later, members, min(self.limit, self.stages[later].shard_items or self.limit))
 
     def _push(self, task: _Task) -> None:
-        # The furthest stage first: items then leave the pipeline as fast as they can.
+        # Items that have killed a worker last: they shall not cost others theirs. Then the furthest stage first: items
+        # leave the pipeline as fast as they can.
+        place = (task.deaths > 0, -task.stage, next(self.order), task)
         self.queued[task.stage] += len(task.items)
-        heapq.heappush(self.pending[self.stages[task.stage].pool], (-task.stage, next(self.order), task))
+        heapq.heappush(self.pending[self.stages[task.stage].pool], place)
+
+    def _next(self, pool: str) -> _Task | None:
+        """The task that is next in a pool's queue; it stays there."""
+        queue, backlog = self.pending[pool], self.backlog[pool]
+        # Tasks are made of the backlog only when it is their turn: millions of items would be too many tasks.
+        while backlog and (not queue or queue[0][:2] > (False, -backlog[-1].stage)):
+            task = _Task(backlog[-1].stage, backlog[-1].cut())
+            self.queued[task.stage] -= len(task.items)
+            self._push(task)
+            if not len(backlog[-1].items):
+                backlog.pop()
+        return queue[0][3] if queue else None
 
     def _spawn(self, pool: str) -> None:
         size = self.sizes[pool]
@@ -519,13 +661,11 @@ class _Run:
     def _assign(self) -> None:
         for depth in (0, 1):
             for actor in self.actors:
-                queue = self.pending[actor.pool]
-                if not queue or not actor.ready or len(actor.calls) != depth:
+                if not actor.ready or len(actor.calls) != depth or (task := self._next(actor.pool)) is None:
                     continue
-                task = queue[0][2]
                 if depth == 1 and (task.alone or actor.calls[0].task.alone or not 0 < self.pace[task.stage] < _BRIEF):
                     continue
-                heapq.heappop(queue)
+                heapq.heappop(self.pending[actor.pool])
                 self.queued[task.stage] -= len(task.items)
                 actor.calls.append(_Call(actor.handle.run.remote(self._shard(task)), task, time.perf_counter()))
 
@@ -603,7 +743,9 @@ class _Run:
             count.reasons[failure.reason.split(":")[0]] += 1
             words = f"\n{failure.traceback}" if failure.traceback else ""
             log.warning("stage %s, item %s: %s%s", stage.name, failure.key, failure.reason, words)
-        self._advance(task.items, task.stage)
+        for group in self._advance(np.array(task.items, np.int32), task.stage):
+            while len(group.items):
+                self._push(_Task(group.stage, group.cut()))
         self._tell(task.stage, items=task.items, shard=result)
 
     def _tell(self, stage: int, **more: Any) -> None:

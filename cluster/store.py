@@ -2,7 +2,10 @@
 
 Layout: `URL/STAGE/NAME.parquet`, where NAME is `part_key` of the item keys that the part holds. A part is committed by
 create-if-absent of its final name and never changed afterwards (but for `PartStore.replace_part`). Temporary files are
-called `.NAME.RANDOM.tmp`; a leading dot keeps them out of Arrow's, Spark's and our own listings.
+called `.NAME.RANDOM.tmp`; a leading dot keeps them out of Arrow's, Spark's and our own listings. So does that of
+`STAGE/.index`, which says what keys the parts hold, so that a run over millions of items need not open each part
+(`save_index`). It is a copy only: a name is never given to other keys, so what it says of a part that is there is true;
+parts that it does not know are opened, and without it all are.
 
 What each back end promises about create-if-absent:
 
@@ -23,7 +26,7 @@ An object store needs no temporary name, since a PUT shows all or nothing.
 from __future__ import annotations
 
 import errno
-import hashlib
+import logging
 import os
 import re
 import threading
@@ -42,10 +45,15 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import SchemaVersionError, StoreError, UnsafeStoreError
+from cluster.keys import KeyIndex, hash_key, pack, part_key, unpack
 
 VERSION_FIELD = b"cluster.schema_version"
 STAGE_FIELD = b"cluster.stage"
 SUFFIX = ".parquet"
+INDEX = ".index"
+_INDEX_PAYS = 64  # parts that may have to be opened before the saved index is written anew
+
+log = logging.getLogger("cluster")
 
 _CONDITIONAL = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 _NAME = re.compile(r"[0-9a-f]{32}")
@@ -68,28 +76,6 @@ _PERMANENT = {
     errno.EINVAL: "invalid argument",
     errno.ENOTSUP: "not supported by the file system",
 }
-
-
-def hash_key(*fields: str | bytes | int) -> str:
-    """Hash a sequence of fields to a key.
-
-    Every field is preceded by its length, so that ("ab", "c") and ("a", "bc") differ; integers are hashed as decimal
-    text and thus equal the string of the same digits.
-
-    Returns:
-        32 hex digits (blake2b, 16 bytes; RFC 7693).
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for field in fields:
-        data = field if isinstance(field, bytes) else str(field).encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def part_key(keys: Iterable[str]) -> str:
-    """Name of the part that holds exactly these item keys: `hash_key` of the sorted, distinct keys (32 hex digits)."""
-    return hash_key(*sorted(set(keys)))
 
 
 class PartStore:
@@ -312,12 +298,13 @@ class PartStore:
                 writer.write_table(table.combine_chunks())
             new = hash_key("replaced", stage, name, sink.getvalue().to_pybytes())
             self._commit(stage, new, table.replace_schema_metadata(self._footer(old)))
-        try:
-            self._fs.rm_file(old)
-        except FileNotFoundError:
-            pass
-        except Exception as error:
-            raise self._error(old, error) from error
+        for path in (f"{self._dir(stage)}/{INDEX}", old):  # the saved index has keys of the rows that go
+            try:
+                self._fs.rm_file(path)
+            except FileNotFoundError:
+                pass
+            except Exception as error:
+                raise self._error(path, error) from error
         return new
 
     def _footer(self, path: str) -> dict[bytes, bytes]:
@@ -398,30 +385,116 @@ class PartStore:
         with ThreadPoolExecutor(4 if self._local else 16) as pool:
             yield from pool.map(lambda name: self.read_part(stage, name, columns), names)
 
+    def key_index(self, stage: str) -> KeyIndex:
+        """Where each finished item is: from the saved index, and the key columns of the parts that it does not know.
+
+        Raises:
+            StoreError: an unreadable part, or one whose keys are not 32 hex digits.
+        """
+        names = self.parts(stage)
+        place = {name: code for code, name in enumerate(names)}
+        keys, codes = [], []
+        if len(names) > 1:
+            saved_names, packed, saved = self._saved_index(stage)
+            known = np.array([place.get(name, -1) for name in saved_names], np.int32)
+            saved = known[saved]
+            here = saved >= 0
+            keys.append(packed[here])
+            codes.append(saved[here])
+            for code in known[known >= 0].tolist():
+                place.pop(names[code])
+        for name, table in zip(place, self._read_parts(stage, list(place), ["key"]), strict=True):
+            try:
+                keys.append(pack(pc.unique(table["key"])))
+            except ValueError as error:
+                raise StoreError(self.path(stage, name), str(error)) from error
+            codes.append(np.full(len(keys[-1]), place[name], np.int32))
+        if not keys:
+            return KeyIndex(np.empty((0, 2), np.uint64), np.empty(0, np.int32), names)
+        return KeyIndex(np.concatenate(keys), np.concatenate(codes), names, unsaved=len(place))
+
+    def _saved_index(self, stage: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Names of parts, packed keys, and for each key its part's position; empty where there is none or it is bad."""
+        path = f"{self._dir(stage)}/{INDEX}"
+        try:
+            with self._fs.open(path, "rb") if not self._local else open(path, "rb") as source:
+                table = pq.ParquetFile(source).read(use_threads=False)
+            names = table.unify_dictionaries()["name"].combine_chunks()
+            key = np.stack([table[half].to_numpy() for half in ("high", "low")], axis=1)
+            return names.dictionary.to_pylist(), key, names.indices.to_numpy()
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            log.warning("%s cannot be read, all parts are opened: %s", path, error)
+        return [], np.empty((0, 2), np.uint64), np.empty(0, np.int32)
+
+    def extend_index(self, stage: str, names: list[str], packed: np.ndarray, codes: np.ndarray) -> bool:
+        """Add parts that have just been committed to the saved index, if it is worth while, without opening any.
+
+        Args:
+            stage: the stage's name.
+            names: of the parts.
+            packed, codes: the keys that they hold, and for each key its part's position in `names`.
+
+        Returns:
+            Whether it was written.
+        """
+        if len(names) < _INDEX_PAYS:
+            return False
+        saved_names, saved, saved_codes = self._saved_index(stage)
+        names = [*saved_names, *names]
+        order = sorted(range(len(names)), key=names.__getitem__)
+        place = np.empty(len(names), np.int32)
+        place[order] = np.arange(len(names))
+        codes = place[np.concatenate([saved_codes, codes + len(saved_names)])]
+        index = KeyIndex(np.concatenate([saved, packed]), codes, [names[i] for i in order], unsaved=len(names))
+        return self.save_index(stage, index)
+
+    def save_index(self, stage: str, index: KeyIndex) -> bool:
+        """Save what `key_index` gave, if it is worth while: it had to open many parts.
+
+        Two drivers may overwrite each other's; what gets lost is found again by opening parts.
+
+        Returns:
+            Whether it was written.
+        """
+        if index.unsaved < _INDEX_PAYS:
+            return False
+        name = pa.DictionaryArray.from_arrays(pa.array(index.codes), pa.array(index.names, pa.string()))
+        table = pa.table({"high": index.high, "low": index.low, "name": name})
+        path = f"{self._dir(stage)}/{INDEX}"
+        try:
+            if self._local:
+                temp = f"{self._dir(stage)}/.{'0' * 32}.{uuid.uuid4().hex}.tmp"
+                try:
+                    with open(temp, "xb") as file:
+                        pq.write_table(table, file, compression="none", use_dictionary=["name"])
+                    os.replace(temp, path)
+                finally:
+                    if os.path.exists(temp):
+                        os.unlink(temp)
+            else:
+                buffer = pa.BufferOutputStream()
+                pq.write_table(table, buffer, compression="none", use_dictionary=["name"])
+                self._fs.pipe_file(path, buffer.getvalue().to_pybytes())
+        except Exception as error:
+            raise self._error(path, error) from error
+        return True
+
     def index(self, stage: str) -> pa.Table:
-        """Where each finished item is, from the key columns alone.
+        """`key_index` as a table.
 
         Returns:
             Table with `key` (string, distinct) and `part` (dictionary of strings): the part whose rows count for the
             key, which is the lexicographically smallest of those that hold it.
         """
-        names = self.parts(stage)
-        keys, codes = [], []
-        for code, table in enumerate(self._read_parts(stage, names, ["key"])):
-            distinct = pc.unique(table["key"])
-            keys.append(distinct)
-            codes.append(np.full(len(distinct), code, np.int32))
-        key = pa.chunked_array(keys, pa.string()).combine_chunks()
-        code = np.concatenate(codes) if codes else np.zeros(0, np.int32)
-        if len(names) > 1 and pc.count_distinct(key).as_py() < len(key):
-            table = pa.table({"key": key, "code": code}).group_by("key").aggregate([("code", "min")])
-            key, code = table["key"].combine_chunks(), table["code_min"].to_numpy()
-        part = pa.DictionaryArray.from_arrays(pa.array(code, pa.int32()), pa.array(names, pa.string()))
-        return pa.table({"key": key, "part": part})
+        index = self.key_index(stage)
+        part = pa.DictionaryArray.from_arrays(pa.array(index.codes), pa.array(index.names, pa.string()))
+        return pa.table({"key": pa.array(unpack(index.packed), pa.string()), "part": part})
 
     def done_keys(self, stage: str) -> set[str]:
         """Keys of the items that have committed rows at this stage. Reads only the key column of every part."""
-        return set(self.index(stage)["key"].to_pylist())
+        return set(unpack(self.key_index(stage).packed))
 
     def scan(
         self,
@@ -481,9 +554,12 @@ class PartStore:
         """
         wanted = None if keys is None else list(dict.fromkeys(keys))
         if wanted is not None and parts is None:
-            index = self.index(stage)
-            index = index.filter(pc.is_in(index["key"], value_set=pa.array(wanted, pa.string())))
-            parts = pc.unique(index["part"]).to_pylist()
+            index = self.key_index(stage)
+            try:
+                codes = np.unique(index.find(pack(wanted)))
+            except ValueError as error:
+                raise StoreError(self._dir(stage), str(error)) from error
+            parts = [index.names[code] for code in codes.tolist() if code >= 0]
         read = columns if columns is None or wanted is None else list(dict.fromkeys(["key", *columns]))
         tables = list(self.scan(stage, wanted, read, parts))
         if not tables:

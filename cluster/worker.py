@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import logging
 import os
 import random
@@ -21,8 +22,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.errors import ContractError, StoreError
+from cluster.keys import part_key
 from cluster.stage import ItemTimeout, Operator, Stage, WorkerUnfit
-from cluster.store import PartStore, part_key
+from cluster.store import PartStore
 
 T = TypeVar("T")
 log = logging.getLogger("cluster")
@@ -134,23 +136,26 @@ class Worker:
         """
         begin = time.perf_counter()
         stage = self._stages[shard.stage]
-        items = split_items(with_retries(lambda: read_input(self._store, stage, shard)))
+        rows = with_retries(lambda: read_input(self._store, stage, shard))
+        starts = item_starts(rows)
         tables: list[pa.Table] = []
         failures: list[Failure] = []
         spent = 0.0
         forget_peak_memory()
         if shard.verdict is not None:
             failures = [Failure(key, shard.verdict) for key in shard.keys]
-            tables = [failed_rows(stage, rows, shard.verdict) for rows in items]
+            items = itertools.pairwise(starts)
+            tables = [failed_rows(stage, rows.slice(a, b - a), shard.verdict) for a, b in items]
         else:
-            for first in range(0, len(items), stage.batch_items):
-                batch = items[first : first + stage.batch_items]
+            for first in range(0, len(starts) - 1, stage.batch_items):
+                ends = starts[first : first + stage.batch_items + 1]
                 start = time.perf_counter()
-                failure = self._attempt(stage, shard.stage, batch, tables)
-                if failure is not None and len(batch) == 1:
+                failure = self._attempt(stage, shard.stage, rows, ends, tables)
+                if failure is not None and len(ends) == 2:
                     failures.append(failure)
                 elif failure is not None:
-                    single = [self._attempt(stage, shard.stage, [rows], tables) for rows in batch]
+                    pairs = itertools.pairwise(ends)
+                    single = [self._attempt(stage, shard.stage, rows, pair, tables) for pair in pairs]
                     failures.extend(f for f in single if f is not None)
                 spent += time.perf_counter() - start
         peak = peak_memory()
@@ -171,13 +176,17 @@ class Worker:
             failures=failures,
         )
 
-    def _attempt(self, stage: Stage, position: int, items: list[pa.Table], tables: list[pa.Table]) -> Failure | None:
-        """One call of the operator. Appends the rows to `tables`: those of a failed item, none of a failed batch."""
-        rows = pa.concat_tables(items)
-        soft = None if stage.item_seconds is None else stage.item_seconds * len(items)
+    def _attempt(
+        self, stage: Stage, position: int, rows: pa.Table, ends: Sequence[int], tables: list[pa.Table]
+    ) -> Failure | None:
+        """One call of the operator on the items between `ends`. Appends what it gives to `tables`: of a failed item its
+        error rows, of a failed batch nothing."""
+        rows = rows.slice(ends[0], ends[-1] - ends[0])
+        count = len(ends) - 1
+        soft = None if stage.item_seconds is None else stage.item_seconds * count
         words = ""
         try:
-            with time_limit(soft, hard_limit(stage, len(items), self._hard_margin)):
+            with time_limit(soft, hard_limit(stage, count, self._hard_margin)):
                 answer = self._operators[position](rows)
             tables.append(checked(stage, rows, answer))
             return None
@@ -193,7 +202,7 @@ class Worker:
         except (Exception, SystemExit) as error:
             reason = f"EXCEPTION: {type(error).__name__}: {one_line(error)}"
             words = traceback.format_exc()
-        if len(items) > 1:
+        if count > 1:
             return Failure("", reason, words)
         tables.append(failed_rows(stage, rows, reason))
         return Failure(rows["key"][0].as_py(), reason, words)
@@ -297,11 +306,10 @@ def _read(store: PartStore, source: Input) -> tuple[pa.Table, np.ndarray]:
     return rows, position
 
 
-def split_items(rows: pa.Table) -> list[pa.Table]:
-    """Cut a table whose rows are grouped by `key` into one table an item, in order."""
-    keys = rows["key"].to_pylist()
-    starts = [i for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
-    return [rows.slice(a, b - a) for a, b in zip(starts, [*starts[1:], len(keys)], strict=True)]
+def item_starts(rows: pa.Table) -> list[int]:
+    """Where each item begins in a table whose rows are grouped by `key`, and the number of rows."""
+    code = rows["key"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return [0, *(np.flatnonzero(np.diff(code)) + 1).tolist(), rows.num_rows]
 
 
 def checked(stage: Stage, rows: pa.Table, answer: pa.Table) -> pa.Table:

@@ -93,6 +93,14 @@ def measure(faces: int, profile: str, workers: int) -> dict[str, object]:
     }
 
 
+def overhead_share(small: dict, large: dict) -> float | None:
+    """The engine's time by the operators', from two runs of different size: what does not grow with the photos is
+    start-up, what does is operators and engine. None where the larger run has no more work."""
+    grown = large["wall_seconds"] - small["wall_seconds"]
+    operators = (large["operator_seconds"] - small["operator_seconds"]) / large["workers"]
+    return (grown - operators) / operators if operators > 0 else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faces", type=int, default=4, help="photos of the larger run (default 4)")
@@ -100,13 +108,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("build/bench/stages.json"))
     arguments = parser.parse_args()
-    # Two runs of different size: what does not grow with the photos is start-up, what does is operators and engine.
     small, large = measure(1, arguments.profile, arguments.workers), measure(arguments.faces, arguments.profile, arguments.workers)
-    grown = large["wall_seconds"] - small["wall_seconds"]
-    operators = (large["operator_seconds"] - small["operator_seconds"]) / arguments.workers
     result = {
         "machine": machine(), **large, "start_seconds": small["wall_seconds"] - small["operator_seconds"],
-        "overhead_share": (grown - operators) / operators if operators > 0 else None,
+        "overhead_share": overhead_share(small, large),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1))

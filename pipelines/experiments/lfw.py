@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.store import hash_key
+from cluster import hash_key
 from pipelines import models
 from pipelines.config import ENCODER, GENERATORS, RECOGNISERS
 from pipelines.machine import machine

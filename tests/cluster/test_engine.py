@@ -139,9 +139,11 @@ def test_items_that_kill_their_workers_fail_alone(tmp_path):
     reason = "WORKER_DIED: the process ended with this item in hand, 2 times"
     assert assert_complete(store, source, keys) == {2: reason, 6: reason, 10: reason}
     assert (tmp_path / "killed").exists()
-    assert summary.restarts == 7
-    assert summary.stages["split"].retried == 4 * 4 + 3
-    assert len(store.parts("split")) == 17  # sixteen items were done alone, the last four together
+    # A worker may die so soon after a call that the driver never hears of its end: then that call's items are tried
+    # alone, and the shard that was queued behind it dies once more, or (item 15) not at all.
+    assert 7 <= summary.restarts <= 11
+    assert 3 * 4 + 3 <= summary.stages["split"].retried <= 7 * 4 + 3
+    assert len(store.parts("split")) >= 14  # of each killer's shard every item has a part of its own
 
 
 def test_a_stage_that_cannot_be_loaded_ends_the_run(tmp_path):

@@ -1,14 +1,29 @@
 """What can be told before any worker starts: plans, contracts, and how pools are laid out."""
 
 import itertools
+from functools import partial
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from arithmetic import PARTS, VERSIONS, chain, failed_parts, make_square, source_table, stages
 
-from cluster import ContractError, Engine, PartStore, PlanError, Pool, Resources, Stage, UnsafeStoreError
+from cluster import (
+    ContractError,
+    Engine,
+    PartStore,
+    PlanError,
+    Pool,
+    Resources,
+    Stage,
+    UnsafeStoreError,
+    hash_key,
+    hash_keys,
+)
 from cluster.engine import size_pools
+from cluster.keys import KeyIndex, distinct, pack, unpack
 from cluster.session import usable_cpus
+from cluster.store import INDEX
 
 
 def test_a_plan_says_what_is_missing_and_starts_nothing(tmp_path):
@@ -146,3 +161,68 @@ def test_a_containers_quota_bounds_the_cores(tmp_path, monkeypatch, files, cores
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(words + "\n")
     assert usable_cpus(str(tmp_path)) == cores
+
+
+def windows_of(source, size):
+    return (source.slice(first, size) for first in range(0, source.num_rows, size))
+
+
+def rules(versions):
+    """The rules by which `chain` makes keys."""
+    return {name: partial(hash_keys, [name, version]) for name, version in versions.items()}
+
+
+def test_a_listing_in_pieces_and_rules_for_keys_plan_as_a_table_and_columns_do(tmp_path):
+    store = PartStore(tmp_path)
+    source = source_table(["ok"] * 50)
+    keys = chain(source, VERSIONS)
+    for stage, items in (("split", range(7)), ("split", range(30, 40)), ("total", [3, 49]), ("source", range(5))):
+        column = keys[stage] if stage in keys else source["key"].to_pylist()
+        store.write_part(stage, None, pa.table({"key": [column[i] for i in items]}))
+    engine = Engine(store, stages())
+    whole = engine.plan(source, keys)
+    pieces = engine.plan(windows_of(source, 13), rules(VERSIONS))
+    assert whole.missing() == pieces.missing() == {"source": 45, "split": 33, "square": 50, "total": 48}
+    for stage in range(4):
+        assert whole.names[stage] == pieces.names[stage]
+        assert whole.part[stage].tolist() == pieces.part[stage].tolist()
+        assert whole.keys_of(stage, [49, 0, 7]) == pieces.keys_of(stage, [49, 0, 7])
+    mixed = engine.plan(source, {**keys, "square": rules(VERSIONS)["square"]})
+    assert mixed.keys_of(2, [1]) == [keys["square"][1]] and mixed.missing() == whole.missing()
+    assert not (tmp_path / "source" / INDEX).exists()  # a plan leaves the store as it is
+
+
+@pytest.mark.parametrize("key", ["x" * 32, "A" * 32, "0" * 31 + " ", "0" * 31, ""])
+def test_keys_of_another_form_are_refused(tmp_path, key):
+    source = source_table(["ok"] * 5)
+    keys = chain(source, VERSIONS)
+    keys["split"][2] = key
+    with pytest.raises(PlanError, match="32 hex digits"):
+        Engine(PartStore(tmp_path), stages()).plan(source, keys)
+
+
+def test_an_item_listed_twice_in_two_pieces_is_refused(tmp_path):
+    source = source_table(["ok"] * 5)
+    with pytest.raises(PlanError, match="same key"):
+        Engine(PartStore(tmp_path), stages()).plan([source, source.slice(2, 1)], rules(VERSIONS))
+
+
+def test_hashing_many_keys_is_hashing_each():
+    keys = [hash_key(n) for n in range(5)]
+    assert hash_keys(["s", 1, b"x"], keys) == [hash_key("s", 1, b"x", key) for key in keys]
+    assert hash_keys(["s"], []) == []
+    with pytest.raises(ValueError, match="lengths"):
+        hash_keys(["s"], ["a", "bc"])
+
+
+def test_keys_survive_packing_and_are_found():
+    keys = [hash_key(n) for n in range(100)] + ["0" * 32, "f" * 32]
+    assert unpack(pack(keys)) == unpack(pack(pa.array(keys))) == keys
+    index = KeyIndex(pack(keys[::2]), np.arange(51, dtype=np.int32), [str(i) for i in range(51)])
+    assert index.find(pack(keys)).tolist() == [i // 2 if i % 2 == 0 else -1 for i in range(102)]
+    # keys that share their first half, and keys in several parts
+    twins = ["a" * 16 + end * 16 for end in "0123"]
+    index = KeyIndex(pack([*twins[:3], *twins[1:3], keys[0]]), np.array([5, 6, 7, 2, 9, 1], np.int32), [])
+    assert index.find(pack([*twins, keys[0], keys[1]])).tolist() == [5, 2, 7, -1, 1, -1]
+    assert sorted(unpack(index.packed)) == sorted([*twins[:3], keys[0]])
+    assert distinct(pack(twins)) and not distinct(pack([*twins, twins[1]])) and distinct(pack([]))

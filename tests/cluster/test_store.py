@@ -6,12 +6,15 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from arithmetic import race
 
 from cluster import PartStore, SchemaVersionError, StoreError, UnsafeStoreError, hash_key, part_key
+from cluster.keys import pack
+from cluster.store import INDEX
 
 A, B, C = (hash_key(name) for name in "ABC")
 ROOT = Path(__file__).parents[2]
@@ -288,3 +291,43 @@ def test_rows_taken_out_of_a_part_are_gone_and_the_others_are_kept(tmp_path, kin
     third = store.replace_part("s", new, changed)
     assert third not in (old, new) and store.read_part("s", third) == changed and store.parts("s") == [third]
     assert store.replace_part("s", third, changed.slice(0, 0)) is None and store.parts("s") == []
+
+
+def test_a_saved_index_spares_opening_parts_and_is_never_believed_against_them(tmp_path, monkeypatch):
+    store = PartStore(tmp_path)
+    keys = [hash_key(n) for n in range(200)]
+    for key in keys[:100]:
+        store.write_part("s", None, rows([key], [1]))
+    whole = store.index("s")
+    assert not store.save_index("s", PartStore(tmp_path / "none").key_index("s"))  # nothing to save
+    assert store.save_index("s", store.key_index("s"))
+    opened = []
+    read = PartStore.read_part
+    monkeypatch.setattr(PartStore, "read_part", lambda self, *args: opened.append(args[1]) or read(self, *args))
+    assert store.index("s") == whole and opened == []
+    assert not store.save_index("s", store.key_index("s"))  # nothing new
+
+    # parts that came since, one of them with keys that another has, and parts that went
+    for key in keys[100:110]:
+        store.write_part("s", None, rows([key], [1]))
+    store.write_part("s", None, rows(keys[50:52], [2, 2]))
+    os.unlink(store.path("s", part_key(keys[:1])))
+    fresh = store.index("s")
+    assert len(set(opened)) == 11
+    monkeypatch.setattr(PartStore, "_saved_index", lambda self, stage: ([], pack([]), np.empty(0, np.int32)))
+    assert store.index("s") == fresh and set(fresh["key"].to_pylist()) == set(keys[1:110])
+    monkeypatch.undo()
+
+    # extended without opening parts, as by a run that has just written them
+    extended = {part_key([key]): key for key in keys[110:190]}
+    for key in extended.values():
+        store.write_part("s", None, rows([key], [1]))
+    assert store.extend_index("s", list(extended), pack(list(extended.values())), np.arange(80, dtype=np.int32))
+    monkeypatch.setattr(PartStore, "read_part", lambda self, *args: opened.append(args[1]) or read(self, *args))
+    opened.clear()
+    assert store.done_keys("s") == set(keys[1:190]) and len(set(opened)) == 11
+
+    # a damaged one is left aside
+    (tmp_path / "s" / INDEX).write_bytes(b"PAR1")
+    assert store.done_keys("s") == set(keys[1:190])
+    assert store.parts("s") == PartStore(tmp_path).parts("s") and len(store.parts("s")) == 190

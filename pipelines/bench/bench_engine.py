@@ -1,0 +1,390 @@
+"""Benchmark of the engine: rows a second beside others, planning, efficiency, overhead.
+
+    python -m pipelines.bench.bench_engine [--only rows,planning,efficiency,overhead] [--rows 1000000] ...
+
+- rows: the same Parquet files (--rows rows in --shards files) through a stage that does nothing, by this engine (with
+  its manifest: the source's rows are stored as well), by datatrove's local executor, and by plain Ray Data with
+  `write_parquet`, one after the other, each with --workers processes. Seconds are of the job: the start of Ray is left
+  out, that of workers is not. Memory is the largest sum of the resident sizes of all processes of the job, sampled five
+  times a second; shared pages count in each. Files are those left in the output's folder.
+- planning: a synthetic listing of --photos-planned photos, made and keyed as `scol protect` does, compared with a store
+  that has --photos-done of them at every stage.
+- efficiency: --actors workers with items of --item-seconds that only sleep. While every worker has work (from the
+  moment that the last one began to that at which the first one ran out): their time in the operator by the time passed.
+- overhead: see `bench_stages`, with --photos photos, the quick profile.
+
+datatrove and Ray Data run in an environment of their own (requirements-bench.txt, `make bench-engine` makes it). Writes
+build/bench/engine.json; parts that were not measured keep what an earlier call wrote there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import Engine, PartStore, Pool, Resources, Stage, hash_key, hash_keys, ray_session
+
+ROOT = Path(__file__).parents[2]
+BENCH_PYTHON = ROOT / "build" / "bench-venv" / "bin" / "python"
+SYSTEMS = ("scol", "datatrove", "ray_data")
+PARTS = ("rows", "planning", "efficiency", "overhead")
+
+COMMON = [("key", pa.string()), ("status", pa.string()), ("reason", pa.string())]
+ROW = pa.schema([*COMMON, ("id", pa.string()), ("text", pa.string())])
+TIMES = pa.schema(COMMON)
+
+# datatrove names the columns that it writes, so this reads and writes what it would in a pipeline of its own.
+DATATROVE = """
+import sys, time
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import ParquetReader
+from datatrove.pipeline.writers import ParquetWriter
+
+def noop(data, rank=0, world_size=1):
+    yield from data
+
+if __name__ == "__main__":
+    source, out, logs, tasks, workers = sys.argv[1:]
+    begin = time.perf_counter()
+    LocalPipelineExecutor(
+        [ParquetReader(source, glob_pattern="*.parquet"), noop, ParquetWriter(out, compression="zstd")],
+        tasks=int(tasks), workers=int(workers), logging_dir=logs,
+    ).run()
+    print("SECONDS", time.perf_counter() - begin)
+"""
+
+RAY_DATA = """
+import glob, sys, time
+import ray
+
+if __name__ == "__main__":
+    source, out, logs, tasks, workers = sys.argv[1:]
+    ray.init(address="local", num_cpus=int(workers), include_dashboard=False, object_store_memory=2**30,
+             log_to_driver=False, logging_level="error")
+    import ray.data
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    begin = time.perf_counter()
+    files = sorted(glob.glob(source + "/*.parquet"))
+    table = ray.data.read_parquet(files, override_num_blocks=int(tasks))
+    table = table.map_batches(lambda rows: rows, batch_format="pyarrow", batch_size=None)
+    table.write_parquet(out, compression="zstd")
+    print("SECONDS", time.perf_counter() - begin)
+"""
+
+
+# ---- rows a second ---------------------------------------------------------------------------------------------------
+
+
+def make_rows(folder: Path, rows: int, shards: int) -> None:
+    """Parquet files with `id` and `text`, rows shared equally."""
+    folder.mkdir(parents=True)
+    for shard in range(shards):
+        numbers = range(rows * shard // shards, rows * (shard + 1) // shards)
+        ids = [f"{n:08d}" for n in numbers]
+        table = pa.table({"id": ids, "text": [f"row number {n}, and a few more words" for n in numbers]})
+        pq.write_table(table, folder / f"{shard:06d}.parquet", compression="zstd")
+
+
+def make_noop():
+    return lambda rows: rows
+
+
+def failed_row(rows: pa.Table, reason: str) -> pa.Table:
+    row = {"key": rows["key"][0].as_py(), "status": "error", "reason": reason, "id": None, "text": None}
+    return pa.Table.from_pylist([row], ROW)
+
+
+def listing(folder: Path) -> Iterator[pa.Table]:
+    """The files' rows as a source, some files at a time."""
+    paths = sorted(folder.glob("*.parquet"))
+    for first in range(0, len(paths), 16):
+        tables = [pq.ParquetFile(path).read(use_threads=False) for path in paths[first : first + 16]]
+        table = pa.concat_tables(tables)
+        key = pa.array(hash_keys(["source"], table["id"].to_pylist()), pa.string())
+        status = pa.array(["ok"] * len(table), pa.string())
+        columns = [key, status, pa.nulls(len(table), pa.string()), table["id"], table["text"]]
+        yield pa.Table.from_arrays(columns, schema=ROW)
+
+
+def run_scol(source: Path, out: Path, shards: int, rows: int, workers: int) -> float:
+    size = -(-rows // shards)
+    stage = Stage("noop", "1", ROW, make_noop, failed_row, batch_items=size, resources=Resources(threads=1))
+    with ray_session(num_cpus=workers):
+        begin = time.perf_counter()
+        engine = Engine(PartStore(out), [stage], pools={"default": Pool(actors=workers)}, shard_items=size)
+        engine.run(listing(source), {"noop": partial(hash_keys, ["noop", "1"])})
+        return time.perf_counter() - begin
+
+
+def count_rows(folder: Path) -> int:
+    return sum(pq.read_metadata(path).num_rows for path in folder.rglob("*.parquet"))
+
+
+def measure_rows(rows: int, shards: int, workers: int) -> dict[str, Any]:
+    """Each system in a process of its own."""
+    if not BENCH_PYTHON.exists():
+        raise FileNotFoundError(f"{BENCH_PYTHON}: `make bench-engine` makes it from requirements-bench.txt")
+    found: dict[str, Any] = {"rows": rows, "shards": shards, "workers": workers, "systems": {}}
+    with tempfile.TemporaryDirectory(prefix="scol-bench-") as name:
+        folder = Path(name)
+        make_rows(folder / "in", rows, shards)
+        for system in SYSTEMS:
+            out = folder / system
+            if system == "scol":
+                command = [*_self("row_part"), folder / "in", out, shards, rows, workers]
+            else:
+                script = folder / f"job_{system}.py"
+                script.write_text(DATATROVE if system == "datatrove" else RAY_DATA)
+                command = [BENCH_PYTHON, script, folder / "in", out, folder / "logs", shards, workers]
+            seconds, peak = run_watched([str(word) for word in command])
+            written = count_rows(out / "noop" if system == "scol" else out)
+            if written != rows:
+                raise RuntimeError(f"{system} wrote {written} rows of {rows}")
+            found["systems"][system] = {
+                "rows_per_second": rows / seconds,
+                "seconds": seconds,
+                "peak_bytes": peak,
+                "files_left": sum(path.is_file() for path in out.rglob("*")),
+            }
+            shutil.rmtree(out)
+    found["rows_per_second"] = {name: one["rows_per_second"] for name, one in found["systems"].items()}
+    return found
+
+
+def row_part(source: str, out: str, shards: str, rows: str, workers: str) -> None:
+    print("SECONDS", run_scol(Path(source), Path(out), int(shards), int(rows), int(workers)))
+
+
+def _self(part: str) -> list[str]:
+    # not as __main__, whose functions workers could not import
+    code = f"import sys; from pipelines.bench.bench_engine import {part}; {part}(*sys.argv[1:])"
+    return [sys.executable, "-c", code]
+
+
+def run_watched(command: list[str]) -> tuple[float, int]:
+    """Run a job that prints `SECONDS x`. Returns x, and the largest sum of its processes' resident sizes in bytes."""
+    with tempfile.TemporaryFile("w+") as output:
+        job = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        watch = _Memory(job.pid)
+        watch.start()
+        status = job.wait()
+        watch.stopped.set()
+        watch.join()
+        output.seek(0)
+        text = output.read()
+    lines = [line for line in text.splitlines() if line.startswith("SECONDS ")]
+    if status or not lines:
+        raise RuntimeError(f"{' '.join(command)} failed with status {status}:\n{text[-3000:]}")
+    return float(lines[-1].split()[1]), watch.peak
+
+
+class _Memory(threading.Thread):
+    """Samples the resident sizes of a process and all that descend from it."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.process, self.peak, self.stopped = psutil.Process(pid), 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.wait(0.2):
+            total = 0
+            try:
+                for process in [self.process, *self.process.children(recursive=True)]:
+                    try:
+                        total += process.memory_info().rss
+                    except (psutil.NoSuchProcess, psutil.AccessDenied):
+                        continue
+            except psutil.NoSuchProcess:
+                return
+            self.peak = max(self.peak, total)
+
+
+# ---- planning --------------------------------------------------------------------------------------------------------
+
+
+def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table]:
+    """Source keys of a synthetic listing, made from `SourceRow`s as `scol protect` does."""
+    from pipelines.protect import source_key
+    from pipelines.sources import SourceRow
+
+    for first in range(0, photos, window):
+        keys = [
+            source_key(SourceRow(path, "/archive/" + path, 100_000 + n % 1_000_000, str(1_700_000_000_000_000_000 + n)))
+            for n in range(first, min(photos, first + window))
+            for path in (f"{n // 1000:06d}/{n:09d}.jpg",)
+        ]
+        yield pa.table({"key": pa.array(keys, pa.string())})
+
+
+def planning_part(folder: str, photos: str, done: str) -> None:
+    """Prints a JSON object: seconds, by how much the resident size grew at most, and its peak."""
+    from pipelines.config import STAGES
+    from pipelines.stages import VERSIONS
+
+    rules = {stage: partial(hash_keys, [hash_key(stage, VERSIONS[stage], "configuration")]) for stage in STAGES}
+    store = PartStore(folder)
+    for table in make_photos_listing(int(done), 1024):
+        keys = table["key"].to_pylist()
+        store.write_part("source", None, table)
+        for stage in STAGES:
+            keys = rules[stage](keys)
+            store.write_part(stage, None, pa.table({"key": keys}))
+    stages = [Stage(name, "1", TIMES, make_noop, failed_row) for name in STAGES]
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    begin = time.perf_counter()
+    plan = Engine(store, stages).plan(make_photos_listing(int(photos)), rules)
+    seconds = time.perf_counter() - begin
+    missing = plan.missing()
+    if len(plan) != int(photos) or set(missing.values()) != {int(photos) - int(done)}:
+        raise RuntimeError(f"the plan is wrong: {len(plan)} photos, missing {missing}")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "planning_bytes": peak - start, "process_bytes": peak}))
+
+
+def measure_planning(photos: int, done: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="scol-bench-") as folder:
+        command = [*_self("planning_part"), folder, str(photos), str(min(done, photos))]
+        answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return {"photos": photos, "done": min(done, photos), **json.loads(answer.splitlines()[-1])}
+
+
+# ---- efficiency ------------------------------------------------------------------------------------------------------
+
+
+def make_sleep(log: str, seconds: float):
+    """An operator that sleeps for each item and notes when; monotonic clock, one for all processes of a machine."""
+    file = open(Path(log) / str(os.getpid()), "a", buffering=1)  # for the life of the process
+
+    def sleep(rows: pa.Table) -> pa.Table:
+        begin = time.monotonic()
+        time.sleep(seconds * rows.num_rows)
+        file.write(f"{begin} {time.monotonic()}\n")
+        return rows
+
+    return sleep
+
+
+def failed_times(rows: pa.Table, reason: str) -> pa.Table:
+    return pa.Table.from_pylist([{"key": rows["key"][0].as_py(), "status": "error", "reason": reason}], TIMES)
+
+
+def measure_efficiency(actors: int, item_seconds: float, items: int, shard_items: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="scol-bench-") as name, ray_session(num_cpus=actors):
+        log = Path(name) / "log"
+        log.mkdir()
+        keys = [hash_key("item", n) for n in range(items)]
+        source = pa.table({"key": keys, "status": ["ok"] * items, "reason": pa.nulls(items, pa.string())}, schema=TIMES)
+        stage = Stage("sleep", "1", TIMES, partial(make_sleep, str(log), item_seconds), failed_times)
+        pools = {"default": Pool(actors=actors, resources=Resources(num_cpus=1, threads=1))}
+        engine = Engine(PartStore(f"{name}/store"), [stage], pools=pools, shard_items=shard_items)
+        begin = time.perf_counter()
+        engine.run(source, {"sleep": partial(hash_keys, ["sleep"])})
+        wall = time.perf_counter() - begin
+        times = [np.loadtxt(path, ndmin=2) for path in log.iterdir()]
+    if len(times) != actors:
+        raise RuntimeError(f"{len(times)} of {actors} workers had work: more items are needed")
+    first, last = max(t[0, 0] for t in times), min(t[-1, 1] for t in times)
+    if last <= first:
+        raise RuntimeError("there was no time at which all workers had work: more items are needed")
+    busy = sum(np.clip(np.minimum(t[:, 1], last) - np.maximum(t[:, 0], first), 0, None).sum() for t in times)
+    return {
+        "actors": actors,
+        "item_seconds": item_seconds,
+        "items": items,
+        "shard_items": shard_items,
+        "efficiency": busy / (actors * (last - first)),
+        "window_seconds": last - first,
+        "wall_seconds": wall,
+    }
+
+
+# ---- overhead --------------------------------------------------------------------------------------------------------
+
+
+def measure_overhead(photos: int, workers: int) -> dict[str, Any]:
+    from pipelines.bench.bench_stages import measure, overhead_share
+
+    small, large = measure(1, "quick", workers), measure(photos, "quick", workers)
+    return {
+        "photos": photos,
+        "workers": workers,
+        "overhead": overhead_share(small, large),
+        "operator_seconds": large["operator_seconds"],
+        "wall_seconds": large["wall_seconds"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default all)")
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--shards", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=None, help="processes of each system (default: the cores)")
+    parser.add_argument("--photos-planned", type=int, default=10_000_000)
+    parser.add_argument("--photos-done", type=int, default=100_000)
+    parser.add_argument("--actors", type=int, default=64)
+    parser.add_argument("--item-seconds", type=float, default=0.05)
+    parser.add_argument("--items", type=int, default=64_000, help="of the efficiency (default 64000)")
+    parser.add_argument("--shard-items", type=int, default=64, help="of the efficiency (default 64)")
+    parser.add_argument("--photos", type=int, default=256, help="of the overhead (default 256)")
+    parser.add_argument("--out", type=Path, default=Path("build/bench/engine.json"))
+    arguments = parser.parse_args()
+    wanted = arguments.only.split(",")
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"no part {', '.join(unknown)}")
+
+    from pipelines.machine import machine, machine_line
+
+    workers = arguments.workers or machine()["cores"]
+    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    result["machine"] = machine()
+    print(machine_line())
+    for part in wanted:
+        if part == "rows":
+            found = measure_rows(arguments.rows, arguments.shards, workers)
+            result["rows_per_second"], result["rows"] = found.pop("rows_per_second"), found
+            print(f"{arguments.rows} rows in {arguments.shards} shards, {workers} processes")
+            for name, one in found["systems"].items():
+                print(
+                    f"  {name:10} {one['rows_per_second']:10.0f} rows/s {one['peak_bytes'] / 2**30:6.2f} GiB "
+                    f"{one['files_left']:7} files left"
+                )
+        elif part == "planning":
+            found = result["planning"] = measure_planning(arguments.photos_planned, arguments.photos_done)
+            print(
+                f"planning {found['photos']} photos: {found['seconds']:.1f} s, "
+                f"{found['planning_bytes'] / 2**30:.2f} GiB (the whole process, with PyTorch loaded, {found['process_bytes'] / 2**30:.2f} GiB)"
+            )
+        elif part == "efficiency":
+            found = measure_efficiency(
+                arguments.actors, arguments.item_seconds, arguments.items, arguments.shard_items
+            )
+            result["efficiency"], result["efficiency_details"] = found.pop("efficiency"), found
+            print(f"efficiency of {found['actors']} actors: {result['efficiency']:.3f}")
+        else:
+            found = measure_overhead(arguments.photos, workers)
+            result["overhead"], result["overhead_details"] = found.pop("overhead"), found
+            print(f"overhead on {found['photos']} photos: {100 * (result['overhead'] or 0):.1f} %")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
