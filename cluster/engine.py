@@ -494,7 +494,7 @@ class Engine:
             self.progress(Progress(name, done, count.total, dict(count.statuses), seconds, **more))
 
 class _SourceWriter:
-    """Commits source parts in threads, so that a listing need not wait for the disk. Leaving the block waits for them."""
+    """Commits source parts in threads, lest a listing wait for the disk; leaving the block waits for them."""
 
     def __init__(self, store: PartStore, stage: str, summary: StageSummary, threads: int = 4):
         self.store, self.stage, self.summary = store, stage, summary

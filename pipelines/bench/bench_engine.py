@@ -11,6 +11,7 @@
   that has --photos-done of them at every stage.
 - efficiency: --actors workers with items of --item-seconds that only sleep. While every worker has work (from the
   moment that the last one began to that at which the first one ran out): their time in the operator by the time passed.
+  The workers reserve no cores.
 - overhead: see `bench_stages`, with --photos photos, the quick profile.
 
 datatrove and Ray Data run in an environment of their own (requirements-bench.txt, `make bench-engine` makes it). Writes
@@ -268,9 +269,17 @@ def measure_planning(photos: int, done: int) -> dict[str, Any]:
 # ---- efficiency ------------------------------------------------------------------------------------------------------
 
 
-def make_sleep(log: str, seconds: float):
-    """An operator that sleeps for each item and notes when; monotonic clock, one for all processes of a machine."""
+def make_sleep(log: str, seconds: float, actors: int):
+    """An operator that sleeps for each item and notes when; monotonic clock, one for all processes of a machine.
+
+    The workers wait for each other, because they start one after the other, which is not what is measured.
+    """
     file = open(Path(log) / str(os.getpid()), "a", buffering=1)  # for the life of the process
+    end = time.monotonic() + 900
+    while len(os.listdir(log)) < actors:
+        if time.monotonic() > end:
+            raise TimeoutError("the other workers have not started")
+        time.sleep(0.5)
 
     def sleep(rows: pa.Table) -> pa.Table:
         begin = time.monotonic()
@@ -286,20 +295,20 @@ def failed_times(rows: pa.Table, reason: str) -> pa.Table:
 
 
 def measure_efficiency(actors: int, item_seconds: float, items: int, shard_items: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="scol-bench-") as name, ray_session(num_cpus=actors):
+    with tempfile.TemporaryDirectory(prefix="scol-bench-") as name, ray_session():
         log = Path(name) / "log"
         log.mkdir()
         keys = [hash_key("item", n) for n in range(items)]
         source = pa.table({"key": keys, "status": ["ok"] * items, "reason": pa.nulls(items, pa.string())}, schema=TIMES)
-        stage = Stage("sleep", "1", TIMES, partial(make_sleep, str(log), item_seconds), failed_times)
-        pools = {"default": Pool(actors=actors, resources=Resources(num_cpus=1, threads=1))}
+        stage = Stage("sleep", "1", TIMES, partial(make_sleep, str(log), item_seconds, actors), failed_times)
+        pools = {"default": Pool(actors=actors, resources=Resources(num_cpus=0, threads=1))}
         engine = Engine(PartStore(f"{name}/store"), [stage], pools=pools, shard_items=shard_items)
         begin = time.perf_counter()
         engine.run(source, {"sleep": partial(hash_keys, ["sleep"])})
         wall = time.perf_counter() - begin
-        times = [np.loadtxt(path, ndmin=2) for path in log.iterdir()]
+        times = [np.loadtxt(path, ndmin=2) for path in log.iterdir() if path.stat().st_size]
     if len(times) != actors:
-        raise RuntimeError(f"{len(times)} of {actors} workers had work: more items are needed")
+        raise RuntimeError(f"{len(times)} workers of {actors} had work: more items are needed, or workers died")
     first, last = max(t[0, 0] for t in times), min(t[-1, 1] for t in times)
     if last <= first:
         raise RuntimeError("there was no time at which all workers had work: more items are needed")
@@ -341,7 +350,7 @@ def main() -> None:
     parser.add_argument("--photos-done", type=int, default=100_000)
     parser.add_argument("--actors", type=int, default=64)
     parser.add_argument("--item-seconds", type=float, default=0.05)
-    parser.add_argument("--items", type=int, default=64_000, help="of the efficiency (default 64000)")
+    parser.add_argument("--items", type=int, default=40_960, help="of the efficiency (default 40960)")
     parser.add_argument("--shard-items", type=int, default=64, help="of the efficiency (default 64)")
     parser.add_argument("--photos", type=int, default=256, help="of the overhead (default 256)")
     parser.add_argument("--out", type=Path, default=Path("build/bench/engine.json"))
@@ -370,7 +379,8 @@ def main() -> None:
             found = result["planning"] = measure_planning(arguments.photos_planned, arguments.photos_done)
             print(
                 f"planning {found['photos']} photos: {found['seconds']:.1f} s, "
-                f"{found['planning_bytes'] / 2**30:.2f} GiB (the whole process, with PyTorch loaded, {found['process_bytes'] / 2**30:.2f} GiB)"
+                f"{found['planning_bytes'] / 2**30:.2f} GiB "
+                f"(the whole process, with PyTorch loaded, {found['process_bytes'] / 2**30:.2f} GiB)"
             )
         elif part == "efficiency":
             found = measure_efficiency(

@@ -320,7 +320,7 @@ class Execution:
 
 
 def executions(folder: Path, kills: list[Kill]) -> dict[tuple[str, str], list[Execution]]:
-    """Every time that an item was worked on, from the calls that the workers noted."""
+    """Every time that an item was worked on, in order, from the calls that the workers noted."""
     found: dict[tuple[str, str], list[Execution]] = defaultdict(list)
 
     def add(call: dict, end: float) -> None:
@@ -342,7 +342,7 @@ def executions(folder: Path, kills: list[Kill]) -> dict[tuple[str, str], list[Ex
             ends = [kill.time for kill in kills if pid in kill.pids and kill.time >= call["time"]]
             if ends:
                 add(call, min(ends))
-    return found
+    return {item: sorted(times, key=lambda execution: execution.begin) for item, times in found.items()}
 
 
 # ---- the campaign ----------------------------------------------------------------------------------------------------
