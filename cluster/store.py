@@ -308,13 +308,12 @@ class PartStore:
         return new
 
     def _footer(self, path: str) -> dict[bytes, bytes]:
-        """What a part's writer put into its footer; not what pyarrow adds."""
+        """What a part's writer put into its footer."""
         try:
             with self._fs.open(path, "rb") as source:
-                metadata = pq.read_schema(source).metadata or {}
+                return pq.read_schema(source).metadata or {}
         except Exception as error:
             raise self._error(path, error) from error
-        return {key: value for key, value in metadata.items() if key != b"ARROW:schema"}
 
     def collect_garbage(self, older_than: float = 24 * 3600.0) -> list[str]:
         """Remove temporary files of writers that died.

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from gallery_index import GalleryError, GalleryInfo, GalleryNotFoundError
 from gallery_index.storage import Folder
 from gallery_index.table import read_table
 from pipelines.config import STAGES
-from pipelines.manifests import SOURCE, Run, RunError, summary
+from pipelines.manifests import SOURCE, Run, RunError, plan_about, summary
 from pipelines.nightly import DELETED
 from pipelines.presence import Presence
 from pipelines.retry import FOLDER as RETRIES
@@ -38,6 +38,7 @@ from pipelines.sources import OutputError, output_place, photo_id, remove_output
 MENTION = "purged"  # stands for the id of a code that is gone, among the similar codes of another face
 _TEMP = re.compile(r".*\.[0-9a-f]{32}\.tmp")
 _OUT_TEMP = re.compile(r"\.scol-[0-9a-f]{32}\.part")
+_HEX = re.compile(r"[0-9a-f]{32}|[0-9a-f]{16}")  # keys, and ids of photos, which those of faces begin with
 _PASSES = 3
 
 
@@ -227,10 +228,9 @@ def _clean_files(run: Run, ids: dict[str, str], keys: Collection[str], done: Pur
     chosen, their_keys = pa.array(ids, pa.string()), pa.array(sorted(keys), pa.string())
     if run.has("plan.parquet"):
         plan = run.plan()
-        about = {k.decode(): v.decode() for k, v in (plan.schema.metadata or {}).items() if k != b"ARROW:schema"}
         left = plan.filter(pc.invert(pc.is_in(plan["photo_id"], value_set=chosen)))
         if left.num_rows < plan.num_rows:
-            run.write_plan(left, about)
+            run.write_plan(left, plan_about(plan))
     if run.has(DELETED):
         table = run.read_table(DELETED)
         run.write_table(DELETED, table.filter(pc.invert(pc.is_in(table["photo_id"], value_set=chosen))))
@@ -240,11 +240,11 @@ def _clean_files(run: Run, ids: dict[str, str], keys: Collection[str], done: Pur
             left = table.filter(pc.invert(pc.is_in(table["key"], value_set=their_keys)))
             if left.num_rows < table.num_rows:
                 run.write_table(f"{RETRIES}/{name}", left)
-    words = [*ids, *ids.values(), *keys]
+    words = {*ids, *keys}
     for name in run.names():
         if name.endswith(".jsonl"):
             lines = run.read(name).split(b"\n")
-            left = [line for line in lines if not _names_any(line.decode("utf-8", "replace"), words)]
+            left = [line for line in lines if not _speaks_of(line.decode("utf-8", "replace"), words, ids.values())]
             if len(left) < len(lines):
                 run.write(name, b"\n".join(left))
                 done.log_lines += len(lines) - len(left)
@@ -255,12 +255,14 @@ def _clean_files(run: Run, ids: dict[str, str], keys: Collection[str], done: Pur
                 done.temporary += 1
 
 
-def _names_any(line: str, words: Collection[str]) -> bool:
-    """Whether a log's line has one of these words, as it stands or in a JSON string."""
+def _speaks_of(line: str, words: set[str], paths: Iterable[str]) -> bool:
+    """Whether a log's line has one of these ids and keys, or of these paths, as it stands or in a JSON string."""
+    if not words.isdisjoint(_HEX.findall(line)):
+        return True
     texts = [line]
     with suppress(ValueError):
         texts += _texts(json.loads(line))
-    return any(word in text for text in texts for word in words)
+    return any(path in text for path in paths for text in texts)
 
 
 def _texts(value: Any) -> list[str]:
