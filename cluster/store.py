@@ -4,7 +4,7 @@ Layout: `URL/STAGE/NAME.parquet`, where NAME is `part_key` of the item keys that
 create-if-absent of its final name and never changed afterwards (but for `PartStore.replace_part`). Temporary files are
 called `.NAME.RANDOM.tmp`; a leading dot keeps them out of Arrow's, Spark's and our own listings. So does that of
 `STAGE/.index`, which says what keys the parts hold, so that a run over millions of items need not open each part
-(`save_index`). It is a copy only: a name is never given to other keys, so what it says of a part that is there is true;
+(`save_index`). It is a copy only: a part's name stands for the same keys for ever, so what it says of a part that is there is true;
 parts that it does not know are opened, and without it all are.
 
 What each back end promises about create-if-absent:
