@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import threading
 import zlib
@@ -319,6 +320,7 @@ def _dpi(info: dict) -> tuple[float, float] | None:
 # ---- JPEG ------------------------------------------------------------------------------------------------------------
 
 _EXIF_ID, _XMP_ID, _IRB_ID = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"Photoshop 3.0\0"
+_MARKER = re.compile(rb"\xff[^\x00\xff]")
 _SOF = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 
 
@@ -330,7 +332,9 @@ def _jpeg_segments(data: bytes) -> tuple[list[tuple[int, bytes]], int]:
             raise PhotoError("TRUNCATED", "the JPEG ends before its picture begins")
         marker = data[pos + 1]
         if data[pos] != 0xFF or marker in (0x00, 0xFF):
-            pos += 1  # padding between segments: skipped, as libjpeg does
+            # Padding between segments: skipped, as libjpeg does, at once, since there may be many MB of it.
+            found = _MARKER.search(data, pos)
+            pos = found.start() if found else len(data)
             continue
         if marker == 0xDA:
             return out, pos

@@ -29,6 +29,7 @@ XMP_TAG, IRB_TAG, ICC_TAG = 0x02BC, 0x8649, 0x8773
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 _SWAP_UNIT = {3: 2, 4: 4, 5: 4, 8: 2, 9: 4, 10: 4, 11: 4, 12: 8, 13: 4}
 _MAX_IFDS, _MAX_ENTRIES = 64, 4096
+_MAX_SEGMENTS = 1024  # of a JPEG's header; a colour profile may take 255
 
 
 class MetadataError(ValueError):
@@ -151,13 +152,17 @@ def blank_jpegs(buf: bytearray) -> int:
     """Zeroes every JPEG stream inside `buf` (found by walking its markers up to the scan); returns how many."""
     n, start = 0, buf.find(b"\xff\xd8\xff")
     while start >= 0:
-        pos, tables, scan = start + 2, False, False
+        pos, tables, scan, segments = start + 2, False, False, 0
         while pos + 4 <= len(buf) and buf[pos] == 0xFF and not scan:
             marker = buf[pos + 1]
             if marker == 0xFF:
                 pos += 1
                 continue
             if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:
+                break
+            segments += 1
+            if segments > _MAX_SEGMENTS:  # no camera's: taken for a picture, so that nothing is walked again and again
+                scan = True
                 break
             tables |= marker == 0xDB or marker in (0xC0, 0xC1, 0xC2)
             scan = marker == 0xDA
