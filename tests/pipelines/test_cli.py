@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from click.testing import CliRunner, Result
 
+from cluster import hash_key
 from pipelines.cli import _PROFILES, main
 from pipelines.config import PROFILES, STAGES, load_config
 from pipelines.manifests import Run, face_id, to_json
@@ -109,11 +110,11 @@ def run(tmp_path: Path) -> Path:
     import pyarrow as pa
 
     columns = {"photo_id": photos, "path": [f"{p}.jpg" for p in photos]}
-    run.write_plan(pa.table(columns | {stage: photos for stage in ("source", *STAGES)}))
+    run.write_plan(pa.table(columns | {stage: [hash_key(p) for p in photos] for stage in ("source", *STAGES)}))
 
     def row(photo: str, index: int | None, status: str = "ok", **more) -> dict:
         name = None if index is None else face_id(photo, index)
-        return {"key": photo, "photo_id": photo, "face_id": name, "status": status} | more
+        return {"key": hash_key(photo), "photo_id": photo, "face_id": name, "status": status} | more
 
     bad = row("b", None, "error", reason="CORRUPT: words", failed_stage="align")
     timeout = row("c", 1, "error", reason="TIMEOUT: 9 s", failed_stage="tune")

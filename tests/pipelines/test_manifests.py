@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from cluster import hash_key
 from pipelines import manifests
 from pipelines.config import STAGES, load_config
 from pipelines.manifests import (
@@ -49,14 +50,14 @@ def plan_of(keys: dict[str, str]) -> pa.Table:
 
 def publish_row(photo: str, index: int | None, status: str, **more) -> dict:
     name = None if index is None else face_id(photo, index)
-    return {"key": f"k{photo}", "photo_id": photo, "face_id": name, "status": status, "path": f"{photo}.jpg"} | more
+    return {"key": hash_key(photo), "photo_id": photo, "face_id": name, "status": status, "path": f"{photo}.jpg"} | more
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Four photos: two faces (ok and weak), no face, failed, not come so far; and rows of an older configuration."""
     run = Run(str(tmp_path / "run"))
-    run.write_plan(plan_of({p: f"k{p}" for p in PHOTOS}))
+    run.write_plan(plan_of({p: hash_key(p) for p in PHOTOS}))
     rows = [
         publish_row("a", 0, "ok", action="protected", psnr=34.0, ism=0.2, judge="faceres", max_ism=0.545),
         publish_row(
@@ -74,7 +75,7 @@ def run(tmp_path: Path) -> Run:
         publish_row("b", None, "no_face", action="copied"),
         publish_row("c", None, "error", action="none", reason="TRUNCATED: y", failed_stage="align"),
     ]
-    old = publish_row("a", 0, "error") | {"key": "older"}
+    old = publish_row("a", 0, "error") | {"key": hash_key("older")}
     for part in (rows[:2], rows[2:], [old]):
         run.store.write_part("publish", None, to_table("publish", part))
     return run
