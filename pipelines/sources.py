@@ -663,14 +663,9 @@ def write_output(out: str, path: str, data: bytes) -> str:
     Other stores: one put, atomic where the store's is (S3, GCS, Azure). Raises OutputError UNSAFE_PATH, NOT_WRITABLE,
     DISK_FULL, WRITE_FAILED, BAD_URL.
     """
-    try:
-        path = safe_relative(path)
-    except SourceError as e:
-        raise OutputError(e.code, e.message) from e
-    local = _local(out)
-    if local is None:
-        fs, root = _fs(out, OutputError)
-        target = f"{root.rstrip('/')}/{path}"
+    path = _safe_output(path)
+    if _local(out) is None:
+        fs, target = _store_target(out, path)
         try:
             fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
             fs.pipe_file(target, data)
@@ -680,14 +675,9 @@ def write_output(out: str, path: str, data: bytes) -> str:
             raise OutputError("WRITE_FAILED", f"{path}: {type(e).__name__}: {e}") from e
         return fs.unstrip_protocol(target)
 
-    root = os.path.realpath(local)
-    target = output_place(out, path)
-    folder = os.path.dirname(target)
+    target, folder = _local_target(out, path)  # before makedirs, which would follow a link that leads outside
     part = os.path.join(folder, f".scol-{uuid.uuid4().hex}.part")
     try:
-        # Checked before makedirs, which would follow a link that leads outside.
-        if os.path.realpath(folder) != folder:
-            raise OutputError("UNSAFE_PATH", f"a folder in OUT is a link: {path!r}")
         os.makedirs(folder, exist_ok=True)
         with open(part, "xb") as f:
             f.write(data)
@@ -706,8 +696,31 @@ def output_place(out: str, path: str) -> str:
     local = _local(out)
     if local is not None:
         return os.path.join(os.path.realpath(local), *path.split("/"))
+    fs, target = _store_target(out, path)
+    return fs.unstrip_protocol(target)
+
+
+def _safe_output(path: str) -> str:
+    """`safe_relative` for a place in OUT: raises OutputError."""
+    try:
+        return safe_relative(path)
+    except SourceError as e:
+        raise OutputError(e.code, e.message) from e
+
+
+def _store_target(out: str, path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """OUT/path on a store that is not local: its file system, and the path there."""
     fs, root = _fs(out, OutputError)
-    return fs.unstrip_protocol(f"{root.rstrip('/')}/{path}")
+    return fs, f"{root.rstrip('/')}/{path}"
+
+
+def _local_target(out: str, path: str) -> tuple[str, str]:
+    """OUT/path on a disk, and its folder.  Raises OutputError UNSAFE_PATH where a folder in OUT is a link."""
+    target = output_place(out, path)
+    folder = os.path.dirname(target)
+    if os.path.realpath(folder) != folder:
+        raise OutputError("UNSAFE_PATH", f"a folder in OUT is a link: {path!r}")
+    return target, folder
 
 
 def remove_output(out: str, path: str, digests: Collection[str]) -> str | None:
@@ -721,14 +734,9 @@ def remove_output(out: str, path: str, digests: Collection[str]) -> str | None:
 
     Raises OutputError UNSAFE_PATH, NOT_WRITABLE, WRITE_FAILED, BAD_URL.
     """
-    try:
-        path = safe_relative(path)
-    except SourceError as e:
-        raise OutputError(e.code, e.message) from e
-    local = _local(out)
-    if local is None:
-        fs, root = _fs(out, OutputError)
-        target = f"{root.rstrip('/')}/{path}"
+    path = _safe_output(path)
+    if _local(out) is None:
+        fs, target = _store_target(out, path)
         try:
             fs.invalidate_cache()
             if not fs.exists(target):
@@ -742,11 +750,8 @@ def remove_output(out: str, path: str, digests: Collection[str]) -> str | None:
             raise OutputError("WRITE_FAILED", f"{path}: {type(e).__name__}: {e}") from e
         return None
 
-    root = os.path.realpath(local)
-    target = output_place(out, path)
-    folder = os.path.dirname(target)
-    if os.path.realpath(folder) != folder:
-        raise OutputError("UNSAFE_PATH", f"a folder in OUT is a link: {path!r}")
+    target, folder = _local_target(out, path)
+    root = os.path.realpath(_local(out))
     try:
         try:
             if not stat.S_ISREG(os.lstat(target).st_mode):

@@ -34,7 +34,7 @@ from scol_ops.inversion import InvertSettings, invert
 from scol_ops.models.encoder import Encoder
 from scol_ops.models.mobilestylegan import MobileStyleGAN, StyledLayer, ToImage, inverse_haar
 from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
-from scol_ops.models.weights import ENCODER_TRUNK, load_encoder, load_mobilestylegan, pack
+from scol_ops.models.weights import TRUNK_PREFIX, load_encoder, load_mobilestylegan, pack
 from scol_ops.runtime import set_up
 
 CHUNK = 64
@@ -158,6 +158,11 @@ def explained(pred: Tensor, target: Tensor, mean: Tensor) -> float:
     return float(1 - (pred - target).square().sum() / (target - mean).square().sum())
 
 
+def scheduled(lr: float, step: int, warm_up: int, done: float) -> float:
+    """Learning rate after a linear warm-up of some steps, on a cosine to a fiftieth over the share of the time done."""
+    return lr * min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
 class Preview(nn.Module):
     """Codes to 128 px pictures from the generator's first four blocks: close enough to steer by, a quarter of the cost."""
 
@@ -197,7 +202,7 @@ def fit_preview(arguments: argparse.Namespace) -> None:
     begin, step, errors = time.monotonic(), 0, []
     while (done := (time.monotonic() - begin) / (60 * arguments.preview)) < 1:
         for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * min(1.0, (step + 1) / 20) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = scheduled(2e-3, step, 20, done)
         clean, codes = pool.draw(rng, 8)
         with torch.autocast("cpu", torch.bfloat16):
             out = preview(generator, codes).float()
@@ -273,7 +278,7 @@ class Trainer:
                 time.sleep(5)
             done = elapsed / (60 * a.train)
             for group in optimiser.param_groups:
-                group["lr"] = a.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+                group["lr"] = scheduled(a.lr, step, 100, done)
             self.encoder.train()
             clean, codes = pool.draw(rng, a.batch)
             seen, target = augment(clean, rng)
@@ -300,7 +305,7 @@ class Trainer:
             decay = min(0.998, step / (step + 20))
             with torch.no_grad():
                 for k, v in self.encoder.state_dict().items():
-                    if not k.startswith(ENCODER_TRUNK):
+                    if not k.startswith(TRUNK_PREFIX):
                         self.average[k].lerp_(v.float(), 1 - decay)
             for k, v in measured.items():
                 sums.setdefault(k, []).append(v)
@@ -379,7 +384,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     state = load_file(arguments.out / "encoder.safetensors")
-    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked") and not k.startswith(ENCODER_TRUNK)}
+    state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked") and not k.startswith(TRUNK_PREFIX)}
     save_file(pack(state), arguments.export)
 
 

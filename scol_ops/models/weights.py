@@ -21,7 +21,7 @@ from scol_ops.models.openvino_ir import read_constants
 
 DATA = Path(__file__).parent / "data"
 SCALE = ".int8_scale"  # see pack
-ENCODER_TRUNK = "face.network."  # entries of the encoder that are MobileFaceNet's own and are not stored twice
+TRUNK_PREFIX = "face.network."  # entries of the encoder that are MobileFaceNet's own and are not stored twice
 
 SHA256 = {
     # Mean of 65,536 W codes of seed 0: ``python -m pipelines.training.mean_code`` makes it again.
@@ -149,7 +149,7 @@ def load_encoder(device: torch.device | str = "cpu") -> Encoder:
     """
     encoder = Encoder()
     state = read_safetensors("encoder.safetensors")
-    state |= {f"{ENCODER_TRUNK}{k}": v for k, v in read_safetensors("mobilefacenet.safetensors").items()}
+    state |= {f"{TRUNK_PREFIX}{k}": v for k, v in read_safetensors("mobilefacenet.safetensors").items()}
     # Counters of batch norm's training are not stored; they play no part in eval mode.
     state |= {k: v for k, v in encoder.state_dict().items() if k.endswith("num_batches_tracked")}
     encoder.load_state_dict(state, strict=True)
