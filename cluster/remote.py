@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import fsspec
 
+# Back ends that put an object as a whole or not at all, know conditional puts, and have no folders to be made.
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
+
+
+def protocols(fs: fsspec.AbstractFileSystem) -> set[str]:
+    """All names of a file system's protocol."""
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+
 
 def open_fs(url: str, **options) -> tuple[fsspec.AbstractFileSystem, str]:
     """`fsspec.core.url_to_fs`: the file system, and the path in it.

@@ -45,7 +45,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import SchemaVersionError, StoreError, UnsafeStoreError
 from cluster.keys import KeyIndex, hash_key, pack, part_key, unpack
-from cluster.remote import open_fs
+from cluster.remote import OBJECT_STORES, open_fs, protocols
 from cluster.retries import PERMANENT, http_status, is_transient
 
 VERSION_FIELD = b"cluster.schema_version"
@@ -56,7 +56,6 @@ _INDEX_PAYS = 64  # parts that may have to be opened before the saved index is w
 
 log = logging.getLogger("cluster")
 
-_CONDITIONAL = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 _NAME = re.compile(r"[0-9a-f]{32}")
 _STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _TEMP = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}\.tmp")
@@ -94,8 +93,7 @@ class PartStore:
             raise StoreError(os.fspath(url), f"cannot open the store ({error})") from error
         self._local = isinstance(self._fs, LocalFileSystem)
         self._memory = isinstance(self._fs, MemoryFileSystem)
-        protocol = self._fs.protocol
-        self._conditional = not _CONDITIONAL.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
+        self._conditional = not OBJECT_STORES.isdisjoint(protocols(self._fs))
         self.url = self._root if self._local else self._fs.unstrip_protocol(self._root)
         if not (self._local or self._memory or self._conditional or allow_unsafe):
             raise UnsafeStoreError(self.url, "this store does not promise create-if-absent")

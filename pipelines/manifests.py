@@ -20,18 +20,23 @@ import os
 import statistics
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cluster.remote import OBJECT_STORES, open_fs, protocols
+from cluster.retries import is_transient, with_retries
 from cluster.store import PartStore
 from pipelines.config import STAGES
+
+T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 SOURCE = "source"
@@ -197,11 +202,26 @@ class Run:
     def store(self) -> PartStore:
         return PartStore(self.path("manifests"), schema_version=SCHEMA_VERSION)
 
+    def _do(self, name: str, action: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
+        """`action` on the file system and a path in it, again where a fault may pass."""
+        fs, path = open_fs(self.path(name).rstrip("/"))
+        remote = "file" not in protocols(fs)
+        return with_retries(lambda: action(fs, path), transient=partial(is_transient, remote=remote))
+
     def write(self, name: str, data: bytes) -> None:
-        """Write a file of the run's folder whole or not at all (local: temporary name, then rename)."""
-        fs, path = fsspec.core.url_to_fs(self.path(name))
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+        """Write a file of the run's folder whole or not at all (local: temporary name, then rename).
+
+        Raises:
+            OSError, or what the store's client raises: it cannot be written.
+        """
+
+        def put(fs: fsspec.AbstractFileSystem, path: str) -> None:
+            names = protocols(fs)
+            if names.isdisjoint(OBJECT_STORES):
+                fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            if "file" not in names:
+                fs.pipe_file(path, data)
+                return
             temp = f"{path}.{uuid.uuid4().hex}.tmp"
             try:
                 with open(temp, "xb") as file:
@@ -210,16 +230,25 @@ class Run:
             finally:
                 if os.path.exists(temp):
                     os.unlink(temp)
-        else:
-            fs.pipe_file(path, data)
+
+        self._do(name, put)
 
     def read(self, name: str) -> bytes:
-        """Raises RunError where the run has no such file."""
-        fs, path = fsspec.core.url_to_fs(self.path(name))
+        """Raises RunError where the run has no such file, or it cannot be read."""
+
+        def get(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+            fs.invalidate_cache(path.rsplit("/", 1)[0])
+            data = fs.cat_file(path)
+            if "file" not in protocols(fs) and len(data) != fs.info(path)["size"]:
+                raise ConnectionError(f"{path}: it came incompletely")
+            return data
+
         try:
-            return fs.cat_file(path)
-        except (OSError, ValueError) as error:
+            return self._do(name, get)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise RunError(f"{self.url}: no run of scol, or an unfinished one: {name} cannot be read") from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.url}: {name} cannot be read: {error}") from error
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (to_json(value) + "\n").encode())
@@ -233,26 +262,38 @@ class Run:
             raise RunError(f"{self.path(name)}: not JSON: {error}") from error
 
     def has(self, name: str) -> bool:
-        """Whether the run's folder has this file."""
-        fs, path = fsspec.core.url_to_fs(self.path(name))
-        fs.invalidate_cache()
-        return fs.isfile(path)
+        """Whether the run's folder has this file. Raises OSError where the store does not say."""
+
+        def look(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+            fs.invalidate_cache(path.rsplit("/", 1)[0])
+            try:
+                return fs.info(path)["type"] == "file"
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+
+        return self._do(name, look)
 
     def names(self, folder: str = "") -> list[str]:
         """Names of the files in the run's folder or one below it, sorted; empty where there is no such folder."""
-        fs, path = fsspec.core.url_to_fs(self.path(folder).rstrip("/"))
-        fs.invalidate_cache()
-        try:
-            found = fs.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
+
+        def look(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
+            fs.invalidate_cache(path)
+            try:
+                found = fs.ls(path, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
+
+        return self._do(folder, look)
 
     def remove(self, name: str) -> None:
         """Remove a file of the run's folder, if it is there."""
-        fs, path = fsspec.core.url_to_fs(self.path(name))
-        with suppress(FileNotFoundError):
-            fs.rm_file(path)
+
+        def drop(fs: fsspec.AbstractFileSystem, path: str) -> None:
+            with suppress(FileNotFoundError):
+                fs.rm_file(path)
+
+        self._do(name, drop)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

@@ -31,17 +31,19 @@ import stat
 import unicodedata
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import fsspec
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-from fsspec.core import url_to_fs
 from fsspec.utils import glob_translate
 
+from cluster.remote import OBJECT_STORES, open_fs, protocols
+from cluster.retries import is_transient, with_retries
 from pipelines.photo import MAX_BYTES
 
 PHOTO_SUFFIXES = frozenset(
@@ -51,7 +53,10 @@ PHOTO_SUFFIXES = frozenset(
 TABLE_SUFFIXES = (".parquet", ".pq", ".csv")
 SKIP_CODES = frozenset({"NOT_A_PHOTO", "HIDDEN"})
 
+T = TypeVar("T")
+
 _PIECE = 4 * 2**20  # bytes read at once where a file is only hashed
+_PAGE = 1000  # objects of S3 asked for at once: the most that it gives
 _MAX_LINKS = 8  # folders entered through links, one inside the other: bounds what links across links can unfold to
 _DEVICES = re.compile(r"(?i)^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?$")
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -169,9 +174,14 @@ def _local(url: str) -> str | None:
 
 def _fs(url: str, error: type[SourceError] = SourceError):
     try:
-        return url_to_fs(url)
+        return open_fs(url)
     except (ValueError, ImportError, TypeError) as e:
         raise error("BAD_URL", f"{url}: {e}") from e
+
+
+def _patient(action: Callable[[], T]) -> T:
+    """What `action` gives, which asks a store over a network; again where a fault may pass."""
+    return with_retries(action, transient=is_transient)
 
 
 def _modified(info: dict) -> str | None:
@@ -201,7 +211,7 @@ def _failed(path: str, url: str, error: SourceError) -> SourceRow:
 
 
 def _os_error(e: OSError, what: str) -> SourceError:
-    if isinstance(e, PermissionError):
+    if isinstance(e, PermissionError) or e.errno == errno.EACCES:
         return SourceError("UNREADABLE", f"{what}: permission denied")
     if isinstance(e, FileNotFoundError):
         return SourceError("NOT_FOUND", f"{what}: no such file")
@@ -309,11 +319,15 @@ def _walk_local(root: str, hidden: bool, depth: int | None) -> Iterator[SourceRo
 
 
 def _walk_store(fs, root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
-    """As `_walk_local`, on any fsspec store."""
+    """As `_walk_local`, on any fsspec store: one folder in memory at a time (and its parents), on S3 1,000 objects."""
     root = root.rstrip("/")
+    if "s3" in protocols(fs):
+        yield from _walk_s3(fs, root, hidden, depth)
+        return
 
     def entries(folder: str) -> list[tuple[str, dict]]:
-        found = [(i["name"].rstrip("/")[len(root) + 1 :], i) for i in fs.ls(folder, detail=True)]
+        found = _patient(lambda: fs.ls(folder, detail=True))
+        found = [(i["name"].rstrip("/")[len(root) + 1 :], i) for i in found]
         # Stores list the folder itself where a marker object exists.
         found = [(p, i) for p, i in found if p and i["name"].rstrip("/") != folder.rstrip("/")]
         return sorted(found, key=lambda f: f[0] + ("/" if f[1]["type"] == "directory" else ""))
@@ -347,6 +361,51 @@ def _walk_store(fs, root: str, hidden: bool, depth: int | None) -> Iterator[Sour
             yield _failed(path, url, error)
         else:
             yield SourceRow(path, url, info.get("size"), _modified(info), error=str(error) if error else None)
+
+
+def _walk_s3(fs, root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
+    """As `_walk_store`, page by page, since a prefix may hold millions of objects. S3 lists all that lies below a prefix
+    in the order of UTF-8's bytes, which is that of paths here (directory buckets do not, and are listed as they come)."""
+    bucket, _, prefix = root.partition("/")
+    prefix = f"{prefix}/" if prefix else ""
+    ask = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE}
+    empty, told = True, ""
+    while ask is not None:
+        try:
+            page = _patient(lambda ask=ask: fs.call_s3("list_objects_v2", **ask))
+        except FileNotFoundError as e:
+            raise SourceError("NOT_FOUND", f"{root}: no such bucket") from e
+        except OSError as e:
+            raise _os_error(e, root) from e
+        for info in page.get("Contents", ()):
+            empty = False
+            path = info["Key"][len(prefix) :]
+            if not path or path.endswith("/"):  # an object that stands for a folder
+                continue
+            parts = path.split("/")
+            above = next((i for i, part in enumerate(parts) if part.startswith(".") and part not in (".", "..")), None)
+            if above is not None and not hidden:  # one row for a hidden folder
+                path = "/".join(parts[: above + 1])
+                if path != told and (depth is None or above < depth):
+                    told = path
+                    url = fs.unstrip_protocol(f"{bucket}/{prefix}{path}")
+                    yield _failed(path, url, SourceError("HIDDEN", "a hidden file or folder; left alone"))
+                continue
+            if depth is not None and len(parts) > depth:
+                continue
+            url = fs.unstrip_protocol(f"{bucket}/{info['Key']}")
+            try:
+                if safe_relative(path) != path:
+                    raise SourceError("UNSAFE_PATH", "a name with empty parts or `.` in it, which no file system has")
+            except SourceError as e:
+                yield _failed(path, url, e)
+                continue
+            error = _by_suffix(path)
+            yield SourceRow(path, url, info["Size"], _modified(info), error=str(error) if error else None)
+        token = page.get("NextContinuationToken")
+        ask = ask | {"ContinuationToken": token} if token else None
+    if empty:
+        raise SourceError("NOT_FOUND", f"{root}: nothing there")
 
 
 # ---- lists and tables ------------------------------------------------------------------------------------------------
@@ -419,7 +478,7 @@ def _list_row(number: int, entry: str, person: str | None, base: str) -> SourceR
         return replace(_stat_row(path, os.path.abspath(url)), person_id=person)
     try:
         fs, name = _fs(url)
-        info = fs.info(name)
+        info = _patient(lambda: fs.info(name))
         if info["type"] != "file":
             raise SourceError("NOT_A_FILE", "a folder")
     except SourceError as e:
@@ -477,9 +536,10 @@ def _kind(src: str) -> str:
         is_dir, exists = os.path.isdir(local), os.path.exists(local)
     else:
         fs, path = _fs(src)
-        try:
-            is_dir = fs.isdir(path)
-            exists = is_dir or fs.exists(path)
+        try:  # not `isdir` and `exists`, which take every failure for a no
+            is_dir, exists = _patient(lambda: fs.info(path))["type"] == "directory", True
+        except FileNotFoundError:
+            is_dir = exists = False
         except OSError as e:
             raise _os_error(e, src) from e
     if is_dir:
@@ -554,10 +614,7 @@ def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
             finally:
                 os.close(handle)
         fs, path = _fs(url)
-        size = fs.info(path).get("size")
-        if size is not None and size > max_bytes:
-            raise SourceError("TOO_LARGE", f"{size:,} bytes; the limit is {max_bytes:,}")
-        return fs.cat_file(path)
+        return _patient(lambda: _get(fs, path, max_bytes))
     except SourceError:
         raise
     except OSError as e:
@@ -586,9 +643,18 @@ def content_digest(url: str) -> str:
                 os.close(handle)
         else:
             fs, path = _fs(url)
-            with fs.open(path, "rb", block_size=_PIECE, cache_type="readahead") as file:
-                while piece := file.read(_PIECE):
-                    digest.update(piece)
+
+            def hashed():
+                fresh, size = hashlib.blake2b(digest_size=16), 0
+                with fs.open(path, "rb", block_size=_PIECE, cache_type="readahead") as file:
+                    while piece := file.read(_PIECE):
+                        fresh.update(piece)
+                        size += len(piece)
+                    if size != (getattr(file, "size", None) or size):
+                        raise ConnectionError(f"{size:,} of {file.size:,} bytes came")
+                return fresh
+
+            digest = _patient(hashed)
     except SourceError:
         raise
     except OSError as e:
@@ -602,6 +668,8 @@ def content_digest(url: str) -> str:
 
 
 def _out_error(e: OSError, what: str) -> OutputError:
+    if isinstance(e, PermissionError):
+        return OutputError("NOT_WRITABLE", f"{what}: {e.strerror or e}")
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError("DISK_FULL", f"{what}: {e.strerror}")
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -646,9 +714,8 @@ def check_out(src: str, out: str) -> None:
     fs, path = _fs(out, OutputError)
     try:
         probe = f"{path.rstrip('/')}/.scol-{uuid.uuid4().hex}.part"
-        fs.makedirs(path, exist_ok=True)
-        fs.pipe_file(probe, b"scol")
-        fs.rm_file(probe)
+        _patient(lambda: _put(fs, probe, b"scol"))
+        _patient(lambda: _drop(fs, probe))
     except OSError as e:
         raise _out_error(e, out) from e
     except Exception as e:  # each store's client has errors of its own
@@ -667,8 +734,7 @@ def write_output(out: str, path: str, data: bytes) -> str:
     if _local(out) is None:
         fs, target = _store_target(out, path)
         try:
-            fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            fs.pipe_file(target, data)
+            _patient(lambda: _put(fs, target, data))
         except OSError as e:
             raise _out_error(e, path) from e
         except Exception as e:  # each store's client has errors of its own
@@ -689,6 +755,29 @@ def write_output(out: str, path: str, data: bytes) -> str:
             os.unlink(part)
         raise _out_error(e, path) from e
     return target
+
+
+def _put(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    if OBJECT_STORES.isdisjoint(protocols(fs)):
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    fs.pipe_file(path, data)
+
+
+def _get(fs: fsspec.AbstractFileSystem, path: str, max_bytes: int | None = None) -> bytes:
+    """A file whole. Raises ConnectionError where only a part came, SourceError TOO_LARGE before anything is read."""
+    fs.invalidate_cache(path.rsplit("/", 1)[0])  # a listing may know an older size
+    size = fs.info(path).get("size")
+    if size is not None and max_bytes is not None and size > max_bytes:
+        raise SourceError("TOO_LARGE", f"{size:,} bytes; the limit is {max_bytes:,}")
+    data = fs.cat_file(path)
+    if size is not None and len(data) != size:
+        raise ConnectionError(f"{len(data):,} of {size:,} bytes came")
+    return data
+
+
+def _drop(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    with suppress(FileNotFoundError):  # the answer to an earlier try may have been lost
+        fs.rm_file(path)
 
 
 def output_place(out: str, path: str) -> str:
@@ -738,12 +827,12 @@ def remove_output(out: str, path: str, digests: Collection[str]) -> str | None:
     if _local(out) is None:
         fs, target = _store_target(out, path)
         try:
-            fs.invalidate_cache()
-            if not fs.exists(target):
-                return None
-            if hashlib.sha256(fs.cat_file(target)).hexdigest() not in digests:
+            fs.invalidate_cache(target.rsplit("/", 1)[0])
+            if hashlib.sha256(_patient(lambda: _get(fs, target))).hexdigest() not in digests:
                 return "it has changed since it was written"
-            fs.rm_file(target)
+            _patient(lambda: _drop(fs, target))
+        except FileNotFoundError:
+            return None
         except OSError as e:
             raise _out_error(e, path) from e
         except Exception as e:  # each store's client has errors of its own
