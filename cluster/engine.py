@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cluster.deaths import Birth, brief, last_words, node_lost
 from cluster.errors import ClusterError, ContractError, EngineError, PlanError, RunInterrupted, UnsafeStoreError
 from cluster.keys import KeyIndex, KeyRule, distinct, pack, part_key, unpack, windows
 from cluster.session import import_path, ray_session
 from cluster.stage import Pool, Resources, Stage
 from cluster.store import PartStore
-from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, one_line, with_retries
+from cluster.worker import Input, Shard, ShardResult, Worker, found_part, hard_limit, one_line, with_retries
 
 log = logging.getLogger("cluster")
 
@@ -276,6 +277,7 @@ class _Actor:
     def __init__(self, pool: str, handle):
         self.pool = pool
         self.handle = handle
+        self.born = handle.born.remote()  # asked at once, because the dead do not answer
         self.calls: deque[_Call] = deque()
         self.ready = False
 
@@ -730,7 +732,7 @@ class _Run:
 
     def _record(self, task: _Task, result: ShardResult) -> None:
         stage, count = self.stages[task.stage], self.counts[task.stage]
-        self.pace[task.stage] = result.seconds
+        self.pace[task.stage] = result.seconds or self.pace[task.stage]
         self.plan.record(task.stage + 1, task.items, result.part)
         count.done += len(task.items)
         count.shards += 1
@@ -785,25 +787,35 @@ class _Run:
         running, *queued = actor.calls
         for call in queued:
             self._push(call.task)
-        node_died = "node has died" in str(error) or "node died" in str(error).lower()
+        born = self._born(actor)
+        node_died = node_lost(error, born)
         if running.task is None:
             self.start_failures[actor.pool] += 0 if node_died else 1
             if self.start_failures[actor.pool] >= _START_TRIES:
                 words = f"workers of pool {actor.pool!r} die while loading their operators: {error}"
                 raise EngineError(words) from error
         else:
-            self._judge(running, error, node_died)
+            self._judge(running, error, born, node_died)
         self._spawn(actor.pool)
         if running.task is not None:
             self._tell(running.task.stage)
 
-    def _judge(self, call: _Call, error: Exception, node_died: bool) -> None:
+    def _born(self, actor: _Actor) -> Birth | None:
+        try:
+            return self.ray.get(actor.born, timeout=0)
+        except self.ray.exceptions.RayError:
+            return None
+
+    def _judge(self, call: _Call, error: Exception, born: Birth | None, node_died: bool) -> None:
         task, stage = call.task, self.stages[call.task.stage]
         elapsed = time.perf_counter() - call.start
         words = "stage %s: a worker died with %d item(s) in hand, after %.1f s: %s"
         log.warning(words, stage.name, len(task.items), elapsed, one_line(error))
         self.counts[task.stage].retried += len(task.items)
-        if node_died:
+        part = part_key(self.plan.keys_of(task.stage + 1, task.items))
+        if (result := with_retries(lambda: found_part(self.engine.store, stage.name, part))) is not None:
+            self._record(task, result)  # it died after the commit
+        elif node_died:
             self._push(task)
         elif task.verdict is not None:
             raise EngineError(f"stage {stage.name}: a worker died while writing the error rows of an item: {error}")
@@ -818,6 +830,9 @@ class _Run:
             elif task.deaths >= self.engine.item_deaths:
                 why = ", short of memory" if "running low on memory" in str(error) else ""
                 task.verdict = f"WORKER_DIED: the process ended with this item in hand, {task.deaths + 1} times{why}"
+                if words := last_words(born):
+                    log.warning("stage %s: the last words of the worker:\n%s", stage.name, words)
+                    task.verdict += f"; its log ends: {brief(words)}"
             self._push(task)
 
 
