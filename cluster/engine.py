@@ -29,6 +29,7 @@ log = logging.getLogger("cluster")
 
 _SOURCE_ITEMS = 1024  # items a source part; its rows are small
 _START_TRIES = 3  # workers of a pool that may die in a row before they have done anything
+_SETTLE = 2.0  # seconds after a worker's death within which its node's becomes known, if that was why
 _BRIEF = 2.0  # seconds; calls shorter than this are queued one ahead, so that a worker need not wait for the driver
 
 
@@ -271,6 +272,16 @@ class _Call:
     ref: Any
     task: _Task | None  # None: the worker is loading its operators
     start: float
+
+
+@dataclass
+class _Death:
+    """A worker that died with a task in hand, and when."""
+
+    call: _Call
+    error: Exception
+    born: Birth | None
+    when: float
 
 
 class _Actor:
@@ -560,6 +571,7 @@ class _Run:
         self.order = itertools.count()
         self.actors: list[_Actor] = []
         self.start_failures: Counter[str] = Counter()
+        self.deaths: deque[_Death] = deque()  # to be judged, see `_SETTLE`
         self.last_event = self.last_check = self.begin
         self.pace = [0.0] * len(self.stages)  # seconds that a call took lately
         self.sizes = self._layout()
@@ -601,6 +613,7 @@ class _Run:
                     raise KeyboardInterrupt
                 self._assign()
                 self._collect()
+                self._judge_settled()
                 self._release()
         finally:
             for actor in self.actors:
@@ -691,6 +704,9 @@ class _Run:
 
     def _collect(self) -> None:
         heads = {actor.calls[0].ref: actor for actor in self.actors if actor.calls}
+        if not heads:  # all that is left to do waits for a judgement
+            time.sleep(0.1)
+            return
         ready, _ = self.ray.wait(list(heads), num_returns=1, timeout=1.0, fetch_local=False)
         if ready and len(heads) > 1:
             ready, _ = self.ray.wait(list(heads), num_returns=len(heads), timeout=0, fetch_local=False)
@@ -787,15 +803,16 @@ class _Run:
         running, *queued = actor.calls
         for call in queued:
             self._push(call.task)
-        born = self._born(actor)
-        node_died = node_lost(error, born)
+        death = _Death(running, error, self._born(actor), time.perf_counter())
         if running.task is None:
-            self.start_failures[actor.pool] += 0 if node_died else 1
+            self.start_failures[actor.pool] += 0 if node_lost(error, death.born) else 1
             if self.start_failures[actor.pool] >= _START_TRIES:
                 words = f"workers of pool {actor.pool!r} die while loading their operators: {error}"
                 raise EngineError(words) from error
+        elif running.task.alone:
+            self.deaths.append(death)
         else:
-            self._judge(running, error, born, node_died)
+            self._judge(death)
         self._spawn(actor.pool)
         if running.task is not None:
             self._tell(running.task.stage)
@@ -806,9 +823,16 @@ class _Run:
         except self.ray.exceptions.RayError:
             return None
 
-    def _judge(self, call: _Call, error: Exception, born: Birth | None, node_died: bool) -> None:
+    def _judge_settled(self) -> None:
+        while self.deaths and time.perf_counter() - self.deaths[0].when > _SETTLE:
+            self._judge(self.deaths.popleft())
+
+    def _judge(self, death: _Death) -> None:
+        """Decide about the task that a worker died with."""
+        call, error = death.call, death.error
+        node_died = node_lost(error, death.born)
         task, stage = call.task, self.stages[call.task.stage]
-        elapsed = time.perf_counter() - call.start
+        elapsed = death.when - call.start
         words = "stage %s: a worker died with %d item(s) in hand, after %.1f s: %s"
         log.warning(words, stage.name, len(task.items), elapsed, one_line(error))
         self.counts[task.stage].retried += len(task.items)
@@ -830,7 +854,7 @@ class _Run:
             elif task.deaths >= self.engine.item_deaths:
                 why = ", short of memory" if "running low on memory" in str(error) else ""
                 task.verdict = f"WORKER_DIED: the process ended with this item in hand, {task.deaths + 1} times{why}"
-                if words := last_words(born):
+                if words := last_words(death.born):
                     log.warning("stage %s: the last words of the worker:\n%s", stage.name, words)
                     task.verdict += f"; its log ends: {brief(words)}"
             self._push(task)

@@ -137,7 +137,8 @@ class Nodes:
         for raylet in self.raylets():
             for process in _children(raylet):
                 title = _title(process)
-                if title.startswith("ray::"):
+                # not a node's agents, whose death is the raylet's, also where it is the head's
+                if title.startswith("ray::") and not title.endswith("Agent"):
                     found[process.pid] = title
         return found
 
