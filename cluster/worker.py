@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.deaths import Birth, birth
+from cluster.deaths import Birth, birth, obey_sigterm
 from cluster.errors import ContractError, StoreError
 from cluster.keys import part_key
 from cluster.stage import ItemTimeout, Operator, Stage, WorkerUnfit
@@ -127,6 +127,7 @@ class Worker:
         """Load the operators of these stages."""
         from ray import cloudpickle
 
+        obey_sigterm()
         self._stages = cloudpickle.loads(self._pickled)
         for position in stages:
             self._operators[position] = self._stages[position].factory()

@@ -15,13 +15,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TextIO
 
 import fsspec
 import pyarrow as pa
 
-from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key, ray_session
+from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key
 from pipelines import gallery_jobs, models, nightly, retry
 from pipelines.config import STAGES, Config
 from pipelines.machine import machine
@@ -303,21 +304,14 @@ def execute(
     engine = Engine(
         run.store,
         stages,
+        pools=partial(layout, config),
         source=SOURCE,
         shard_items=config.engine.shard_photos,
         address=config.engine.ray_address,
         progress=progress,
         stop=stop,
     )
-    if not any(engine.plan(source, keys).missing().values()):
-        return engine.run(source, keys), setting  # counts what is there; starts no Ray
-    with ray_session(config.engine.ray_address):
-        import ray
-
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        used = {stage.pool for stage in stages}
-        engine.pools = {name: pool for name, pool in layout(config, nodes).items() if name in used}
-        return engine.run(source, keys), setting
+    return engine.run(source, keys), setting
 
 
 # A generator, an encoder and two recognisers with their gradients: 1.5 GB at 256 px, more at 1024 px.
