@@ -278,7 +278,7 @@ class Gallery:
         found = []
         for name in recognisers:
             values = table[f"embedding_{name}"].combine_chunks()
-            found.append(values.flatten().to_numpy().reshape(table.num_rows, -1))
+            found.append(values.flatten().to_numpy().reshape(table.num_rows, values.type.list_size))
         return Gallery(table["person_id"].to_pylist(), table["url"].to_pylist(), found)
 
 
