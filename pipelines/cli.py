@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from pipelines import cli_evaluate
+
 _PROFILES = ("quick", "standard", "paper")  # pipelines.config.PROFILES, which costs half a second to import
 
 
@@ -26,6 +28,7 @@ def _known_errors() -> tuple[type[BaseException], ...]:
         "cluster.errors": ("ClusterError",),
         "gallery_index.errors": ("GalleryError",),
         "scol_ops.models.weights": ("WeightsError",),
+        "pipelines.evaluate.errors": ("EvaluateError",),
     }
     found: list[type[BaseException]] = [OSError]
     for module, names in wanted.items():
@@ -556,6 +559,9 @@ def demo(folder, load):
     from pipelines.demo import run_demo
 
     sys.exit(run_demo(folder, load()))
+
+
+cli_evaluate.register(main, guarded, json_option, _say)
 
 
 if __name__ == "__main__":
