@@ -102,7 +102,10 @@ def read_checkpoint(content: bytes) -> Content:
 def entries(value: Any, prefix: str = "") -> dict[str, Entry]:
     """Tensors of a state dict or of a whole module, whose names begin with a prefix, without it."""
     if isinstance(value, Skipped):
-        value = pickle_reader.module_state(value) or value.attributes()
+        try:
+            value = pickle_reader.module_state(value) or value.attributes()
+        except UnreadableFile as error:
+            raise CheckpointError(str(error)) from error
     if not isinstance(value, Mapping):
         return {}
     return {
@@ -288,7 +291,7 @@ def _take_stylegan2(value: Any) -> tuple[State, dict[str, Any], list[str]]:
     else:
         mapping = _filled(_empty(lambda: _stylegan2(facts)), state | {"mean_code": torch.zeros(512)}).mapping
         state["mean_code"] = w_space.spread(mapping)[0]
-        notes.append("the file has no latent_avg: the mean of 8192 codes of seed 0 is taken")
+        notes.append("the file has no latent_avg: the mean of 4096 codes of seed 0 is taken")
     return state, facts, notes
 
 
@@ -356,8 +359,8 @@ def _take_e4e(value: Any) -> tuple[State, dict[str, Any], list[str]]:
     if not found:
         raise CheckpointError("no e4e encoder in this file: no entries encoder.* with a latlayer1")
     codes = _count_of(found, "styles.", 32)
-    if codes < 4 or codes % 2 or codes > 18:
-        raise CheckpointError(f"an encoder with {codes} style heads: e4e's has 4 to 18, two for each size of the generator")
+    if codes < 2 or codes % 2 or codes > 18:
+        raise CheckpointError(f"an encoder with {codes} style heads: e4e has 2 to 18, two for each doubling of the generator")
     facts = {"size": 1 << (codes + 2) // 2}
     shapes = _shapes(_empty(lambda: _e4e(facts)), ["latent_avg", "std_code"])
     state = _fit(found, shapes, f"e4e for {facts['size']} px ({codes} codes)")

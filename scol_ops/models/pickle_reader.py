@@ -55,8 +55,9 @@ class Skipped:
     """An object that was not made: what it would have been, and the state that it would have been given."""
 
     name: str
-    state: Any = None
-    items: dict[Any, Any] = field(default_factory=dict)
+    # Not shown: objects may hold each other so often that their text has no end.
+    state: Any = field(default=None, repr=False)
+    items: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def attributes(self) -> Mapping[Any, Any]:
         """The state as a mapping: attributes, or entries of a mapping's subclass; empty where there is none."""
@@ -69,7 +70,7 @@ class Storage:
 
     dtype: torch.dtype
     numel: int
-    content: bytes | memoryview | None = None
+    content: bytes | memoryview | None = field(default=None, repr=False)
 
     @property
     def bytes_wanted(self) -> int:

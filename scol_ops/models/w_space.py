@@ -31,7 +31,7 @@ def agree(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.inference_mode()
-def spread(mapping: Callable[[Tensor], Tensor], count: int = 8192) -> tuple[Tensor, Tensor]:
+def spread(mapping: Callable[[Tensor], Tensor], count: int = 4096) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (512,) each of W over ``count`` random z of seed 0."""
     z = torch.from_numpy(np.random.default_rng(0).standard_normal((count, _DIM), dtype=np.float32))
     w = torch.cat([mapping(part) for part in z.split(1024)]).double()
