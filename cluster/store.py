@@ -36,7 +36,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -46,6 +45,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import SchemaVersionError, StoreError, UnsafeStoreError
 from cluster.keys import KeyIndex, hash_key, pack, part_key, unpack
+from cluster.remote import open_fs
+from cluster.retries import PERMANENT, http_status, is_transient
 
 VERSION_FIELD = b"cluster.schema_version"
 STAGE_FIELD = b"cluster.stage"
@@ -60,23 +61,7 @@ _NAME = re.compile(r"[0-9a-f]{32}")
 _STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _TEMP = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}\.tmp")
 _MEMORY_LOCK = threading.Lock()
-
-_PERMANENT = {
-    errno.ENOSPC: "disk full",
-    errno.EDQUOT: "disk quota exceeded",
-    errno.EROFS: "read-only file system",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "operation not permitted",
-    errno.ENOTDIR: "not a directory",
-    errno.EISDIR: "is a directory",
-    errno.ENOENT: "no such file",
-    errno.ENAMETOOLONG: "name too long",
-    errno.EFBIG: "file too large",
-    errno.ELOOP: "too many symbolic links",
-    errno.EINVAL: "invalid argument",
-    errno.ENOTSUP: "not supported by the file system",
-}
-
+_STATUS_WORDS = {400: "bad request", 401: "permission denied", 403: "permission denied", 404: "no such file"}
 
 class PartStore:
     """Parts of any number of stages below one URL. Picklable; safe to use from several threads.
@@ -104,7 +89,7 @@ class PartStore:
         self.allow_unsafe = allow_unsafe
         self.schema_version = schema_version
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(os.fspath(url), **self.storage_options)
+            self._fs, self._root = open_fs(os.fspath(url), **self.storage_options)
         except (ImportError, ValueError, OSError) as error:  # no such protocol, its package is missing, no such host
             raise StoreError(os.fspath(url), f"cannot open the store ({error})") from error
         self._local = isinstance(self._fs, LocalFileSystem)
@@ -260,16 +245,15 @@ class PartStore:
         buffer = pa.BufferOutputStream()
         _to_parquet(table, buffer)
         data = buffer.getvalue().to_pybytes()
-        if self._memory or self._conditional:
-            try:
-                if self._memory:
-                    with _MEMORY_LOCK:
-                        self._fs.pipe_file(path, data, mode="create")
-                else:
+        if self._memory:
+            with _MEMORY_LOCK:
+                try:
                     self._fs.pipe_file(path, data, mode="create")
-                return True
-            except FileExistsError:
-                return False
+                    return True
+                except FileExistsError:
+                    return False
+        if self._conditional:
+            return self._put_if_absent(path, data)
         self._fs.makedirs(os.path.dirname(path), exist_ok=True)
         temp = self._temp(path)
         try:
@@ -281,6 +265,28 @@ class PartStore:
         finally:
             if self._fs.exists(temp):
                 self._fs.rm_file(temp)
+
+    def _put_if_absent(self, path: str, data: bytes) -> bool:
+        """Whether what is there now is ours.
+
+        A client puts again by itself where no answer came, so "exists already" (412), or "no such upload" (404) at the
+        end of a multipart one, may be the answer to the repetition of what has succeeded.
+        """
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+            return True
+        except OSError as error:
+            # s3fs knows 412 for what it is only where the server names the condition, which not all do.
+            exists = isinstance(error, FileExistsError) or http_status(error)[0] == 412
+            if not exists and not isinstance(error, FileNotFoundError):
+                raise
+            self._fs.invalidate_cache(os.path.dirname(path))
+            try:
+                return self._fs.cat_file(path) == data
+            except FileNotFoundError:
+                if exists:  # taken out again meanwhile, as by a purge
+                    return False
+                raise error from error.__cause__
 
     @staticmethod
     def _temp(path: str) -> str:
@@ -378,9 +384,28 @@ class PartStore:
                 table = file.read(columns=None if columns is None else list(columns), use_threads=False)
         except StoreError:
             raise
+        except (pa.ArrowInvalid, OSError) as error:
+            found = self._error(path, error)
+            if not self._local and not found.transient and isinstance(error, pa.ArrowInvalid) and self._whole(path):
+                raise StoreError(path, f"read incompletely ({error})", transient=True) from error
+            raise found from error
         except Exception as error:
             raise self._error(path, error) from error
         return table.replace_schema_metadata(None)
+
+    def _whole(self, path: str) -> bool:
+        """Whether a part that came in pieces, and was unreadable, is readable as a whole: then pieces were cut short."""
+        try:
+            data = self._fs.cat_file(path)
+            self._fs.invalidate_cache(os.path.dirname(path))
+            if len(data) != self._fs.info(path)["size"]:
+                return True
+            pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+            return True
+        except pa.ArrowInvalid:
+            return False
+        except Exception as error:
+            raise self._error(path, error) from error
 
     def _check_version(self, path: str, metadata: Mapping[bytes, bytes]) -> None:
         try:
@@ -590,19 +615,20 @@ class PartStore:
 
     def _error(self, path: str, error: Exception) -> StoreError:
         path = path if self._local else self._fs.unstrip_protocol(path)
-        if isinstance(error, OSError) and error.errno in _PERMANENT:
-            return StoreError(path, _PERMANENT[error.errno])
+        if is_transient(error, not self._local):
+            return StoreError(path, f"{type(error).__name__}: {error}", transient=True)
+        status, code = http_status(error)
+        if status is not None:
+            return StoreError(path, f"{_STATUS_WORDS.get(status, 'refused')} ({code or status}: {error})")
+        if isinstance(error, OSError) and error.errno in PERMANENT:
+            return StoreError(path, PERMANENT[error.errno])
         if isinstance(error, FileNotFoundError):
             return StoreError(path, "no such file")
         if isinstance(error, PermissionError):
             return StoreError(path, "permission denied")
         if isinstance(error, pa.ArrowInvalid):
             return StoreError(path, f"not a readable Parquet file ({error})")
-        words = f"{type(error).__name__}: {error}"
-        if isinstance(error, (OSError, TimeoutError)):
-            return StoreError(path, words, transient=True)
-        # HTTP clients of object stores raise their own types for lost connections, throttling and the like.
-        return StoreError(path, words, transient=not self._local and not isinstance(error, (TypeError, ValueError)))
+        return StoreError(path, f"{type(error).__name__}: {error}")
 
 
 def _open(url: str, storage_options: dict, allow_unsafe: bool, schema_version: int) -> PartStore:

@@ -6,7 +6,6 @@ import faulthandler
 import itertools
 import logging
 import os
-import random
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 from cluster.deaths import Birth, birth, obey_sigterm
 from cluster.errors import ContractError, StoreError
 from cluster.keys import part_key
+from cluster.retries import with_retries
 from cluster.stage import ItemTimeout, Operator, Stage, WorkerUnfit
 from cluster.store import PartStore
 
@@ -93,20 +93,6 @@ class ShardResult:
 def hard_limit(stage: Stage, items: int, margin: float) -> float | None:
     """Seconds after which a call of `items` items ends its process; None where the stage has no limit."""
     return None if stage.item_seconds is None else 2 * stage.item_seconds * items + margin
-
-
-def with_retries(action: Callable[[], T], attempts: int = 5, first_wait: float = 0.25) -> T:
-    """Call `action`, again after growing, jittered pauses while it raises a transient `StoreError`."""
-    for attempt in range(attempts):
-        try:
-            return action()
-        except StoreError as error:
-            if not error.transient or attempt == attempts - 1:
-                raise
-            pause = first_wait * 2**attempt * random.uniform(0.5, 1.5)
-            log.warning("%s; trying again in %.1f s", error, pause)
-            time.sleep(pause)
-    raise AssertionError("unreachable")
 
 
 class Worker:

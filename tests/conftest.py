@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `s3_server`
 
 Pixels = np.ndarray
 
@@ -42,3 +46,42 @@ def draw_photo(draw_face) -> Callable[..., Pixels]:
         return photo
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator:
+    """`s3_server.S3Server`: S3 over HTTP, with an empty bucket."""
+    import boto3
+    from s3_server import BUCKET, S3Server
+
+    server = S3Server()
+    boto3.client(
+        "s3",
+        endpoint_url=server.url,
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    ).create_bucket(Bucket=BUCKET)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, request) -> Iterator:
+    """The same for one test, which this process reaches by `s3://` without further ado; `s3.root` is a prefix of its
+    own."""
+    import fsspec
+    import s3fs
+    from s3_server import BUCKET
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    timeouts = {"read_timeout": 2, "connect_timeout": 2}
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": timeouts})
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3_server.faults.clear()
+    s3_server.requests.clear()
+    s3_server.root = f"s3://{BUCKET}/{abs(hash(request.node.nodeid)):x}"
+    yield s3_server
+    s3_server.faults.clear()
+    s3fs.S3FileSystem.clear_instance_cache()

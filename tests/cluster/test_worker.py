@@ -10,6 +10,7 @@ from arithmetic import COMMON, PARTS, failed_parts, make_square
 from ray import cloudpickle
 
 from cluster import ContractError, ItemTimeout, PartStore, Stage, StoreError, hash_key
+from cluster.retries import ATTEMPTS, with_retries
 from cluster.worker import (
     Input,
     Shard,
@@ -20,7 +21,6 @@ from cluster.worker import (
     peak_memory,
     read_input,
     time_limit,
-    with_retries,
 )
 
 X, Y = hash_key("x"), hash_key("y")
@@ -46,7 +46,7 @@ def shard(*inputs, columns=None):
 def test_transient_faults_are_retried_and_others_are_not(monkeypatch):
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    faults = [StoreError("p", "busy", transient=True)] * 4
+    faults = [StoreError("p", "busy", transient=True)] * (ATTEMPTS - 1)
 
     def action():
         if faults:
@@ -54,8 +54,8 @@ def test_transient_faults_are_retried_and_others_are_not(monkeypatch):
         return "done"
 
     assert with_retries(action) == "done"
-    assert len(pauses) == 4 and pauses[3] > pauses[0]
-    faults[:] = [StoreError("p", "busy", transient=True)] * 5
+    assert len(pauses) == ATTEMPTS - 1 and pauses[-1] > pauses[0]
+    faults[:] = [StoreError("p", "busy", transient=True)] * ATTEMPTS
     with pytest.raises(StoreError, match="busy"):
         with_retries(action)
     faults[:] = [StoreError("p", "disk full")]
@@ -67,7 +67,7 @@ def test_transient_faults_are_retried_and_others_are_not(monkeypatch):
 
 def test_a_worker_survives_a_store_that_fails_now_and_then(tmp_path, monkeypatch):
     """Two input/output errors of the real system calls' kind, one while reading and one while committing."""
-    monkeypatch.setattr("cluster.worker.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("cluster.retries.time.sleep", lambda seconds: None)
     store = PartStore(tmp_path)
     store.write_part("before", None, ROWS)
     worker = Worker(store, cloudpickle.dumps({0: stage()}), 1.0)
