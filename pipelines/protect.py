@@ -277,13 +277,7 @@ def execute(
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
         url, info = gallery_jobs.ensure_gallery(config, run, say)
-        described = {
-            "url": url,
-            "fingerprint": info.fingerprint,
-            "codes": info.count,
-            "similarity": info.mode,
-            "source": info.source,
-        }
+        described = gallery_jobs.described_for_run(url, info)
         if config.attack.enabled and config.inspect.unit == "std":
             std = gallery_jobs.gallery_std(run, url, info)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
@@ -311,7 +305,7 @@ def execute(
     )
     if not any(engine.plan(source, keys).missing().values()):
         return engine.run(source, keys), setting  # counts what is there; starts no Ray
-    with ray_session(config.engine.ray_address):
+    with ray_session(config.engine.ray_address), gallery_jobs.reading(url):
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
