@@ -278,13 +278,7 @@ def execute(
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
         url, info = gallery_jobs.ensure_gallery(config, run, say)
-        described = {
-            "url": url,
-            "fingerprint": info.fingerprint,
-            "codes": info.count,
-            "similarity": info.mode,
-            "source": info.source,
-        }
+        described = gallery_jobs.described_for_run(url, info)
         if config.attack.enabled and config.inspect.unit == "std":
             std = gallery_jobs.gallery_std(run, url, info)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
@@ -311,7 +305,8 @@ def execute(
         progress=progress,
         stop=stop,
     )
-    return engine.run(source, keys), setting
+    with gallery_jobs.reading(url):
+        return engine.run(source, keys), setting
 
 
 # A generator, an encoder and two recognisers with their gradients: 1.5 GB at 256 px, more at 1024 px.
