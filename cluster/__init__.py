@@ -1,6 +1,6 @@
 """Stages over keyed items on Ray actors, joined by committed Parquet parts. Knows nothing of what the rows mean."""
 
-from cluster.engine import Engine, Plan, Progress, RunSummary, StageSummary
+from cluster.engine import Engine, Progress, RunSummary, StageSummary
 from cluster.errors import (
     ClusterError,
     ContractError,
@@ -12,6 +12,7 @@ from cluster.errors import (
     UnsafeStoreError,
 )
 from cluster.keys import KeyRule, hash_key, hash_keys, part_key
+from cluster.plan import Plan
 from cluster.session import ray_session
 from cluster.stage import ItemTimeout, Operator, Pool, Resources, Stage, WorkerUnfit
 from cluster.store import PartStore

@@ -17,17 +17,22 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from cluster.deaths import Birth, brief, last_words, node_lost
 from cluster.errors import ClusterError, ContractError, EngineError, PlanError, RunInterrupted, UnsafeStoreError
 from cluster.keys import KeyIndex, KeyRule, distinct, pack, part_key, unpack, windows
+from cluster.layout import PoolSize, size_pools
+from cluster.plan import Keys, Plan
 from cluster.session import import_path, ray_session
 from cluster.stage import Pool, Resources, Stage
 from cluster.store import PartStore
-from cluster.worker import Input, Shard, ShardResult, Worker, hard_limit, one_line, with_retries
+from cluster.worker import Input, Shard, ShardResult, Worker, found_part, hard_limit, one_line, with_retries
 
 log = logging.getLogger("cluster")
 
 _SOURCE_ITEMS = 1024  # items a source part; its rows are small
 _START_TRIES = 3  # workers of a pool that may die in a row before they have done anything
+_SETTLE = 2.0  # seconds after a worker's death within which its node's becomes known, if that was why
+_SCALING = 5.0  # seconds between two looks at what the pools need and the cluster has
 _BRIEF = 2.0  # seconds; calls shorter than this are queued one ahead, so that a worker need not wait for the driver
 
 
@@ -110,134 +115,7 @@ class RunSummary:
         return {"seconds": self.seconds, "restarts": self.restarts, "stages": stages}
 
 
-Keys = Sequence[str] | pa.Array | pa.ChunkedArray | KeyRule
-
-
-class Plan:
-    """What is finished and what is missing.
-
-    An item takes 16 bytes for its key at the source, as much for each stage whose keys are given as a column, and 4 for
-    each stage that has parts; keys that a rule gives are derived when they are needed.
-
-    Attributes:
-        stages: names, the source first.
-        names: by stage, the names of the parts known.
-        part: by stage, int32 array: for each item 1 + the position in `names` of the part that holds it, 0 if missing.
-        known: by stage, how many of the parts were there when the plan was made.
-    """
-
-    def __init__(self, stages: list[str], keys: list[np.ndarray | KeyRule]):
-        self.stages = stages
-        self._keys = keys
-        self.names: list[list[str]] = [[] for _ in stages]
-        # zeros: the system gives memory to such an array only as it is written to
-        self.part = [np.zeros(len(keys[0]), np.int32) for _ in stages]
-        self.known = [0] * len(stages)
-
-    def __len__(self) -> int:
-        return len(self.part[0])
-
-    def missing(self) -> dict[str, int]:
-        """Items to do, by stage."""
-        return {name: int((part == 0).sum()) for name, part in zip(self.stages, self.part, strict=True)}
-
-    def keys_of(self, stage: int, items: Sequence[int] | np.ndarray) -> list[str]:
-        """Keys of some items (positions) at a stage (position, 0 is the source)."""
-        first = stage
-        while not isinstance(self._keys[first], np.ndarray):
-            first -= 1
-        keys = unpack(self._keys[first][items])
-        for rule in self._keys[first + 1 : stage + 1]:
-            keys = rule(keys)
-        return keys
-
-    def parts_of(self, stage: int, items: Sequence[int] | np.ndarray) -> list[str]:
-        """Names of the parts that hold some items at a stage, sorted."""
-        return sorted({self.names[stage][code - 1] for code in self.part[stage][items].tolist()})
-
-    def record(self, stage: int, items: Sequence[int] | np.ndarray, name: str) -> None:
-        """Note that these items are in that part now."""
-        self.names[stage].append(name)
-        self.part[stage][items] = len(self.names[stage])
-
-    def new_parts(self, stage: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Parts that came since the plan was made: their names, keys (packed), and for each key its part's position."""
-        items = np.flatnonzero(self.part[stage] > self.known[stage])
-        packed = np.empty((len(items), 2), np.uint64)
-        for some in windows(len(items)):
-            packed[some] = pack(self.keys_of(stage, items[some]))
-        return self.names[stage][self.known[stage] :], packed, self.part[stage][items] - self.known[stage] - 1
-
-
-@dataclass(frozen=True)
-class PoolSize:
-    """How a pool is laid out: number of actors, and what each reserves with Ray and is told to use."""
-
-    actors: int
-    num_cpus: float
-    num_gpus: float
-    threads: int
-
-
-def size_pools(
-    wanted: Mapping[str, Resources], settings: Mapping[str, Pool], nodes: Sequence[Mapping[str, float]]
-) -> dict[str, PoolSize]:
-    """Fit pools of actors into a cluster so that all of them can run at the same time.
-
-    A pool that wishes for GPUs gets one actor for each GPU it may have (an equal share where several pools wish), or is
-    laid out on cores where there is none. Pools on cores share them equally; each gets as many actors as its share has
-    room for at `threads` each (default: the share, at most 4) and as fit its share of the memory. Where the sum of what
-    is reserved exceeds the cluster, all reservations of that kind shrink by the same factor, to fractions if need be;
-    then actors share cores, and none waits for ever.
-
-    Args:
-        wanted: by pool, what one actor needs.
-        settings: by pool, what the user set; missing pools are laid out freely.
-        nodes: Ray resources of each live node: "CPU", "GPU", "memory" (bytes).
-    """
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    memory = sum(node.get("memory", 0.0) for node in nodes)
-    largest = max((node.get("CPU", 0.0) for node in nodes), default=1.0)
-    on_gpu = [name for name, need in wanted.items() if need.num_gpus > 0 and gpus > 0]
-    on_cpu = [name for name in wanted if name not in on_gpu]
-    share = max(1.0, cpus / max(1, len(on_cpu)))
-    sizes: dict[str, PoolSize] = {}
-    for name, need in wanted.items():
-        actors = settings[name].actors if name in settings else None
-        if name in on_gpu:
-            threads = need.threads or max(1, min(4, int(cpus / max(1.0, gpus))))
-            count = actors or max(1, int(gpus / len(on_gpu) / need.num_gpus + 1e-6))
-            reserved = threads if need.num_cpus is None else need.num_cpus
-            sizes[name] = PoolSize(count, reserved, need.num_gpus, threads)
-        else:
-            fair = share if actors is None else max(1.0, share / actors)
-            threads = need.threads or int(max(1.0, min(4.0, fair, largest)))
-            count = actors or max(1, int(share / threads + 1e-6))
-            if actors is None and need.memory and memory:
-                count = max(1, min(count, int(memory / len(wanted) / need.memory)))
-            reserved = threads if need.num_cpus is None else need.num_cpus
-            sizes[name] = PoolSize(count, reserved, 0.0, threads)
-    cpu_factor = _factor(cpus, sum(size.actors * size.num_cpus for size in sizes.values()))
-    gpu_factor = _factor(gpus, sum(size.actors * size.num_gpus for size in sizes.values()))
-    return {
-        name: PoolSize(
-            size.actors, _shrink(size.num_cpus, cpu_factor), _shrink(size.num_gpus, gpu_factor), size.threads
-        )
-        for name, size in sizes.items()
-    }
-
-
-def _factor(have: float, want: float) -> float:
-    # A cluster without cores of its own, as a head node that waits for its autoscaler, says nothing about sizes.
-    return 1.0 if have <= 0 or want <= have else have / want
-
-
-def _shrink(amount: float, factor: float) -> float:
-    if factor == 1.0 or amount == 0:
-        return amount
-    amount *= factor
-    return float(math.floor(amount)) if amount >= 1 else max(1e-4, math.floor(amount * 1e4) / 1e4)
+PoolRule = Callable[[Sequence[Mapping[str, float]]], Mapping[str, Pool]]
 
 
 @dataclass
@@ -259,9 +137,10 @@ class _Backlog:
     items: np.ndarray
     size: int
 
-    def cut(self) -> list[int]:
-        """Take the next task's items."""
-        some, self.items = self.items[: self.size].tolist(), self.items[self.size :]
+    def cut(self, workers: int | None = None) -> list[int]:
+        """Take the next task's items; with `workers`, no more than half of what each of them would get."""
+        size = self.size if workers is None else min(self.size, math.ceil(len(self.items) / (2 * workers)))
+        some, self.items = self.items[:size].tolist(), self.items[size:]
         return some
 
 
@@ -272,10 +151,21 @@ class _Call:
     start: float
 
 
+@dataclass
+class _Death:
+    """A worker that died with a task in hand, and when."""
+
+    call: _Call
+    error: Exception
+    born: Birth | None
+    when: float
+
+
 class _Actor:
     def __init__(self, pool: str, handle):
         self.pool = pool
         self.handle = handle
+        self.born = handle.born.remote()  # asked at once, because the dead do not answer
         self.calls: deque[_Call] = deque()
         self.ready = False
 
@@ -286,10 +176,11 @@ class Engine:
     Args:
         store: where the parts lie; every worker must see it.
         stages: the chain, in order.
-        pools: settings by pool name, over what the stages ask for.
+        pools: settings by pool name, over what the stages ask for; or a function that gives them for the cluster as it
+            is, a sequence of the Ray resources of each live node. It is asked again when nodes come or go.
         source: name of the stage that holds the source table.
         shard_items: most items in one part. Default: such that each worker of the largest pool gets four shards, at
-            most 16.
+            most 16, and fewer towards the end, so that no worker is left with much when the others are done.
         address: of a Ray cluster to join; None uses the one this process is connected to, or starts a local one.
         progress: called in the driver with a `Progress` for each stage at the start, and after each finished shard.
         stop: asked about once a second while work goes on; where it says true, the run ends as by Ctrl-C.
@@ -307,7 +198,7 @@ class Engine:
         store: PartStore,
         stages: Sequence[Stage],
         *,
-        pools: Mapping[str, Pool] | None = None,
+        pools: Mapping[str, Pool] | PoolRule | None = None,
         source: str = "source",
         shard_items: int | None = None,
         address: str | None = None,
@@ -333,15 +224,14 @@ class Engine:
             absent = [c for c in stage.columns or () if before is not None and c not in before.names]
             if absent:
                 raise ContractError(f"stage {stage.name!r} reads columns that {names[position]!r} lacks: {absent}")
-        unknown = set(pools or {}) - {stage.pool for stage in stages}
-        if unknown:
+        if not callable(pools) and (unknown := set(pools or {}) - {stage.pool for stage in stages}):
             raise ContractError(f"settings of pools that no stage uses: {', '.join(sorted(unknown))}")
         if shard_items is not None and shard_items < 1:
             raise ContractError("shard_items must be at least 1")
         self.store = store
         self.stages = list(stages)
         self.names = names
-        self.pools = dict(pools or {})
+        self.pools: PoolRule = pools if callable(pools) else lambda nodes, fixed=dict(pools or {}): fixed
         self.shard_items = shard_items
         self.address = address
         self.progress = progress
@@ -558,8 +448,13 @@ class _Run:
         self.order = itertools.count()
         self.actors: list[_Actor] = []
         self.start_failures: Counter[str] = Counter()
+        self.deaths: deque[_Death] = deque()  # to be judged, see `_SETTLE`
         self.last_event = self.last_check = self.begin
         self.pace = [0.0] * len(self.stages)  # seconds that a call took lately
+        self.nodes: set[str] = set()
+        self.last_scaling = -math.inf
+        self.wanted: dict[str, int] = {}  # workers, by pool
+        self.settings: Mapping[str, Pool] = {}
         self.sizes = self._layout()
         self.pickled = {}
         for pool in self.sizes:
@@ -571,14 +466,17 @@ class _Run:
         self.limit = engine.shard_items or self._default_shard()
 
     def _layout(self) -> dict[str, PoolSize]:
+        alive = [node for node in self.ray.nodes() if node["Alive"]]
+        self.nodes = {node["NodeID"] for node in alive}
+        nodes = [node["Resources"] for node in alive]
+        self.settings = self.engine.pools(nodes)
         wanted: dict[str, Resources] = {}
         for stage, count in zip(self.stages, self.counts, strict=True):
-            if count.kept < count.total:
-                own = self.engine.pools.get(stage.pool, Pool()).resources
+            if count.kept + count.done < count.total:
+                own = self.settings.get(stage.pool, Pool()).resources
                 need = own or stage.resources
                 wanted[stage.pool] = wanted[stage.pool].union(need) if stage.pool in wanted else need
-        nodes = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        return size_pools(wanted, self.engine.pools, nodes)
+        return size_pools(wanted, self.settings, nodes)
 
     def _default_shard(self) -> int:
         items = max(count.total - count.kept for count in self.counts)
@@ -591,18 +489,41 @@ class _Run:
             for group in self._advance(np.arange(len(self.plan), dtype=np.int32), -1):
                 self.backlog[self.stages[group.stage].pool].append(group)
                 self.queued[group.stage] += len(group.items)
-            for pool, size in self.sizes.items():
-                for _ in range(size.actors):
-                    self._spawn(pool)
             while self.sizes:
+                self._scale()
                 if self.engine.stop is not None and self.engine.stop():
                     raise KeyboardInterrupt
                 self._assign()
                 self._collect()
+                self._judge_settled()
                 self._release()
         finally:
             for actor in self.actors:
                 self.ray.kill(actor.handle)
+
+    def _scale(self) -> None:
+        """Give each pool as many workers as its items need and the cluster has room for."""
+        now = time.perf_counter()
+        if now - self.last_scaling < _SCALING:
+            return
+        self.last_scaling = now
+        if self.nodes != {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}:
+            self.sizes = self._layout()
+        for pool, size in self.sizes.items():
+            # An item keeps one worker busy at a time. Whoever misses a stage misses the pool's later ones too.
+            left = max(self.counts[i].total - self.counts[i].kept - self.counts[i].done for i in self._open_stages(pool))
+            self.wanted[pool] = min(size.actors, left)
+            actors = [actor for actor in self.actors if actor.pool == pool]
+            # first those that wait for a place, then those without work
+            spare = [a for a in actors if not a.ready] + [a for a in actors if a.ready and not a.calls]
+            for actor in spare[: max(0, len(actors) - self.wanted[pool])]:
+                self._dismiss(actor)
+            for _ in range(self.wanted[pool] - len(actors)):
+                self._spawn(pool)
+
+    def _dismiss(self, actor: _Actor) -> None:
+        self.actors.remove(actor)
+        self.ray.kill(actor.handle)
 
     def _open_stages(self, pool: str) -> list[int]:
         """Positions of the pool's stages that have items left."""
@@ -631,7 +552,10 @@ class _Run:
         queue, backlog = self.pending[pool], self.backlog[pool]
         # Tasks are made of the backlog only when it is their turn: millions of items would be too many tasks.
         while backlog and (not queue or queue[0][:2] > (False, -backlog[-1].stage)):
-            task = _Task(backlog[-1].stage, backlog[-1].cut())
+            workers = None
+            if self.engine.shard_items is None:  # the group stays together, up to the stage with the most workers
+                workers = max(size.actors for size in self.sizes.values())
+            task = _Task(backlog[-1].stage, backlog[-1].cut(workers))
             self.queued[task.stage] -= len(task.items)
             self._push(task)
             if not len(backlog[-1].items):
@@ -644,7 +568,7 @@ class _Run:
         env = {name: threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         if self.engine.address is None and (path := import_path()):
             env["PYTHONPATH"] = path  # workers then import what the driver can, from a checkout or installed
-        env |= self.engine.pools.get(pool, Pool()).env
+        env |= self.settings.get(pool, Pool()).env
         remote = self.ray.remote(Worker).options(
             num_cpus=size.num_cpus,
             num_gpus=size.num_gpus,
@@ -689,6 +613,9 @@ class _Run:
 
     def _collect(self) -> None:
         heads = {actor.calls[0].ref: actor for actor in self.actors if actor.calls}
+        if not heads:  # all that is left to do waits for a judgement
+            time.sleep(0.1)
+            return
         ready, _ = self.ray.wait(list(heads), num_returns=1, timeout=1.0, fetch_local=False)
         if ready and len(heads) > 1:
             ready, _ = self.ray.wait(list(heads), num_returns=len(heads), timeout=0, fetch_local=False)
@@ -730,7 +657,7 @@ class _Run:
 
     def _record(self, task: _Task, result: ShardResult) -> None:
         stage, count = self.stages[task.stage], self.counts[task.stage]
-        self.pace[task.stage] = result.seconds
+        self.pace[task.stage] = result.seconds or self.pace[task.stage]
         self.plan.record(task.stage + 1, task.items, result.part)
         count.done += len(task.items)
         count.shards += 1
@@ -750,7 +677,7 @@ class _Run:
 
     def _tell(self, stage: int, **more: Any) -> None:
         ready = Counter(actor.pool for actor in self.actors if actor.ready)
-        workers = {pool: (ready[pool], size.actors) for pool, size in self.sizes.items()}
+        workers = {pool: (ready[pool], self.wanted[pool]) for pool in self.sizes}
         more |= {"queued": self.queued[stage], "workers": workers}
         self.engine._tell(self.summary, self.stages[stage].name, time.perf_counter() - self.begin, **more)
 
@@ -759,8 +686,7 @@ class _Run:
         for pool in list(self.sizes):
             if not self._open_stages(pool):
                 for actor in [actor for actor in self.actors if actor.pool == pool]:
-                    self.actors.remove(actor)
-                    self.ray.kill(actor.handle)
+                    self._dismiss(actor)
                 del self.sizes[pool]
 
     # Deaths
@@ -779,31 +705,48 @@ class _Run:
 
     def _bury(self, actor: _Actor, error: Exception) -> None:
         """A worker has died: decide about what it had in hand, and replace it."""
-        self.actors.remove(actor)
-        self.ray.kill(actor.handle)  # where it is only unreachable, it must not go on beside its successor
+        self._dismiss(actor)  # where it is only unreachable, it must not go on beside its successor
         self.summary.restarts += 1
         running, *queued = actor.calls
         for call in queued:
             self._push(call.task)
-        node_died = "node has died" in str(error) or "node died" in str(error).lower()
+        death = _Death(running, error, self._born(actor), time.perf_counter())
         if running.task is None:
-            self.start_failures[actor.pool] += 0 if node_died else 1
+            self.start_failures[actor.pool] += 0 if node_lost(error, death.born) else 1
             if self.start_failures[actor.pool] >= _START_TRIES:
                 words = f"workers of pool {actor.pool!r} die while loading their operators: {error}"
                 raise EngineError(words) from error
+        elif running.task.alone:
+            self.deaths.append(death)
         else:
-            self._judge(running, error, node_died)
+            self._judge(death)
         self._spawn(actor.pool)
         if running.task is not None:
             self._tell(running.task.stage)
 
-    def _judge(self, call: _Call, error: Exception, node_died: bool) -> None:
+    def _born(self, actor: _Actor) -> Birth | None:
+        try:
+            return self.ray.get(actor.born, timeout=0)
+        except self.ray.exceptions.RayError:
+            return None
+
+    def _judge_settled(self) -> None:
+        while self.deaths and time.perf_counter() - self.deaths[0].when > _SETTLE:
+            self._judge(self.deaths.popleft())
+
+    def _judge(self, death: _Death) -> None:
+        """Decide about the task that a worker died with."""
+        call, error = death.call, death.error
+        node_died = node_lost(error, death.born)
         task, stage = call.task, self.stages[call.task.stage]
-        elapsed = time.perf_counter() - call.start
+        elapsed = death.when - call.start
         words = "stage %s: a worker died with %d item(s) in hand, after %.1f s: %s"
         log.warning(words, stage.name, len(task.items), elapsed, one_line(error))
         self.counts[task.stage].retried += len(task.items)
-        if node_died:
+        part = part_key(self.plan.keys_of(task.stage + 1, task.items))
+        if (result := with_retries(lambda: found_part(self.engine.store, stage.name, part))) is not None:
+            self._record(task, result)  # it died after the commit
+        elif node_died:
             self._push(task)
         elif task.verdict is not None:
             raise EngineError(f"stage {stage.name}: a worker died while writing the error rows of an item: {error}")
@@ -818,7 +761,7 @@ class _Run:
             elif task.deaths >= self.engine.item_deaths:
                 why = ", short of memory" if "running low on memory" in str(error) else ""
                 task.verdict = f"WORKER_DIED: the process ended with this item in hand, {task.deaths + 1} times{why}"
+                if words := last_words(death.born):
+                    log.warning("stage %s: the last words of the worker:\n%s", stage.name, words)
+                    task.verdict += f"; its log ends: {brief(words)}"
             self._push(task)
-
-
-__all__ = ["Engine", "Plan", "PoolSize", "Progress", "RunSummary", "StageSummary", "size_pools"]

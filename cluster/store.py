@@ -134,6 +134,21 @@ class PartStore:
                 names.append(name[: -len(SUFFIX)])
         return sorted(names)
 
+    def has_part(self, stage: str, name: str) -> bool:
+        """Whether a part is committed.
+
+        Raises:
+            StoreError: the store does not say.
+        """
+        path = self.path(stage, name)
+        try:
+            if self._local:
+                return os.path.exists(path)
+            self._fs.invalidate_cache(os.path.dirname(path))
+            return self._fs.exists(path)
+        except Exception as error:
+            raise self._error(path, error) from error
+
     def _list(self, folder: str) -> Iterator[tuple[str, bool]]:
         try:
             if self._local:

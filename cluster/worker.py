@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.deaths import Birth, birth, obey_sigterm
 from cluster.errors import ContractError, StoreError
 from cluster.keys import part_key
 from cluster.retries import with_retries
@@ -104,14 +105,18 @@ class Worker:
         self._operators: dict[int, Operator] = {}
         self._hard_margin = hard_margin
 
-    def start(self, stages: Sequence[int]) -> int:
-        """Load the operators of these stages. Returns the process id."""
+    def born(self) -> Birth:
+        """Where this worker lives."""
+        return birth()
+
+    def start(self, stages: Sequence[int]) -> None:
+        """Load the operators of these stages."""
         from ray import cloudpickle
 
+        obey_sigterm()
         self._stages = cloudpickle.loads(self._pickled)
         for position in stages:
             self._operators[position] = self._stages[position].factory()
-        return os.getpid()
 
     def run(self, shard: Shard) -> ShardResult:
         """Do one shard and commit its part.
@@ -216,6 +221,18 @@ def one_line(error: BaseException, longest: int = 300) -> str:
     """The error's message on one line, cut to `longest` characters."""
     words = " ".join(str(error).split())
     return words if len(words) <= longest else words[: longest - 3] + "..."
+
+
+def found_part(store: PartStore, stage: str, name: str) -> ShardResult | None:
+    """What is known of a shard whose worker died, from its part; None if there is none.
+
+    Raises:
+        StoreError: see `PartStore.read_part`.
+    """
+    if not store.has_part(stage, name):
+        return None
+    counts = pc.value_counts(store.read_part(stage, name, ["status"])["status"]).to_pylist()
+    return ShardResult(name, True, {entry["values"]: entry["counts"] for entry in counts})
 
 
 @contextmanager

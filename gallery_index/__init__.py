@@ -1,18 +1,28 @@
-"""Store of style codes with ids, and the exact search for the most and the least similar ones.
+"""Store of style codes with ids, and the search for the most and the least similar ones, layer by layer.
 
 A gallery is a folder, local or on any fsspec URL::
 
-    codes-NNNNN-SHA.parquet   ids and codes, as given (see ``gallery_index.table``)
-    layer-LL-SHA.faiss        one IndexFlatIP a stored layer, over the mode's unit vectors
-    mean-SHA.npy, norms-SHA.npy
-    index.json                what it is, and the sha256 of every file; written last
+    codes-NNNNN-KEY.parquet    ids and codes, as given (see ``gallery_index.table``)
+    mean-KEY.npy, norms-KEY.npy
+    layer-LL-KEY.faiss         where it is compressed: one FAISS index a stored layer (``gallery_index.compressed``), and
+    exact-LL-KEY.npy           that layer's codes as one array, by which candidates are scored
+    index.json                 what it is, and the sha256 of every file; written last
 
-It is built once and never changed.  Build: ``GalleryBuilder``, ``build``, ``synthetic_codes``; use: ``Gallery``.
+It is built once and never changed.  A store (``gallery_index.store``) holds versions of a gallery, each such a folder,
+and a pointer to the current one.
+
+Build: ``GalleryBuilder``, ``build``, ``synthetic_codes``; keep versions: ``Store``; look through: ``check``;
+use: ``Gallery``.
 """
 
-from gallery_index.builder import CodeBatch, GalleryBuilder, build
+from gallery_index.builder import CodeBatch, GalleryBuilder, batches_of, build
+from gallery_index.check import check
+from gallery_index.compressed import Plan
 from gallery_index.errors import (
     BadCodesError,
+    GalleryBusyError,
+    GalleryCheckError,
+    GalleryConflictError,
     GalleryCorruptError,
     GalleryError,
     GalleryExistsError,
@@ -24,6 +34,7 @@ from gallery_index.errors import (
 from gallery_index.gallery import Gallery, SearchResult
 from gallery_index.info import Expectation, GalleryInfo
 from gallery_index.scoring import MODES
+from gallery_index.store import Pruned, Store, Update, Version, open_gallery, read_info
 from gallery_index.synthetic import synthetic_codes
 
 __all__ = [
@@ -33,6 +44,9 @@ __all__ = [
     "Expectation",
     "Gallery",
     "GalleryBuilder",
+    "GalleryBusyError",
+    "GalleryCheckError",
+    "GalleryConflictError",
     "GalleryCorruptError",
     "GalleryError",
     "GalleryExistsError",
@@ -40,8 +54,17 @@ __all__ = [
     "GalleryMismatchError",
     "GalleryNotFoundError",
     "NotEnoughCodesError",
+    "Plan",
+    "Pruned",
     "QueryError",
     "SearchResult",
+    "Store",
+    "Update",
+    "Version",
+    "batches_of",
     "build",
+    "check",
+    "open_gallery",
+    "read_info",
     "synthetic_codes",
 ]

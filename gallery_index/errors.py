@@ -15,6 +15,26 @@ class GalleryExistsError(GalleryError):
     """A finished gallery is already there; galleries are never changed in place."""
 
 
+class GalleryBusyError(GalleryError):
+    """Somebody reads, builds or deletes what the caller wants to delete."""
+
+
+class GalleryConflictError(GalleryError):
+    """CURRENT was switched by somebody else since the caller looked."""
+
+
+class GalleryCheckError(GalleryError):
+    """A new version did not pass its check; CURRENT was not switched.
+
+    Attributes:
+        problems: what was found, one line each.
+    """
+
+    def __init__(self, where: str, problems: list[str]) -> None:
+        super().__init__(f"{where} is not consistent: " + "; ".join(problems[:10]))
+        self.problems = [f"{where}: {problem}" for problem in problems]
+
+
 class GalleryCorruptError(GalleryError):
     """A file is missing, truncated or altered: its size or sha256 is not the one in ``index.json``."""
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from gallery_index.errors import GalleryCorruptError, NotEnoughCodesError, QueryError
 from gallery_index.info import Expectation, GalleryInfo
 from gallery_index.search import Exclusion, LayerSearch
+from gallery_index.scoring import centre
 from gallery_index.storage import Folder
-from gallery_index.table import layer_column, read_table, vectors_of
+from gallery_index.store import open_gallery
+from gallery_index.table import read_rows
 
 ExcludedIds = Sequence[str | Collection[str] | None]
 ExcludeMask = np.ndarray | Callable[[int], np.ndarray]
@@ -106,7 +108,7 @@ class Gallery:
         Memory: N x (stored layers) x D float32, once, plus one file of at most 64 MiB meanwhile.
 
         Args:
-            url: the folder, a local path or an fsspec URL.
+            url: a gallery's folder, or a store's, of which the current version is taken; a local path or an fsspec URL.
             expect: what it has to be; nothing is read beyond ``index.json`` if it is not.
             device: where the codes live and the search runs.
             storage_options: for fsspec.
@@ -116,12 +118,9 @@ class Gallery:
             GalleryMismatchError: another mode, L, D or weights; both sides are named.
             GalleryCorruptError: a file is missing, truncated or altered.
         """
-        folder = Folder(url, storage_options)
-        info = GalleryInfo.from_bytes(folder.read_index(), folder.url)
+        folder, info = open_gallery(url, storage_options)
         if expect is not None:
             expect.check(info, folder.url)
-        for name in info.indexes:
-            folder.verify(info.files[name])
 
         ids: list[str] = []
         photo_ids: list[str] = []
@@ -130,18 +129,16 @@ class Gallery:
         embeddings = None if info.embedding_dim is None else np.empty((info.count, info.embedding_dim), np.float32)
         for name in info.codes:
             where = f"{folder.url}: {name}"
-            table = read_table(folder.read(info.files[name]), None, where)
-            start, stop = len(ids), len(ids) + len(table)
+            rows = read_rows(folder.read(info.files[name]), info.stored_layers, info.dim, info.embedding_dim, where)
+            start, stop = len(ids), len(ids) + len(rows.ids)
             if stop > info.count:
                 raise GalleryCorruptError(f"{where} has more rows than index.json counts ({info.count})")
-            ids += table["id"].to_pylist()
-            photo_ids += table["photo_id"].to_pylist()
-            person_ids += table["person_id"].to_pylist()
-            for layer in range(info.stored_layers):
-                vectors = vectors_of(table, layer_column(layer), info.dim, where)
-                codes[layer, start:stop] = torch.tensor(vectors)
+            ids += rows.ids
+            photo_ids += rows.photo_ids
+            person_ids += rows.person_ids
+            codes[:, start:stop] = torch.from_numpy(rows.codes).transpose(0, 1)
             if embeddings is not None:
-                embeddings[start:stop] = vectors_of(table, "embedding", info.embedding_dim, where)
+                embeddings[start:stop] = rows.embeddings
         if len(ids) != info.count:
             raise GalleryCorruptError(f"{folder.url} holds {len(ids)} codes, index.json counts {info.count}")
         mean = _read_array(folder, info, info.mean, (info.stored_layers, info.dim))
@@ -188,11 +185,18 @@ class Gallery:
         return np.broadcast_to(result, (self.num_layers, self.dim)).astype(np.float32)
 
     def faiss_index(self, layer: int) -> faiss.IndexFlatIP:
-        """The exact FAISS index of a layer (vectors centred and normalised as the mode says), read anew."""
+        """An exact FAISS index of a layer, made anew: vectors centred and normalised as the mode says."""
         if not 0 <= layer < self.num_layers:
             raise IndexError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
-        content = self._folder.read(self.info.files[self.info.indexes[0 if self.info.broadcast else layer]])
-        return faiss.deserialize_index(np.frombuffer(content, dtype=np.uint8))
+        stored = 0 if self.info.broadcast else layer
+        index = faiss.IndexFlatIP(self.dim)
+        mean, lengths = torch.from_numpy(self.mean[stored]), self._layers[stored].norms.cpu()
+        for start in range(0, len(self), 4096):
+            unit = centre(self._codes[stored, start : start + 4096].cpu(), mean, self.mode)
+            if self.mode != "raw":
+                unit = unit / lengths[start : start + 4096, None]
+            index.add(unit.float().numpy())
+        return index
 
     def unit_queries(self, codes: np.ndarray) -> np.ndarray:
         """Codes (B, L, D) as ``faiss_index`` wants them: centred and normalised as the mode says, float32.
@@ -259,12 +263,12 @@ class Gallery:
         scored = torch.empty(count, layers, k + 1, dtype=torch.float64, device=queries.device)
         with torch.inference_mode():
             if count and self.info.broadcast:
-                ends = self._layers[0].search(queries.flatten(0, 1), int(k), excluded.repeat(layers))
+                ends = self._layers[0].search(queries.flatten(0, 1), int(k), 1, excluded.repeat(layers))
                 rows[:] = torch.cat([end.rows for end in ends], dim=1).view(count, layers, k + 1)
                 scored[:] = torch.cat([end.scores for end in ends], dim=1).view(count, layers, k + 1)
             elif count:
                 for layer, search in enumerate(self._layers):
-                    ends = search.search(queries[:, layer].contiguous(), int(k), excluded)
+                    ends = search.search(queries[:, layer].contiguous(), int(k), 1, excluded)
                     rows[:, layer] = torch.cat([end.rows for end in ends], dim=1)
                     scored[:, layer] = torch.cat([end.scores for end in ends], dim=1)
         found = None

@@ -12,7 +12,8 @@ from gallery_index.errors import GalleryCorruptError, GalleryMismatchError
 from gallery_index.scoring import MODES
 from gallery_index.storage import FileEntry
 
-FORMAT, VERSION = "scol-gallery", 1
+FORMAT, VERSION = "scol-gallery", 2
+_READABLE = (1, VERSION)  # 1: without compression, and with an exact FAISS index of each layer
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,13 @@ class GalleryInfo:
             ``recogniser``); None says that the role was not involved.
         source: words on where the codes come from.
         codes: the Parquet files, in the order of their rows.
-        indexes: one FAISS file a stored layer.
+        indexes: one FAISS file a stored layer, or none where the gallery is searched exactly alone.
         mean: file with the mean over the codes, .npy float64 (stored layers, D).
         norms: file with the codes' lengths in this mode, .npy float64 (stored layers, N).
         files: every file with its size and sha256.
+        compression: how ``indexes`` were made, see ``compressed.Plan``; None where there are none.
+        exact: files with a layer's codes as given, each a FAISS ``IndexFlatIP`` that can be mapped into memory, by
+            which candidates of a compressed index are scored; one a stored layer, or none.
     """
 
     mode: str
@@ -52,6 +56,8 @@ class GalleryInfo:
     mean: str
     norms: str
     files: Mapping[str, FileEntry]
+    compression: Mapping[str, Any] | None = None
+    exact: tuple[str, ...] = ()
     fingerprint: str = field(default="", compare=False)
 
     @property
@@ -77,6 +83,8 @@ class GalleryInfo:
             "indexes": list(self.indexes),
             "mean": self.mean,
             "norms": self.norms,
+            "compression": self.compression and dict(self.compression),
+            "exact": list(self.exact),
             "files": {name: entry.as_json() for name, entry in sorted(self.files.items())},
         }
         return json.dumps(body | {"fingerprint": _digest(body)}, indent=1, ensure_ascii=False).encode()
@@ -95,7 +103,7 @@ class GalleryInfo:
             format_, version = body.pop("format", None), body.pop("version", None)
         except (ValueError, AttributeError, TypeError) as error:
             raise GalleryCorruptError(f"{where}: index.json is not readable: {error}") from error
-        if format_ != FORMAT or version != VERSION:
+        if format_ != FORMAT or version not in _READABLE:
             raise GalleryMismatchError(
                 f"{where}: format {format_!r} version {version!r}, this program reads {FORMAT!r} version {VERSION}"
             )
@@ -105,11 +113,22 @@ class GalleryInfo:
         try:
             files = {n: FileEntry(n, int(f["bytes"]), str(f["sha256"])) for n, f in body.pop("files").items()}
             codes, indexes = tuple(body.pop("codes")), tuple(body.pop("indexes"))
-            info = cls(**body, files=files, codes=codes, indexes=indexes, fingerprint=actual)
-            named = {*info.codes, *info.indexes, info.mean, info.norms}
+            exact = tuple(body.pop("exact", ()))
+            if version == 1:
+                for name in indexes:  # of vectors that the codes give as well
+                    del files[name]
+                indexes = ()
+            info = cls(**body, files=files, codes=codes, indexes=indexes, exact=exact, fingerprint=actual)
+            named = {*info.codes, *info.indexes, *info.exact, info.mean, info.norms}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise GalleryCorruptError(f"{where}: index.json is inconsistent: {error!r}") from error
-        if info.mode not in MODES or named != set(files) or len(info.indexes) != info.stored_layers or info.count < 1:
+        layers = info.stored_layers if info.compression else 0
+        if (
+            info.mode not in MODES
+            or named != set(files)
+            or (len(info.indexes), len(info.exact)) != (layers, layers)
+            or info.count < 1
+        ):
             raise GalleryCorruptError(f"{where}: index.json is inconsistent")
         return info
 
@@ -124,12 +143,16 @@ class Expectation:
         dim: D.
         weights: fingerprint by role.  A role that the gallery records as None (not involved: the
             encoder of a synthetic gallery) fits any; a role that it does not record fits none.
+        fingerprint: of the gallery as a whole.
+        mean: SHA-256 of the file with the mean.
     """
 
     mode: str | None = None
     layers: int | None = None
     dim: int | None = None
     weights: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: str | None = None
+    mean: str | None = None
 
     def check(self, info: GalleryInfo, where: str) -> None:
         """Raises GalleryMismatchError, naming both sides of every point that differs."""
@@ -139,6 +162,8 @@ class Expectation:
                 ("mode", info.mode, self.mode),
                 ("number of layers", info.layers, self.layers),
                 ("code dimension", info.dim, self.dim),
+                ("fingerprint", info.fingerprint, self.fingerprint),
+                ("mean's sha256", info.files[info.mean].sha256, self.mean),
             )
             if want is not None and have != want
         ]
@@ -148,7 +173,7 @@ class Expectation:
             elif info.weights[role] is not None and info.weights[role] != want:
                 wrong.append(f"the {role}'s fingerprint is {info.weights[role]!r}, {want!r} is needed")
         if wrong:
-            raise GalleryMismatchError(f"{where} does not fit: " + "; ".join(wrong))
+            raise GalleryMismatchError(f"{where} (fingerprint {info.fingerprint}) does not fit: " + "; ".join(wrong))
 
 
 def _digest(body: Mapping[str, Any]) -> str:

@@ -119,19 +119,19 @@ class LayerSearch:
         """Float64 lengths (Q,) of queries (Q, D) in this mode; 0 where there is no direction to compare."""
         return norms(queries, self.mean, self.mode)
 
-    def search(self, queries: Tensor, k: int, excluded: Exclusion) -> tuple[End, End]:
-        """The k most similar codes and the least similar one.
+    def search(self, queries: Tensor, k: int, k_least: int, excluded: Exclusion) -> tuple[End, End]:
+        """The k most similar codes and the least similar ones.
 
         Args:
             queries: (Q, D) float32, each with positive ``query_norms``.
-            k: at least 1; at least k rows are left for every query.
+            k, k_least: at least 1; at least so many rows are left for every query.
             excluded: pairs of query and row.
 
         Returns:
-            most (Q, k) and least (Q, 1).
+            most (Q, k) and least (Q, k_least).
         """
         parts = [
-            self._search(queries[i : i + _MAX_QUERIES], k, excluded.queries(i, i + _MAX_QUERIES))
+            self._search(queries[i : i + _MAX_QUERIES], k, k_least, excluded.queries(i, i + _MAX_QUERIES))
             for i in range(0, len(queries), _MAX_QUERIES)
         ]
         most, least = (
@@ -139,17 +139,17 @@ class LayerSearch:
         )
         return most, least
 
-    def _search(self, queries: Tensor, k: int, excluded: Exclusion) -> tuple[End, End]:
+    def _search(self, queries: Tensor, k: int, k_least: int, excluded: Exclusion) -> tuple[End, End]:
         batch = _Queries(self, queries, excluded)
         most = _Running(k + max(_SPARE, k // 4), largest=True)
-        least = _Running(1 + _SPARE, largest=False)
+        least = _Running(k_least + max(_SPARE, k_least // 4), largest=False)
         width = max(_MIN_BLOCK, _SCORES_PER_BLOCK // len(queries) // _GROUPS * _GROUPS)
         for start in range(0, len(self.codes), width):
             block, hide = self._block(batch, start, min(start + width, len(self.codes)))
             for end in (most, least):
                 hide(end.never)
                 end.offer(block, start)
-        return self._settle(batch, most, k), self._settle(batch, least, 1)
+        return self._settle(batch, most, k), self._settle(batch, least, k_least)
 
     def _block(self, batch: _Queries, start: int, stop: int) -> tuple[Tensor, Callable[[float], None]]:
         """Approximate scores of rows start..stop - 1: (Q, W), W rounded up to a multiple of the group size.

@@ -12,6 +12,8 @@ from typing import Any
 
 import click
 
+from pipelines import cli_evaluate
+
 _PROFILES = ("quick", "standard", "paper")  # pipelines.config.PROFILES, which costs half a second to import
 
 
@@ -26,6 +28,7 @@ def _known_errors() -> tuple[type[BaseException], ...]:
         "cluster.errors": ("ClusterError",),
         "gallery_index.errors": ("GalleryError",),
         "scol_ops.models.weights": ("WeightsError",),
+        "pipelines.evaluate.errors": ("EvaluateError",),
     }
     found: list[type[BaseException]] = [OSError]
     for module, names in wanted.items():
@@ -257,61 +260,23 @@ def protect(
 # ---- gallery ---------------------------------------------------------------------------------------------------------
 
 
-@main.group(cls=Ordered)
+class _GalleryCommands(click.Group):
+    """Those of ``cli_gallery``, imported when they are wanted, since it takes the decorators from here."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from pipelines import cli_gallery
+
+        return list(cli_gallery.COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        from pipelines import cli_gallery
+
+        return cli_gallery.COMMANDS.get(name)
+
+
+@main.group(cls=_GalleryCommands)
 def gallery() -> None:
-    """Build a gallery of style codes, or describe one."""
-
-
-@gallery.command("build")
-@click.argument("photos", required=False)
-@click.option(
-    "--synthetic",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="N codes of people who do not exist, instead of PHOTOS.",
-)
-@click.option("--out", required=True, metavar="GALLERY", help="Folder or fsspec URL; must not hold a gallery yet.")
-@click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
-@json_option
-@configured
-@engine_options
-@guarded
-def gallery_build(photos, synthetic, out, people_from, as_json, load, workers, ray_address):
-    """Build a gallery from the faces of PHOTOS (as for protect), or a synthetic one."""
-    if (photos is None) == (synthetic is None):
-        raise click.UsageError("give either PHOTOS or --synthetic N")
-    config = load(gallery__synthetic=synthetic, engine__workers=workers, engine__ray_address=ray_address)
-    from pipelines import gallery_jobs
-    from pipelines import protect as job
-
-    if synthetic is not None:
-        gallery_jobs.build_synthetic(out, config.gallery)
-    else:
-        reporter = job.Reporter(sys.stderr)
-        gallery_jobs.build_from_photos(photos, out, config, people_from=people_from, progress=reporter, say=_say)
-        reporter.close()
-    _show_gallery(gallery_jobs.describe(out), as_json)
-
-
-@gallery.command("info")
-@click.argument("gallery_url", metavar="GALLERY")
-@json_option
-@guarded
-def gallery_info(gallery_url, as_json):
-    """Describe a gallery: size, similarity, weights, fingerprint."""
-    from pipelines import gallery_jobs
-
-    _show_gallery(gallery_jobs.describe(gallery_url), as_json)
-
-
-def _show_gallery(described: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print(described)
-        return
-    for name, value in described.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k} {v or 'not involved'}" for k, v in value.items())
-        click.echo(f"{name.replace('_', ' '):22} {value}")
+    """Galleries of style codes: build, add, remove, versions (docs/gallery.md)."""
 
 
 # ---- about a run -----------------------------------------------------------------------------------------------------
@@ -556,6 +521,9 @@ def demo(folder, load):
     from pipelines.demo import run_demo
 
     sys.exit(run_demo(folder, load()))
+
+
+cli_evaluate.register(main, guarded, json_option, _say)
 
 
 if __name__ == "__main__":

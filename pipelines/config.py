@@ -124,6 +124,12 @@ class GalleryConfig(Section):
     url: Annotated[str | None, BeforeValidator(_none_word)] = Field(
         None, description="folder or fsspec URL of a gallery; none: a synthetic one is made in the run's folder"
     )
+    version: str = Field(
+        "kept",
+        pattern=r"kept|current|[0-9]{6}-[0-9a-f]{12}",
+        description="which version of `gallery.url`: kept, the one that the run began with, at first the current one | "
+        "current, the current one, so that all faces are fused anew where it is another | a version's name",
+    )
     synthetic: int = Field(20_000, ge=2, le=10_000_000, description="codes of the synthetic gallery")
     synthetic_seed: int = Field(0, ge=0, lt=2**63, description="its seed")
     truncation: float = Field(1.0, gt=0, le=1, description="its truncation psi; 1: full variety")

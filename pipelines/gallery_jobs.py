@@ -1,11 +1,12 @@
-"""Galleries for runs: synthetic ones from the mapping network, others by inverting the faces of photos."""
+"""Galleries for runs: synthetic ones from the mapping network, others by inverting the faces of photos; their versions."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,26 +21,25 @@ from gallery_index import (
     GalleryInfo,
     GalleryMismatchError,
     GalleryNotFoundError,
+    Pruned,
+    Store,
+    Update,
+    batches_of,
     build,
+    check,
+    open_gallery,
+    read_info,
     synthetic_codes,
 )
-from gallery_index.storage import Folder
+from gallery_index.storage import INDEX
+from gallery_index.store import require_same, store_of
 from pipelines import models
 from pipelines.config import Config, GalleryConfig
-from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, Run, scan_stage
+from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, SOURCE, Run, RunError, scan_stage
 from pipelines.observe import Observer
 from pipelines.presence import Presence
+from pipelines.sources import photo_id
 from scol_ops.models.weights import load_mobilestylegan
-
-
-def read_info(url: str) -> GalleryInfo:
-    """A gallery's description, without its codes.
-
-    Raises:
-        GalleryNotFoundError, GalleryCorruptError, GalleryMismatchError: see ``Gallery.load``.
-    """
-    folder = Folder(url)
-    return GalleryInfo.from_bytes(folder.read_index(), folder.url)
 
 
 def expectation(config: Config) -> Expectation:
@@ -55,12 +55,8 @@ def expectation(config: Config) -> Expectation:
     )
 
 
-def build_synthetic(out: str, settings: GalleryConfig) -> GalleryInfo:
-    """Codes of people who do not exist: one W a person, by the mapping network; it stands for all layers.
-
-    Raises:
-        GalleryExistsError: ``out`` holds a gallery already.
-    """
+def _synthetic(settings: GalleryConfig) -> tuple[Iterator[CodeBatch], dict[str, Any]]:
+    """Codes of people who do not exist, and options of the builder."""
     models.set_up()
     generator = load_mobilestylegan(256, head=None)
     batches = synthetic_codes(
@@ -70,9 +66,43 @@ def build_synthetic(out: str, settings: GalleryConfig) -> GalleryInfo:
         psi=settings.truncation,
         mean=generator.mean_code,
     )
-    weights = {"generator": models.mapping_fingerprint(), "encoder": None, "recogniser": None}
     source = f"{settings.synthetic} synthetic codes, seed {settings.synthetic_seed}, truncation {settings.truncation:g}"
-    return build(out, batches, mode=settings.similarity, weights=weights, broadcast_layers=CODE_LAYERS, source=source)
+    return batches, dict(
+        mode=settings.similarity,
+        weights={"generator": models.mapping_fingerprint(), "encoder": None, "recogniser": None},
+        broadcast_layers=CODE_LAYERS,
+        source=source,
+    )
+
+
+def build_synthetic(out: str, settings: GalleryConfig) -> GalleryInfo:
+    """A gallery without versions of people who do not exist: one W a person, which stands for all layers.
+
+    Raises:
+        GalleryExistsError: ``out`` holds a gallery already.
+    """
+    batches, options = _synthetic(settings)
+    return build(out, batches, **options)
+
+
+def build_synthetic_version(out: str, settings: GalleryConfig) -> tuple[str, GalleryInfo]:
+    """The same as a version of a store, current when it is done; if the store has it already, it is switched to.
+
+    Returns:
+        the version's name and description.
+
+    Raises:
+        GalleryExistsError: ``out`` holds a gallery without versions.
+    """
+    batches, options = _synthetic(settings)
+
+    def fill(builder: GalleryBuilder) -> None:
+        for batch in batches:
+            builder.add(batch)
+
+    return Store(out).build(
+        synthetic_name(settings), fill, check=check, about=lambda: {"added": settings.synthetic}, **options
+    )
 
 
 def synthetic_name(settings: GalleryConfig) -> str:
@@ -89,6 +119,48 @@ def synthetic_name(settings: GalleryConfig) -> str:
     return f"synthetic-{settings.synthetic}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
+def _version_for(config: Config, run: Run) -> str:
+    """URL of the gallery, or of the version of it, that a run is to use (``gallery.version``)."""
+    from pipelines.protect import absolute
+
+    url = absolute(config.gallery.url)
+    store, wanted = Store(url), config.gallery.version
+    if store.folder.exists(INDEX):  # a gallery without versions, or a version's own folder
+        return url
+    current = store.current()
+    if current is None:
+        raise GalleryNotFoundError(f"no finished gallery at {url}")
+    if wanted == "kept":
+        before = run.read_json("run.json").get("gallery", {}) if run.has("run.json") else {}
+        wanted = before["version"] if before.get("version") and before.get("store") == url else "current"
+        if wanted != "current" and not store.version(wanted).exists(INDEX):
+            raise GalleryNotFoundError(
+                f"{url} has no version {wanted} any more, with which {run.url} began; "
+                f"--set gallery.version=current goes on with {current}, and fuses all faces anew"
+            )
+    return store.version(current if wanted == "current" else wanted).url
+
+
+def reading(url: str) -> AbstractContextManager[None]:
+    """While the block lasts, a version of a store is not pruned (on local disks)."""
+    found = store_of(url)
+    return found[0].reading(found[1]) if found else nullcontext()
+
+
+def described_for_run(url: str, info: GalleryInfo) -> dict[str, Any]:
+    """What a run records of its gallery."""
+    found = store_of(url)
+    return {
+        "url": url,
+        "store": found[0].url if found else None,
+        "version": found[1] if found else None,
+        "fingerprint": info.fingerprint,
+        "codes": info.count,
+        "similarity": info.mode,
+        "source": info.source,
+    }
+
+
 def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tuple[str, GalleryInfo]:
     """The gallery of a run: the one of the configuration, checked; or a synthetic one in the run's folder, made once.
 
@@ -98,20 +170,17 @@ def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tupl
     Raises:
         GalleryNotFoundError, GalleryMismatchError, GalleryCorruptError: the configured one does not serve.
     """
-    from pipelines.protect import absolute
-
     if config.fuse.identity_ceiling is not None and config.gallery.url is None:
         raise GalleryMismatchError("fuse.identity_ceiling needs gallery.url: people who do not exist have no identity")
     if config.gallery.url is not None:
-        info = read_info(config.gallery.url)
-        expectation(config).check(info, config.gallery.url)
+        url = _version_for(config, run)
+        info = read_info(url)
+        expectation(config).check(info, url)
         if config.fuse.identity_ceiling is not None and info.embedding_dim != IDENTITY_DIM:
-            raise GalleryMismatchError(f"{config.gallery.url} holds no identity embeddings for fuse.identity_ceiling")
+            raise GalleryMismatchError(f"{url} holds no identity embeddings for fuse.identity_ceiling")
         if config.fuse.k >= info.count:
-            raise GalleryNotFoundError(
-                f"{config.gallery.url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more"
-            )
-        return absolute(config.gallery.url), info
+            raise GalleryNotFoundError(f"{url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more")
+        return url, info
     url = run.path(f"gallery/{synthetic_name(config.gallery)}")
     try:
         return url, read_info(url)
@@ -140,38 +209,37 @@ def build_from_photos(
     *,
     people_from: str | None = None,
     run_url: str | None = None,
+    add: bool = False,
     progress: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[GalleryInfo, dict[str, Any]]:
-    """A gallery of the faces of photos: align and invert on the engine, then one code a face.
+    """A version of a gallery with the faces of photos: align and invert on the engine, then one code a face.
 
     Args:
         src: as for ``protect``.
-        out: folder or URL of the gallery.
+        out: folder or URL of the store.
         people_from: see ``sources.list_photos``.
-        run_url: folder of the intermediate tables, kept so that a second build goes on; by default ``out`` + ``.run``.
+        run_url: folder of the intermediate tables, kept so that a second build goes on, and a later ``add`` inverts
+            new and changed photos only; by default ``out`` + ``.run``.
+        add: add to the current version instead of building one from these photos alone.
 
     Returns:
-        the gallery's description, and counts: photos, faces, failed.
+        the version's description, and counts: photos, faces, failed; for ``add`` also those of ``Update.counts``.
 
     Raises:
         ProtectError: no photo at ``src``, or no face in them.
-        GalleryExistsError: ``out`` holds a gallery already.
+        GalleryNotFoundError: ``add`` to a store without a version.
+        GalleryMismatchError: ``add`` to a gallery of other weights, mode or layers.
+        GalleryExistsError: ``out`` holds a gallery without versions.
+        GalleryConflictError, GalleryCheckError: see ``Store``.
     """
-    from pipelines.protect import ProtectError, absolute, execute, list_source, source_table
+    from pipelines.protect import absolute, execute, list_source, source_table
 
+    out = absolute(out)
     run = Run(absolute(run_url or out.rstrip("/") + ".run"))
-    # Opened first: an existing gallery is found before hours of work.
-    builder = GalleryBuilder(
-        out,
-        mode=config.gallery.similarity,
-        source=f"faces of {src}",
-        weights={
-            "generator": models.mapping_fingerprint(),
-            "encoder": models.encoder_fingerprint(),
-            "recogniser": models.recogniser_fingerprint(models.INVERSION_RECOGNISER),
-        },
-    )
+    store = Store(out)
+    if add:  # asked first: hours of work may lie in between
+        _fits(store)
     about = {"source": absolute(src), "evidence": "stat"}
     observer = Observer(run)
 
@@ -185,31 +253,195 @@ def build_from_photos(
         source = source_table(listing.photos)
         execute(run, source, config, about=about, until="invert", progress=heard, stop=presence.stopped)
     people = {row.photo_id: row.person_id for row in listing.photos}
-    failed = faces = 0
-    with builder:
-        for table in scan_stage(run, "invert", ["photo_id", "face_id", "status", "code", "identity"]):
+    return _from_tables(run, people, store, config, f"faces of {src}", add, len(listing.photos), say)
+
+
+def add_from_run(
+    run_url: str, out: str, config: Config, *, say: Callable[[str], None] = lambda text: None
+) -> tuple[GalleryInfo, dict[str, Any]]:
+    """Add the faces of a run of ``protect`` to a store, from the codes in its manifests; returns and errors as above.
+
+    Raises:
+        RunError: that is no run's folder, or its codes are of other weights.
+    """
+    from pipelines.protect import absolute
+
+    run, store = Run(absolute(run_url)), Store(absolute(out))
+    _fits(store)
+    plan = run.plan()
+    people: dict[str, str | None] = {}
+    for name in run.store.parts(SOURCE):
+        table = run.store.read_part(SOURCE, name, ["photo_id", "person_id", "key"])
+        people.update(zip(table["photo_id"].to_pylist(), table["person_id"].to_pylist(), strict=True))
+    return _from_tables(run, people, store, config, f"faces of {run.url}", True, plan.num_rows, say)
+
+
+def _fits(store: Store) -> GalleryInfo:
+    """The current version, if codes that this installation makes can be added to it."""
+    folder, info = open_gallery(store.url)
+    if store.current() is None:
+        raise GalleryNotFoundError(f"{store.url} holds a gallery without versions; build a store first")
+    Expectation(layers=CODE_LAYERS, dim=CODE_DIM, weights=_weights()).check(info, folder.url)
+    if info.broadcast:
+        raise GalleryMismatchError(f"{folder.url} holds one W a person for all layers, photos give one for each layer")
+    return info
+
+
+def _weights() -> dict[str, str]:
+    return {
+        "generator": models.mapping_fingerprint(),
+        "encoder": models.encoder_fingerprint(),
+        "recogniser": models.recogniser_fingerprint(models.INVERSION_RECOGNISER),
+    }
+
+
+def _from_tables(
+    run: Run,
+    people: dict[str, str | None],
+    store: Store,
+    config: Config,
+    source: str,
+    add: bool,
+    photos: int,
+    say: Callable[[str], None],
+) -> tuple[GalleryInfo, dict[str, Any]]:
+    """A version from the rows of ``invert`` that the run's plan names."""
+    from pipelines.protect import ProtectError
+
+    made_by = models.stage_weights(config, "")["invert"]
+    counts = {"photos": photos, "faces": 0, "failed": 0}
+
+    def batches() -> Iterator[CodeBatch]:
+        for table in scan_stage(run, "invert", ["photo_id", "face_id", "status", "code", "identity", "weights"]):
             good = [i for i, status in enumerate(table["status"].to_pylist()) if status == OK]
-            failed += sum(status == "error" for status in table["status"].to_pylist())
+            counts["failed"] += sum(status == "error" for status in table["status"].to_pylist())
             if not good:
                 continue
             table = table.take(good)
-            faces += len(good)
+            other = set(table["weights"].to_pylist()) - {made_by}
+            if other:
+                raise RunError(f"{run.url}: codes were made by {other.pop()}, here they are made by {made_by}")
+            counts["faces"] += len(good)
             codes, identities = (_vectors(table, column) for column in ("code", "identity"))
             photo_ids = table["photo_id"].to_pylist()
-            builder.add(
-                CodeBatch(
-                    codes.reshape(-1, CODE_LAYERS, CODE_DIM),
-                    photo_ids,
-                    [people[photo_id] for photo_id in photo_ids],
-                    table["face_id"].to_pylist(),
-                    identities,
-                )
+            yield CodeBatch(
+                codes.reshape(-1, CODE_LAYERS, CODE_DIM),
+                photo_ids,
+                [people.get(photo) for photo in photo_ids],
+                table["face_id"].to_pylist(),
+                identities,
             )
-        if not faces:
-            raise ProtectError("NO_FACES", f"no face was found in the {len(listing.photos)} photos of {src}")
-        info = builder.finish()
-    say(f"{faces} faces of {len(listing.photos)} photos; {failed} rows failed")
-    return info, {"photos": len(listing.photos), "faces": faces, "failed": failed}
+
+    keys = hashlib.sha256("".join(key or "" for key in run.plan()["invert"].to_pylist()).encode())
+    keys.update(repr(sorted(people.items())).encode())
+    key = f"{keys.hexdigest()} {made_by} {config.gallery.similarity}"
+    if add:
+        done = store.update(key, batches(), check=check)
+        info, name = done.info, done.name
+        counts |= done.counts()
+    else:
+
+        def fill(builder: GalleryBuilder) -> None:
+            for batch in batches():
+                builder.add(batch)
+            if not builder.count:
+                raise ProtectError("NO_FACES", f"no face was found in the {photos} photos: {source}")
+
+        name, info = store.build(
+            key,
+            fill,
+            check=check,
+            about=lambda: {"added": counts["faces"]},
+            mode=config.gallery.similarity,
+            source=source,
+            weights=_weights(),
+        )
+        if not counts["faces"]:  # the version was there
+            counts["faces"] = info.count
+    say(f"{counts['faces']} faces of {photos} photos; {counts['failed']} rows failed; version {name}")
+    return info, counts
+
+
+def add_from_gallery(other: str, out: str) -> Update:
+    """Add all codes of another gallery to a store.
+
+    Raises:
+        GalleryMismatchError: the two differ in mode, shape or weights.
+        GalleryNotFoundError, GalleryConflictError, GalleryCheckError: see ``Store.update``.
+    """
+    store = Store(out)
+    folder, theirs = open_gallery(other)
+    require_same(theirs, _current(store), folder.url)
+    return store.update(f"gallery {theirs.fingerprint}", batches_of(folder, theirs), check=check)
+
+
+def remove(out: str, people: list[str], photos: list[str], faces: list[str]) -> Update:
+    """Take people, photos (paths as in the manifests) and faces out: noted first, then a version without them.
+
+    Raises:
+        GalleryNotFoundError, GalleryConflictError, GalleryCheckError, BadCodesError: see ``Store.update``; the note stays.
+    """
+    store = Store(out)
+    _current(store)
+    store.removed.add(people, [photo_id(path) for path in photos], faces)
+    return store.update("remove", check=check)
+
+
+def readmit(out: str, people: list[str], photos: list[str], faces: list[str]) -> int:
+    """Take them off the list of removed people, so that they may be added again. Returns how many were on it."""
+    return Store(out).removed.readmit(people, [photo_id(path) for path in photos], faces)
+
+
+def verify(url: str, version: str | None = None) -> dict[str, Any]:
+    """Read all of a version (by default the current one) and check it.
+
+    Raises:
+        GalleryCheckError: what is wrong.
+    """
+    folder, info = open_gallery(url if version is None else Store(url).version(version).url)
+    return {"url": folder.url, "fingerprint": info.fingerprint} | dict(check(folder, info))
+
+
+def versions(url: str) -> list[dict[str, Any]]:
+    """Versions of a store as plain values, the oldest first."""
+    store = Store(url)
+    _current(store)
+    return [
+        {
+            "version": version.name,
+            "current": version.current,
+            "finished": version.info is not None,
+            "codes": version.info.count if version.info else None,
+            "people": version.info.people if version.info else None,
+            "bytes": version.bytes,
+            "switched": version.switched,
+            "fingerprint": version.info.fingerprint if version.info else None,
+            "about": dict(version.about),
+        }
+        for version in store.versions()
+    ]
+
+
+def switch(url: str, version: str) -> GalleryInfo:
+    """Make a version the current one. Raises GalleryNotFoundError."""
+    store = Store(url)
+    store.switch(version)
+    return store.info(version)
+
+
+def prune(url: str, keep: int) -> Pruned:
+    """See ``Store.prune``. Raises GalleryNotFoundError."""
+    store = Store(url)
+    _current(store)
+    return store.prune(keep)
+
+
+def _current(store: Store) -> GalleryInfo:
+    name = store.current()
+    if name is None:
+        open_gallery(store.url)  # says so where there is nothing at all
+        raise GalleryNotFoundError(f"{store.url} holds a gallery without versions; build a store first")
+    return store.info(name)
 
 
 def _vectors(table: pa.Table, column: str) -> np.ndarray:
@@ -219,9 +451,11 @@ def _vectors(table: pa.Table, column: str) -> np.ndarray:
 
 def describe(url: str) -> dict[str, Any]:
     """``scol gallery info`` as plain values."""
-    info = read_info(url)
+    folder, info = open_gallery(url)
+    found = store_of(folder.url)
     return {
         "url": url,
+        "version": found[1] if found else None,
         "codes": info.count,
         "layers": info.layers,
         "dim": info.dim,
@@ -229,6 +463,8 @@ def describe(url: str) -> dict[str, Any]:
         "one_w_for_all_layers": info.broadcast,
         "photos": info.photos,
         "people": info.people,
+        "embeddings": info.embedding_dim,
+        "compression": None if info.compression is None else info.compression["factory"],
         "source": info.source,
         "weights": dict(info.weights),
         "bytes": sum(entry.size for entry in info.files.values()),

@@ -15,13 +15,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, TextIO
 
 import fsspec
 import pyarrow as pa
 
-from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key, ray_session
+from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key
 from pipelines import gallery_jobs, models, nightly, retry
 from pipelines.config import STAGES, Config
 from pipelines.machine import machine
@@ -277,13 +278,7 @@ def execute(
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
         url, info = gallery_jobs.ensure_gallery(config, run, say)
-        described = {
-            "url": url,
-            "fingerprint": info.fingerprint,
-            "codes": info.count,
-            "similarity": info.mode,
-            "source": info.source,
-        }
+        described = gallery_jobs.described_for_run(url, info)
         if config.attack.enabled and config.inspect.unit == "std":
             std = gallery_jobs.gallery_std(run, url, info)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
@@ -303,20 +298,14 @@ def execute(
     engine = Engine(
         run.store,
         stages,
+        pools=partial(layout, config),
         source=SOURCE,
         shard_items=config.engine.shard_photos,
         address=config.engine.ray_address,
         progress=progress,
         stop=stop,
     )
-    if not any(engine.plan(source, keys).missing().values()):
-        return engine.run(source, keys), setting  # counts what is there; starts no Ray
-    with ray_session(config.engine.ray_address):
-        import ray
-
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        used = {stage.pool for stage in stages}
-        engine.pools = {name: pool for name, pool in layout(config, nodes).items() if name in used}
+    with gallery_jobs.reading(url):
         return engine.run(source, keys), setting
 
 

@@ -25,9 +25,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gallery_index import GalleryError, GalleryInfo, GalleryNotFoundError
-from gallery_index.storage import Folder
-from gallery_index.table import read_table
+from gallery_index import GalleryError, GalleryNotFoundError, Store, open_gallery
+from gallery_index.table import read_columns
 from pipelines.config import STAGES
 from pipelines.manifests import SOURCE, Run, RunError, plan_about, summary
 from pipelines.nightly import DELETED
@@ -306,7 +305,8 @@ def _note_elsewhere(run: Run, ids: pa.Array, done: Purged) -> None:
     if run.has("run.json"):
         record = run.read_json("run.json")
         done.notes.append(f"SRC is not touched: what {record['source']} still has, the next run makes again")
-        places.append(record.get("gallery", {}).get("url") or "")
+        gallery = record.get("gallery", {})
+        places.append(gallery.get("store") or gallery.get("url") or "")
     for place in dict.fromkeys(places):
         if place and not place.startswith(run.url.rstrip("/") + "/"):
             try:
@@ -317,15 +317,19 @@ def _note_elsewhere(run: Run, ids: pa.Array, done: Purged) -> None:
                 done.notes.append(f"the gallery {place} could not be looked into: {error}")
                 continue
             if count:
-                note = f"the gallery {place} holds {count} code(s) of these photos; build it anew without them"
+                note = (
+                    f"the gallery {place} holds {count} code(s) of these photos: `scol gallery remove`, then "
+                    "`scol gallery prune`"
+                )
                 done.notes.append(note)
 
 
 def _codes_in_gallery(url: str, ids: pa.Array) -> int:
-    folder = Folder(url)
-    info = GalleryInfo.from_bytes(folder.read_index(), folder.url)
-    count = 0
-    for name in info.codes:
-        column = read_table(folder.read(info.files[name]), ["photo_id"], f"{folder.url}: {name}")["photo_id"]
-        count += pc.sum(pc.is_in(column, value_set=ids)).as_py() or 0
-    return count
+    """Codes of photos in a gallery, in all its versions together."""
+    store = Store(url)
+    found = [(store.version(v.name), v.info) for v in store.versions() if v.info is not None] or [open_gallery(url)]
+    return sum(
+        pc.sum(pc.is_in(read_columns(folder, name, ["photo_id"])["photo_id"], value_set=ids)).as_py() or 0
+        for folder, info in found
+        for name in info.codes
+    )

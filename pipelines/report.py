@@ -7,10 +7,7 @@ do not appear in it: whoever has one has the face.
 
 from __future__ import annotations
 
-import base64
-import datetime
 import hashlib
-import html
 import io
 import json
 import math
@@ -18,15 +15,16 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.config import STAGES
+from pipelines.html_page import (
+    PICTURE_SIDE, Budget, Pixels, data_url, document, escape, histogram_svg, name_html, number, ticks_between,
+)  # fmt: skip
 from pipelines.inspect_run import errors
 from pipelines.manifests import ERROR, NO_FACE, OK, WEAK, Run, RunError, read_photos, read_stage, summary
 from pipelines.photo import MAX_BYTES, PhotoError, decode
@@ -35,26 +33,10 @@ from pipelines.sources import SourceError, read_bytes
 AMPLIFICATION = 10
 SAMPLE = 24  # faces shown of those that are well protected
 WEAK_SHOWN = 60  # weak faces shown with pictures; the rest by name
-PICTURE_SIDE = 256
 PICTURE_BYTES = 9_000_000  # most base64 characters of pictures in a report
 
 _MEASURES = ("psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg")
 _FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "path", "judge", "max_ism", *_MEASURES]
-
-# Written out so that a name can neither hide a part of itself nor reverse the line that it stands in.
-_SPELLED = {c: f"\\u{c:04x}" for c in (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F),
-                                       *range(0x2066, 0x206A), 0xFEFF, *range(0xD800, 0xE000))}
-
-Pixels = NDArray[np.uint8]
-
-
-def escape(text: object) -> str:
-    """Untrusted text as HTML, for content and for quoted attributes: escaped, invisible characters spelled out."""
-    return html.escape(str(text).translate(_SPELLED), quote=True)
-
-
-def _name(text: object) -> str:
-    return f'<bdi class="name">{escape(text)}</bdi>'
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
@@ -173,38 +155,7 @@ def _cut(photo: Pixels | None, row: Mapping[str, Any], size: int) -> Pixels | No
         return None
 
 
-def _data_url(pixels: Pixels) -> str:
-    image = Image.fromarray(pixels)
-    if max(image.size) > PICTURE_SIDE:
-        image = image.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BOX, reducing_gap=None)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=90, subsampling="4:4:4", optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
-
-
-class _Budget:
-    """Counts the pictures' characters; says no when they are used up."""
-
-    def __init__(self, characters: int) -> None:
-        self.left = characters
-
-    def take(self, urls: Sequence[str]) -> bool:
-        size = sum(map(len, urls))
-        if size > self.left:
-            return False
-        self.left -= size
-        return True
-
-
 # ---- numbers ---------------------------------------------------------------------------------------------------------
-
-
-def _number(value: float | None, digits: int = 2, unit: str = "") -> str:
-    if value is None or math.isnan(value):
-        return "–"
-    if math.isinf(value):
-        return "∞" + (f" {unit}" if unit else "")
-    return f"{value:,.{digits}f}".replace("-", "−") + (f" {unit}" if unit else "")
 
 
 def _duration(seconds: float) -> str:
@@ -216,15 +167,6 @@ def _duration(seconds: float) -> str:
 
 def _finite(values: Iterable[float | None]) -> list[float]:
     return [v for v in values if v is not None and math.isfinite(v)]
-
-
-def _ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Round numbers that cover a range: steps of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / most
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(s * power for s in (1, 2, 5, 10) if s * power >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
 
 
 def histogram(
@@ -247,52 +189,15 @@ def histogram(
     if high - low < 1e-6:
         pad = max(abs(low) * 0.05, 0.01)
         low, high = low - pad, high + pad
-    ticks = _ticks(low, high)
+    ticks = ticks_between(low, high)
     low, high = ticks[0], ticks[-1]
     counts, edges = np.histogram(finite, bins=bins, range=(low, high))
-    left, right, top, bottom, width, height = 58, 14, 16, 46, 520, 260
-    inner_w, inner_h = width - left - right, height - top - bottom
-    y_ticks = [t for t in _ticks(0, max(int(counts.max()), 1), 5) if float(t).is_integer()]
-    y_max = y_ticks[-1]
-
-    def px(x: float) -> float:
-        return left + inner_w * (x - low) / (high - low)
-
-    def py(y: float) -> float:
-        return top + inner_h * (1 - y / y_max)
-
-    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
-    parts = []
-    for t in y_ticks:
-        parts.append(f'<line class=grid x1="{left}" x2="{width - right}" y1="{py(t):.1f}" y2="{py(t):.1f}"/>'
-                     f'<text x="{left - 6}" y="{py(t) + 4:.1f}" text-anchor=end>{t:,.0f}</text>')
-    for t in ticks:
-        parts.append(f'<line class=axis x1="{px(t):.1f}" x2="{px(t):.1f}" y1="{py(0)}" y2="{py(0) + 5}"/>'
-                     f'<text x="{px(t):.1f}" y="{py(0) + 18}" text-anchor=middle>{_number(t, digits)}</text>')
-    for count, x0, x1 in zip(counts, edges[:-1], edges[1:], strict=True):
-        if count:
-            parts.append(
-                f'<rect class=bar x="{px(x0) + 0.5:.1f}" y="{py(count):.1f}" width="{px(x1) - px(x0) - 1:.1f}" '
-                f'height="{py(0) - py(count):.1f}"><title>{_number(x0, digits + 1)} to {_number(x1, digits + 1)}: '
-                f"{count:,}</title></rect>"
-            )
-    parts.append(f'<line class=axis x1="{left}" x2="{width - right}" y1="{py(0)}" y2="{py(0)}"/>')
-    for x, words in marks:
-        side = "end" if px(x) > left + inner_w / 2 else "start"
-        parts.append(f'<line class=mark x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{top}" y2="{py(0)}"/>'
-                     f'<text class=marked x="{px(x) + (-6 if side == "end" else 6):.1f}" y="{top + 10}" '
-                     f"text-anchor={side}>{escape(words)}</text>")
-    parts.append(f'<text x="{left + inner_w / 2}" y="{height - 8}" text-anchor=middle>{escape(axis)}</text>'
-                 f'<text x="14" y="{top + inner_h / 2}" text-anchor=middle '
-                 f'transform="rotate(-90 14 {top + inner_h / 2})">faces</text>')
     extra = len(values) - len(finite)
-    words = (f"{len(finite):,} faces: mean {_number(statistics.fmean(finite), 3)}, "
-             f"median {_number(statistics.median(finite), 3)}, "
-             f"from {_number(min(finite), 3)} to {_number(max(finite), 3)}"
+    words = (f"{len(finite):,} faces: mean {number(statistics.fmean(finite), 3)}, "
+             f"median {number(statistics.median(finite), 3)}, "
+             f"from {number(min(finite), 3)} to {number(max(finite), 3)}"
              + (f"; {extra:,} more without a finite value (unchanged faces)" if extra else ""))
-    return (f"<div><h3>{escape(title)}</h3>"
-            f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{escape(f"Histogram. {title}. {words}")}">'
-            f"{''.join(parts)}</svg><p class=soft>{escape(words)}.</p></div>")
+    return histogram_svg(counts, edges, ticks, title, axis, words, marks)
 
 
 # ---- the page's parts ------------------------------------------------------------------------------------------------
@@ -362,11 +267,11 @@ def _tiles(data: _Data) -> str:
         ("photos without a face", f"{t[NO_FACE]:,}", ""),
         ("photos failed", f"{t[ERROR]:,}", ERROR if t[ERROR] else ""),
         ("photos not reached", f"{t['pending']:,}", ERROR if t["pending"] else ""),
-        ("PSNR of the face crop, mean", _number(t["psnr"], 2, "dB"), ""),
-        ("SSIM of the face crop, mean", _number(t["ssim"], 3), ""),
-        ("FLIP, mean", _number(t["flip"], 3), ""),
-        ("ISM, mean", _number(t["ism"], 3), ""),
-        ("work a face, all stages", _number(work / t["faces"], 1, "s")
+        ("PSNR of the face crop, mean", number(t["psnr"], 2, "dB"), ""),
+        ("SSIM of the face crop, mean", number(t["ssim"], 3), ""),
+        ("FLIP, mean", number(t["flip"], 3), ""),
+        ("ISM, mean", number(t["ism"], 3), ""),
+        ("work a face, all stages", number(work / t["faces"], 1, "s")
          if t["faces"] and work and not t["pending"] else "–", ""),
     ]
     if t.get("seconds"):
@@ -375,18 +280,18 @@ def _tiles(data: _Data) -> str:
                     for name, value, kind in tiles)
     judge = ""
     if t["judge"]:
-        limit = f" Weak above {_number(t['max_ism'], 3)}." if t["max_ism"] is not None else ""
+        limit = f" Weak above {number(t['max_ism'], 3)}." if t["max_ism"] is not None else ""
         judge = (f"<p class=soft>ISM: cosine of the features of the original and of the saved face by "
-                 f"{_name(t['judge'])}, which the method did not use; lower is better protected.{limit}</p>")
+                 f"{name_html(t['judge'])}, which the method did not use; lower is better protected.{limit}</p>")
     return f"<dl class=tiles>{cells}</dl>{judge}"
 
 
-def _card(row: Mapping[str, Any], pictures: FacePictures, budget: _Budget) -> str | None:
+def _card(row: Mapping[str, Any], pictures: FacePictures, budget: Budget) -> str | None:
     """A face's figure; None when the budget is used up or the face has no picture after."""
     difference = pictures.difference()
     if difference is None:
         return None
-    urls = [_data_url(p) for p in (pictures.original, pictures.protected, difference)]
+    urls = [data_url(p) for p in (pictures.original, pictures.protected, difference)]
     if not budget.take(urls):
         return None
     who = escape(_face_words(row))
@@ -397,15 +302,15 @@ def _card(row: Mapping[str, Any], pictures: FacePictures, budget: _Budget) -> st
         f"<span>{label}</span></div>" for url, (label, alt) in zip(urls, labels, strict=True)
     )
     source = "" if pictures.saved else " (before saving: the saved file could not be read)"
-    words = [f"PSNR {_number(row['psnr'], 1, 'dB')}", f"SSIM {_number(row['ssim'], 3)}",
-             f"ISM {_number(row['ism'], 3)}"]
+    words = [f"PSNR {number(row['psnr'], 1, 'dB')}", f"SSIM {number(row['ssim'], 3)}",
+             f"ISM {number(row['ism'], 3)}"]
     reason = f"<br><span class={escape(row['status'])}>{escape(row['reason'])}</span>" if row["reason"] else ""
-    return (f"<li><figure><div class=triple>{images}</div><figcaption>{_name(_face_words(row))}<br>"
+    return (f"<li><figure><div class=triple>{images}</div><figcaption>{name_html(_face_words(row))}<br>"
             f"{' · '.join(words)}{source}{reason} <button type=button data-do=blink aria-pressed=false>blink</button>"
             f"</figcaption></figure></li>")
 
 
-def _cards(rows: Sequence[Mapping[str, Any]], run: Run, budget: _Budget) -> tuple[str, list[Mapping[str, Any]]]:
+def _cards(rows: Sequence[Mapping[str, Any]], run: Run, budget: Budget) -> tuple[str, list[Mapping[str, Any]]]:
     """Figures of faces, and the faces that got none."""
     cards, rest = [], []
     for start in range(0, len(rows), 16):
@@ -427,7 +332,7 @@ _PICTURES_NOTE = (
 )
 
 
-def _sample(data: _Data, budget: _Budget, count: int) -> str:
+def _sample(data: _Data, budget: Budget, count: int) -> str:
     good = [r for r in data.faces if r["status"] == OK and r["psnr"] is not None]  # measured, so published
     if not good:
         return "<p class=soft>No face was protected well in this run.</p>"
@@ -443,7 +348,7 @@ def _names(rows: Iterable[str]) -> str:
     return f"<ul class=names>{''.join(f'<li>{row}</li>' for row in rows)}</ul>"
 
 
-def _weak(data: _Data, budget: _Budget, count: int) -> str:
+def _weak(data: _Data, budget: Budget, count: int) -> str:
     weak = sorted((r for r in data.faces if r["status"] == WEAK),
                   key=lambda r: (-(r["ism"] if r["ism"] is not None else 2.0), r["face_id"]))
     if not weak:
@@ -452,7 +357,7 @@ def _weak(data: _Data, budget: _Budget, count: int) -> str:
     rest = [*unshown, *weak[count:]]
     text = f"<p class=soft>{len(weak):,} faces, the weakest first. {_PICTURES_NOTE}</p>{cards}"
     if rest:
-        lines = (f"{_name(_face_words(r))}: PSNR {_number(r['psnr'], 1, 'dB')}, ISM {_number(r['ism'], 3)}"
+        lines = (f"{name_html(_face_words(r))}: PSNR {number(r['psnr'], 1, 'dB')}, ISM {number(r['ism'], 3)}"
                  f" <span class=soft>{escape(r['reason'] or '')}</span>" for r in rest)
         text += f"<details><summary>{len(rest):,} more, by name</summary>{_names(lines)}</details>"
     return text
@@ -461,7 +366,7 @@ def _weak(data: _Data, budget: _Budget, count: int) -> str:
 def _distributions(data: _Data) -> str:
     done = [r for r in data.faces if r["status"] in (OK, WEAK)]
     t = data.totals
-    marks = [(t["max_ism"], f"weak above {_number(t['max_ism'], 3)}")] if t["max_ism"] is not None else []
+    marks = [(t["max_ism"], f"weak above {number(t['max_ism'], 3)}")] if t["max_ism"] is not None else []
     judge = f" by {t['judge']}" if t["judge"] else ""
     charts = [
         histogram([r["psnr"] for r in done], "PSNR of the face crop", "PSNR, dB (higher: less visible)"),
@@ -519,7 +424,7 @@ def _failures(data: _Data) -> str:
         common = Counter(words for _, words in items).most_common(1)[0]
         # What nearly all say is said once, at the top.
         shared = common[0] if common[1] > 1 and common[1] == len(items) else None
-        lines = (_name(who) + (f": {escape(words)}" if words and shared is None else "")
+        lines = (name_html(who) + (f": {escape(words)}" if words and shared is None else "")
                  for who, words in sorted(items))
         text += (f"<details{' open' if len(items) <= 20 else ''}><summary><strong class=error>{escape(code)}</strong>"
                  f" at {escape(stage)}: {len(items):,}{f' · {escape(shared)}' if shared else ''}</summary>"
@@ -532,7 +437,7 @@ def _other_photos(data: _Data) -> str:
         names = [p["path"] for p in data.photos if p["status"] == status]
         if not names:
             return ""
-        return f"<details><summary>{title}: {len(names):,}</summary>{_names(map(_name, names))}</details>"
+        return f"<details><summary>{title}: {len(names):,}</summary>{_names(map(name_html, names))}</details>"
 
     text = fold(NO_FACE, "Photos without a face, copied as they are") + fold("pending", "Photos not reached yet")
     return text or "<p>None.</p>"
@@ -572,22 +477,14 @@ def _settings(data: _Data) -> str:
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def _asset(name: str) -> str:
-    return resources.files("pipelines").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
 def render(run: Run | str, sample: int = SAMPLE, weak: int = WEAK_SHOWN, picture_bytes: int = PICTURE_BYTES) -> str:
     """The report as HTML text; see `write_report`."""
     run = run if isinstance(run, Run) else Run(str(run))
     data = _collect(run)
     # The sample's share of the room is set aside, so that many weak faces leave something to compare them with.
     total = max(1, sample + weak)
-    sample_html = _sample(data, _Budget(picture_bytes * sample // total), sample)
-    weak_html = _weak(data, _Budget(picture_bytes * weak // total), weak)
+    sample_html = _sample(data, Budget(picture_bytes * sample // total), sample)
+    weak_html = _weak(data, Budget(picture_bytes * weak // total), weak)
     sections = [
         ("totals", "Totals", _tiles(data)),
         ("faces", "Faces before and after", sample_html),
@@ -598,23 +495,8 @@ def render(run: Run | str, sample: int = SAMPLE, weak: int = WEAK_SHOWN, picture
         ("others", "Photos without a result", _other_photos(data)),
         ("settings", "Configuration, fingerprints, versions", _settings(data)),
     ]
-    style, script = _asset("report.css"), _asset("report.js")
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'"
-    nav = "".join(f'<li><a href="#{key}">{title}</a></li>' for key, title, _ in sections)
-    body = "".join(f'<section aria-labelledby="{key}"><h2 id="{key}">{title}</h2>{content}</section>'
-                   for key, title, content in sections)
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="referrer" content="no-referrer">'
-        f"<title>scol: report of a run</title><style>{style}</style></head><body>"
-        '<a class=skip href="#totals">Skip to the totals</a>'
-        f"<header><h1>Report of a run</h1><p>{_name(run.url)}</p>{_banner(data)}"
-        f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header><main>{body}</main>'
-        f"<footer>Written {now} by scol from the run's manifests.</footer><script>{script}</script></body></html>\n"
-    )
+    return document("scol: report of a run", "Report of a run", f"<p>{name_html(run.url)}</p>{_banner(data)}", sections,
+                    "by scol from the run's manifests")
 
 
 def write_report(run_url: Run | str, sample: int = SAMPLE, weak: int = WEAK_SHOWN) -> str:

@@ -87,15 +87,16 @@ def jpeg(x: Tensor, quality: int, subsample: bool = True) -> Tensor:
     """JPEG compression and decompression as a differentiable layer (rounding passed straight through).
 
     Args:
-        x: (B, 3, H, W) in [-1, 1], sides divisible by 16.
+        x: (B, 3, H, W) in [-1, 1]; like encoders do, sides are filled up to multiples of 16 with their last pixels.
         quality: 1..100, the Independent JPEG Group's scale (ITU-T T.81 annex K tables).
         subsample: 4:2:0 chroma, as most encoders; else 4:4:4.
 
     Raises:
-        ValueError: sides not divisible by 16, or a quality out of range.
+        ValueError: a quality out of range.
     """
-    if x.shape[-1] % 16 or x.shape[-2] % 16:
-        raise ValueError(f"sides must be divisible by 16, got {tuple(x.shape[-2:])}")
+    height, width = x.shape[-2:]
+    if height % 16 or width % 16:
+        x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
     r, g, b = ((x.clamp(-1, 1) + 1) * 127.5).unbind(1)
     y = 0.299 * r + 0.587 * g + 0.114 * b - 128  # JFIF 1.02
     cb, cr = (b - y - 128) / 1.772, (r - y - 128) / 1.402
@@ -116,10 +117,13 @@ def jpeg(x: Tensor, quality: int, subsample: bool = True) -> Tensor:
     y, cb, cr = planes
     y = y + 128
     rgb = torch.stack((y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb), dim=1)
-    return _round_through(rgb.clamp(0, 255)) / 127.5 - 1
+    return _round_through(rgb.clamp(0, 255))[..., :height, :width] / 127.5 - 1
 
 
-def diversify(x: Tensor, generator: torch.Generator, resize: float = 1.0, blur: bool = False, jpeg_quality: tuple[int, int] | None = None) -> Tensor:
+def diversify(
+    x: Tensor, generator: torch.Generator, resize: float = 1.0, blur: bool = False,
+    jpeg_quality: tuple[int, int] | None = None,
+) -> Tensor:
     """One random draw of the enabled transformations.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import flip_evaluator
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 _SSIM_SIGMA = 1.5
 _SSIM_WINDOW = 11
+_STRIP_MARGIN = 32  # rows beside a strip of ``photo_difference``
 # Two cosines nearer than this are a tie: float32 sums of a thousand products differ by about as much with their order.
 _TIE = 1e-6
 
@@ -139,6 +141,62 @@ def flip(
     return float(error[..., 0][mask].mean(dtype=np.float64))
 
 
+@dataclass(frozen=True)
+class PhotoDifference:
+    """Two pictures of one size: `psnr` (dB), `ssim`, `flip` as the functions of these names; `mean_change` and
+    `max_change` of a channel's value, in levels of 255."""
+
+    psnr: float
+    ssim: float
+    flip: float
+    mean_change: float
+    max_change: int
+
+
+def photo_difference(reference: NDArray[np.uint8], test: NDArray[np.uint8], strip: int = 512) -> PhotoDifference:
+    """All measures over whole pictures of any height, in memory for ``strip`` rows.
+
+    SSIM and FLIP are made strip by strip, with more rows beside a strip than their filters reach (5 for SSIM, at most 10
+    for FLIP at 67 pixels a degree), so that the result is that of the whole picture.
+
+    Raises:
+        ValueError: wrong types or shapes, smaller than 11 x 11.
+    """
+    _check_pair(reference, test, None)
+    height, width = reference.shape[:2]
+    squares = changes = 0
+    largest = 0
+    sums = {"ssim": 0.0, "flip": 0.0}
+    weights = {"ssim": 0, "flip": 0}
+    edge = _SSIM_WINDOW // 2
+    if min(height, width) < _SSIM_WINDOW:
+        raise ValueError(f"SSIM needs {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, got {height} x {width}")
+    for top in range(0, height, strip):
+        bottom = min(height, top + strip)
+        low, high = max(0, top - _STRIP_MARGIN), min(height, bottom + _STRIP_MARGIN)
+        a, b = reference[low:high], test[low:high]
+        change = np.abs(reference[top:bottom].astype(np.int32) - test[top:bottom])
+        squares += int((change * change).sum(dtype=np.int64))
+        changes += int(change.sum(dtype=np.int64))
+        largest = max(largest, int(change.max()))
+        rows = np.zeros(a.shape[:2], bool)
+        rows[top - low : bottom - low] = True
+        sums["flip"] += flip(a, b, rows) * int(rows.sum())
+        weights["flip"] += int(rows.sum())
+        # SSIM counts windows that lie wholly inside the picture, and not those cut by its edges.
+        first, last = max(top, edge), min(bottom, height - edge)
+        if first < last:
+            rows = np.zeros(a.shape[:2], bool)
+            rows[first - low : last - low, edge : width - edge] = True
+            sums["ssim"] += ssim(a, b, rows) * int(rows.sum())
+            weights["ssim"] += int(rows.sum())
+    count = height * width * 3
+    return PhotoDifference(
+        math.inf if squares == 0 else 10 * math.log10(255**2 * count / squares),
+        sums["ssim"] / weights["ssim"], sums["flip"] / weights["flip"], changes / count, largest,
+    )
+
+
 def _unit_rows(embeddings: ArrayLike | Tensor, what: str) -> NDArray[np.float32]:
     """(B, dim) embeddings at unit norm; raises ValueError for other shapes, zero or non-finite rows."""
     if isinstance(embeddings, Tensor):
@@ -233,6 +291,33 @@ def rank1_u(
     the unprotected photos' own rate beside it.
     """
     return float(1 - rank1_matches(probe_embeddings, probe_ids, gallery_embeddings, gallery_ids).mean())
+
+
+def candidate_ranks(own_scores: ArrayLike, other_scores: ArrayLike, others: ArrayLike | None = None) -> NDArray[np.int32]:
+    """Place of each probe's own identity among its candidates, 1 for the top; ties count as the better place.
+
+    The share of ranks above 1 is Rank-1-U, above 5 Rank-5-U: the identity is not among the five most similar.
+
+    Args:
+        own_scores: (P,) cosine of each probe to its own identity's photo (the best of them).
+        other_scores: (P, G) cosines to photos of a gallery.
+        others: bool (P, G), which of these are of other people; all by default.
+
+    Returns:
+        int32 (P,), 1 to G + 1.
+
+    Raises:
+        ValueError: shapes that do not go together, numbers that are not finite, a probe without other people.
+    """
+    own, scores = np.asarray(own_scores, np.float64), np.asarray(other_scores, np.float64)
+    mask = np.ones(scores.shape, bool) if others is None else np.asarray(others, bool)
+    if own.ndim != 1 or scores.ndim != 2 or len(scores) != len(own) or mask.shape != scores.shape:
+        raise ValueError(f"scores {own.shape} and {scores.shape}, mask {mask.shape}")
+    if not np.isfinite(own).all() or not np.isfinite(scores[mask]).all():
+        raise ValueError("scores are not finite")
+    if not mask.any(1).all():
+        raise ValueError("a probe has no candidates of other people")
+    return (1 + ((scores > own[:, None] + _TIE) & mask).sum(1)).astype(np.int32)
 
 
 def verification_threshold(different_scores: ArrayLike | Tensor, far: float = 1e-2) -> float:

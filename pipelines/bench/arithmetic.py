@@ -68,6 +68,10 @@ def misbehave(mode: str, spoil: str) -> None:
     if kind == "kill_once" and not Path(where).exists():
         Path(where).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "term_once" and not Path(where).exists():
+        Path(where).touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
     if kind == "slow":
         time.sleep(float(where))
 

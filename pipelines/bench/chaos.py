@@ -137,7 +137,8 @@ class Nodes:
         for raylet in self.raylets():
             for process in _children(raylet):
                 title = _title(process)
-                if title.startswith("ray::"):
+                # not a node's agents, whose death is the raylet's, also where it is the head's
+                if title.startswith("ray::") and not title.endswith("Agent"):
                     found[process.pid] = title
         return found
 
@@ -277,8 +278,9 @@ def _timeless(value):
     return [_timeless(v) for v in value] if isinstance(value, list) else value
 
 
-def compare(expected: Rows, found: Rows, tally: Tally) -> None:
-    """Count rows lost, doubled and different."""
+def compare(expected: Rows, found: Rows, tally: Tally) -> list[str]:
+    """Count rows lost, doubled and different. Returns words on each item concerned."""
+    words = []
     for place in expected.keys() | found.keys():
         want, have = expected.get(place, []), found.get(place, [])
         tally.rows_lost += max(0, len(want) - len(have))
@@ -286,6 +288,9 @@ def compare(expected: Rows, found: Rows, tally: Tally) -> None:
         # as text, because NaN does not equal itself
         different = sum(repr(_timeless(a)) != repr(_timeless(b)) for a, b in zip(want, have, strict=False))
         tally.outputs_different += different
+        if different or len(want) != len(have):
+            words.append(f"{place}:\n  expected {want}\n  found    {have}")
+    return words
 
 
 def stored_twice(store: PartStore) -> int:
@@ -382,7 +387,9 @@ class Campaign:
 
     def _judge(self, folder: Path, expected: Rows, files: dict[str, bytes]) -> None:
         tally, store = self.tally, self.job.store(folder)
-        compare(expected, self.job.rows(folder), tally)
+        words = compare(expected, self.job.rows(folder), tally)
+        if words:
+            self.say("\n".join([f"{self.job.name} job {tally.jobs}: {len(words)} items", *words[:10], self._tail(folder)]))
         found = self.job.files(folder)
         tally.outputs_different += sum(files.get(name) != found.get(name) for name in files.keys() | found.keys())
         tally.rows_stored_twice += stored_twice(store)

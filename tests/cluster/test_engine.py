@@ -137,13 +137,24 @@ def test_items_that_kill_their_workers_fail_alone(tmp_path):
     settings = {"item_deaths": 1, "shard_items": 4, "pools": {"default": Pool(actors=2)}}
     summary, source, keys = run(store, modes, settings=settings)
     reason = "WORKER_DIED: the process ended with this item in hand, 2 times"
-    assert assert_complete(store, source, keys) == {2: reason, 6: reason, 10: reason}
+    reasons = assert_complete(store, source, keys)
+    assert {n: words.split("; its log ends: ")[0] for n, words in reasons.items()} == {2: reason, 6: reason, 10: reason}
+    assert "Segmentation fault" in reasons[6] and "WorkerUnfit" in reasons[10]
     assert (tmp_path / "killed").exists()
     # A worker may die so soon after a call that the driver never hears of its end: then that call's items are tried
     # alone, and the shard that was queued behind it dies once more, or (item 15) not at all.
     assert 7 <= summary.restarts <= 11
     assert 3 * 4 + 3 <= summary.stages["split"].retried <= 7 * 4 + 3
     assert len(store.parts("split")) >= 14  # of each killer's shard every item has a part of its own
+
+
+def test_a_worker_that_is_told_to_end_does_not_blame_its_item(tmp_path):
+    """As a node tells its workers when it is preempted."""
+    modes = ["ok"] * 6
+    modes[2] = f"term_once:{tmp_path / 'told'}"
+    summary, source, keys = run(PartStore(tmp_path / "m"), modes)
+    assert assert_complete(PartStore(tmp_path / "m"), source, keys) == {}
+    assert (tmp_path / "told").exists() and summary.restarts == 1
 
 
 def test_a_stage_that_cannot_be_loaded_ends_the_run(tmp_path):
@@ -309,3 +320,40 @@ def test_a_run_stops_when_it_is_asked_to_and_goes_on_later(tmp_path):
     assert set(store.index("split")["key"].to_pylist()) >= {keys["split"][i] for p in told for i in p.items}
     summary, source, keys = run(store, ["slow:0.3"] * 12)
     assert assert_complete(store, source, keys) == {} and summary.stages["split"].kept >= first
+
+
+def test_pools_follow_the_cluster_and_their_items(tmp_path):
+    """A rule that gives more workers later, as when nodes come; and no more workers than items that are left."""
+    store, asked, seen = PartStore(tmp_path), [], []
+
+    def rule(nodes):
+        asked.append(nodes)
+        return {"default": Pool(actors=1 if len(asked) == 1 else 3, resources=Resources(num_cpus=0))}
+
+    def progress(event):
+        if event.workers:
+            seen.append(event.workers["default"])
+        if len(seen) == 4:  # a node that was not there when the run began
+            ray.nodes = lambda: [*before(), {**before()[0], "NodeID": "0" * 56}]
+
+    import ray
+
+    before = ray.nodes
+    try:
+        settings = {"pools": rule, "progress": progress, "shard_items": 1}
+        summary, source, keys = run(store, ["slow:0.3"] * 40, settings=settings)
+    finally:
+        ray.nodes = before
+    assert assert_complete(store, source, keys) == {}
+    assert len(asked) == 2 and sum(node.get("CPU", 0) for node in asked[0]) == 2
+    wanted = [wanted for _, wanted in seen]
+    assert wanted[0] == 1 and max(wanted) == 3
+    assert summary.restarts == 0
+
+
+def test_shards_become_smaller_towards_the_end(tmp_path):
+    store = PartStore(tmp_path)
+    _, source, keys = run(store, ["ok"] * 60, settings={"pools": {"default": Pool(actors=2)}})
+    assert assert_complete(store, source, keys) == {}
+    sizes = [len(store.read_part("split", name, ["key"])["key"].unique()) for name in store.parts("split")]
+    assert sum(sizes) == 60 and max(sizes) == 8 and sizes.count(1) >= 2

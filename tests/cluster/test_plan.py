@@ -20,7 +20,7 @@ from cluster import (
     hash_key,
     hash_keys,
 )
-from cluster.engine import size_pools
+from cluster.layout import size_pools
 from cluster.keys import KeyIndex, distinct, pack, unpack
 from cluster.session import usable_cpus
 from cluster.store import INDEX

@@ -70,7 +70,7 @@ def test_files_are_open_formats(tmp_path):
     codes = random_codes(30, 2, 8)
     info = build(tmp_path / "g", batches(codes, [30]), mode="centred", weights=WEIGHTS)
     table = pq.ParquetFile(tmp_path / "g" / info.codes[0]).read(use_threads=False)
-    assert table.column_names == ["id", "photo_id", "person_id", "layer_00", "layer_01"]
+    assert table.column_names == ["id", "photo_id", "person_id", "digest", "layer_00", "layer_01"]
     np.testing.assert_array_equal(np.array(table["layer_01"].to_pylist(), dtype=np.float32), codes[:, 1])
     index = Gallery.load(tmp_path / "g").faiss_index(1)
     centred = codes[:, 1] - codes[:, 1].astype(np.float64).mean(axis=0)
@@ -128,7 +128,7 @@ def stored(tmp_path):
     return tmp_path / "g", info
 
 
-@pytest.mark.parametrize("kind", ["codes", "indexes", "mean", "norms"])
+@pytest.mark.parametrize("kind", ["codes", "mean", "norms"])
 @pytest.mark.parametrize("harm", ["truncated", "altered", "missing", "longer"])
 def test_harmed_files_are_refused(stored, kind, harm):
     folder, info = stored
@@ -174,9 +174,9 @@ def test_harmed_index_is_refused(stored):
     with pytest.raises(GalleryCorruptError, match="60 codes, index.json counts 61"):
         Gallery.load(folder)
     body = json.loads(content)
-    body["version"] = 2
+    body["version"] = 3
     path.write_bytes(_sign(body))
-    with pytest.raises(GalleryMismatchError, match="version 2, this program reads"):
+    with pytest.raises(GalleryMismatchError, match="version 3, this program reads"):
         Gallery.load(folder)
 
 
@@ -303,40 +303,50 @@ def test_a_failed_build_leaves_nothing(tmp_path, monkeypatch):
         builder.add(next(batches(random_codes(3, 1, 8), [3])))
 
 
-@pytest.mark.parametrize("where", ["write_codes", "write_index", "publish", "commit"])
+@pytest.mark.parametrize("where", ["write_codes", "link", "lengths", "mean", "commit", "sweep"])
 def test_a_killed_build_is_not_readable_and_can_be_repeated(tmp_path, where):
+    """Killed at a step, then repeated: the same gallery, nothing left over, and files that were whole are used."""
     script = textwrap.dedent(f"""
         import os, signal, sys
         sys.path[:0] = [{os.getcwd()!r}, {os.path.dirname(__file__)!r}]
         import test_gallery_store as t
         from gallery_index import builder, storage
         calls = 0
-        def killed(original):
-            def call(*args, **options):
+        def killed(owner, name, call):
+            original = getattr(owner, name)
+            def replacement(*args, **options):
                 global calls
                 calls += 1
-                if calls == 2 or {where!r} in ("commit",):
+                if calls == call:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return original(*args, **options)
-            return call
+            setattr(owner, name, replacement)
         builder._FILE_BYTES = 1024
-        where = {where!r}
-        if where == "publish":
-            storage.LocalFileSystem.mv = killed(storage.LocalFileSystem.mv)
-        elif where == "commit":
-            storage.os.link = killed(storage.os.link)
-        else:
-            setattr(builder.GalleryBuilder, "_" + where, killed(getattr(builder.GalleryBuilder, "_" + where)))
+        owner, name, call = {{
+            "write_codes": (builder.GalleryBuilder, "_write_codes", 3), "link": (storage.os, "link", 3),
+            "lengths": (builder, "norms", 2), "mean": (builder.np, "save", 2),
+            "commit": (storage.Folder, "create", 1), "sweep": (storage.Folder, "names", 1)}}[{where!r}]
+        killed(owner, name, call)
         t.build(sys.argv[1], t.batches(t.random_codes(100, 2, 8), [50, 50]), weights=t.WEIGHTS)
     """)
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "g"], capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert listing(tmp_path / "g")
-    with pytest.raises(GalleryNotFoundError):
-        Gallery.load(tmp_path / "g")
+    whole = {p.name: p.stat().st_ino for p in (tmp_path / "g").iterdir() if not p.name.startswith("tmp-")}
+    assert whole
+    if where != "sweep":  # killed after the commit, that is
+        with pytest.raises(GalleryNotFoundError):
+            Gallery.load(tmp_path / "g")
     codes = random_codes(100, 2, 8)
-    info = build(tmp_path / "g", batches(codes, [50, 50]), weights=WEIGHTS)
-    assert info == build(tmp_path / "h", batches(codes, [50, 50]), weights=WEIGHTS)
+    builder_module_bytes, builder_module._FILE_BYTES = builder_module._FILE_BYTES, 1024
+    try:
+        if where != "sweep":
+            build(tmp_path / "g", batches(codes, [50, 50]), weights=WEIGHTS)
+        info = build(tmp_path / "h", batches(codes, [50, 50]), weights=WEIGHTS)
+    finally:
+        builder_module._FILE_BYTES = builder_module_bytes
+    assert GalleryInfo.from_bytes((tmp_path / "g" / "index.json").read_bytes(), "g") == info
+    assert listing(tmp_path / "g") == sorted([*info.files, "index.json"])
+    assert {name: (tmp_path / "g" / name).stat().st_ino for name in whole} == whole
     np.testing.assert_array_equal(Gallery.load(tmp_path / "g").codes([f"face{i}" for i in range(100)]), codes)
 
 

@@ -26,7 +26,7 @@ from scol_ops.warp import (
 )
 
 torch.set_num_threads(1)
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "embedded"
 
 
 @pytest.fixture(scope="module")

@@ -194,3 +194,40 @@ def test_verification_threshold_by_hand():
     for wrong in ((scores[:50], 0.01), ([], 0.1), (scores, 0.0), (scores, 1.0), ([math.nan] * 100, 0.1)):
         with pytest.raises(ValueError):
             metrics.verification_threshold(*wrong)
+
+
+def test_candidate_ranks_by_hand():
+    scores = np.array([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1], [0.2, 0.2, 0.2]])
+    assert metrics.candidate_ranks([0.6, 0.05, 0.2], scores).tolist() == [2, 4, 1]  # the last one ties with all
+    others = np.array([[False, True, True], [True, False, True], [True, True, True]])
+    assert metrics.candidate_ranks([0.6, 0.05, 0.1], scores, others).tolist() == [1, 3, 4]
+    for wrong in (([0.1], scores), ([0.1, 0.2, math.nan], scores), ([0.1] * 3, scores, np.zeros_like(others))):
+        with pytest.raises(ValueError):
+            metrics.candidate_ranks(*wrong)
+
+
+def test_candidate_ranks_agree_with_rank1_u():
+    rng = np.random.default_rng(3)
+    gallery, probes = rng.standard_normal((40, 6)), rng.standard_normal((40, 6)) * 0.7
+    probes += gallery * 0.5
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (probes, gallery)]
+    cosines = unit[0] @ unit[1].T
+    ranks = metrics.candidate_ranks(cosines.diagonal(), cosines, ~np.eye(40, dtype=bool))
+    assert 0 < (ranks > 1).mean() < 1
+    assert (ranks > 1).mean() == metrics.rank1_u(probes, range(40), gallery, range(40))
+
+
+def test_photo_difference_is_that_of_the_whole_picture():
+    a = picture(6, 150, 70)
+    rng = np.random.default_rng(7)
+    b = np.clip(a.astype(int) + rng.integers(-9, 10, a.shape), 0, 255).astype(np.uint8)
+    whole, strips = metrics.photo_difference(a, b, strip=1000), metrics.photo_difference(a, b, strip=40)
+    assert whole.psnr == pytest.approx(metrics.psnr(a, b)) == strips.psnr
+    assert whole.ssim == pytest.approx(metrics.ssim(a, b), abs=1e-6) == pytest.approx(strips.ssim, abs=1e-6)
+    assert whole.flip == pytest.approx(metrics.flip(a, b), abs=1e-6) == pytest.approx(strips.flip, abs=1e-5)
+    change = np.abs(a.astype(int) - b)
+    assert strips.max_change == change.max() and strips.mean_change == pytest.approx(change.mean())
+    same = metrics.photo_difference(a, a)
+    assert same.psnr == math.inf and (same.flip, same.mean_change, same.max_change) == (0, 0, 0)
+    with pytest.raises(ValueError, match="11 x 11"):
+        metrics.photo_difference(a[:9], b[:9])

@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 A, B = hash_key("a"), hash_key("b")
 
 
-@pytest.mark.skipif("SCOL_CHAOS" not in os.environ, reason="minutes of dying Ray nodes: SCOL_CHAOS=1 runs it")
 def test_twenty_kills_lose_double_and_change_nothing(tmp_path):
     out = tmp_path / "chaos.json"
     command = [sys.executable, "-m", "pipelines.bench.chaos", "--stages", "arithmetic", "--items", "300"]

@@ -196,8 +196,45 @@ def test_synthetic_gallery(tmp_path: Path) -> None:
     assert built.exit_code == 0, built.output
     described = json.loads(scol("gallery", "info", out, "--json").output)
     assert described == json.loads(built.stdout) and described["codes"] == 40 and described["layers"] == 16
-    again = scol("gallery", "build", "--synthetic", "40", "--out", out)
-    assert again.exit_code == 2 and "already holds a gallery" in again.stderr
+    again = scol("gallery", "build", "--synthetic", "40", "--out", out, "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout) == described, "the same version, not another"
+
+
+def test_versions_of_a_gallery(tmp_path: Path) -> None:
+    """From outside: build, another build, back, remove, list, verify, prune; each as it is printed."""
+    out = str(tmp_path / "g")
+
+    def told(*arguments: str) -> dict:
+        result = scol("gallery", *arguments, "--json")
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    first = told("build", "--synthetic", "30", "--out", out)["version"]
+    second = told("build", "--synthetic", "40", "--out", out)["version"]
+    assert told("switch", out, first)["codes"] == 30
+    other = str(tmp_path / "other")
+    told("build", "--synthetic", "20", "--set", "gallery.synthetic_seed=5", "--out", other)
+    added = told("add", out, "--gallery", other)
+    assert (added["added"], added["unchanged"]) == (20, 0)
+    assert told("add", out, "--gallery", other)["version"] == added["version"], "nothing to add, no version"
+    removed = told("remove", out, "--person", "synthetic-5-0000003", "--face", "synthetic-0-0000007")
+    assert (removed["removed"], removed["codes"]) == (2, 48)
+    names = [row["version"] for row in told("list", out)]
+    assert names == [first, second, added["version"], removed["version"]]
+    lines = scol("gallery", "list", out).output.splitlines()
+    assert [line[0] for line in lines] == [" ", " ", " ", "*"] and "removed 2" in lines[3]
+    assert told("verify", out)["self_retrieved"] == 1 and told("verify", out, "--version", first)["codes"] == 30
+    assert sorted(told("prune", out, "--keep", "9")["versions"]) == names[:3]  # all three held one of the two
+    assert told("add", out, "--gallery", other)["refused"] == 1
+    assert scol("gallery", "readmit", out, "--person", "synthetic-5-0000003").output == "1 taken off the list\n"
+    assert told("add", out, "--gallery", other)["added"] == 1
+
+    for arguments in (("switch", out, first), ("add", out), ("remove", out), ("list", str(tmp_path / "nowhere"))):
+        assert scol("gallery", *arguments).exit_code == 2
+    damaged = next((tmp_path / "g" / "versions" / told("info", out)["version"]).glob("codes-*"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    wrong = scol("gallery", "verify", out)
+    assert wrong.exit_code == 2 and damaged.name in wrong.stderr and "bytes, expected" in wrong.stderr
 
 
 def test_numbers_that_json_has_not_become_null() -> None:

@@ -1,0 +1,441 @@
+"""The stages that look at photos: embed the people of the gallery; measure an original and its protected photo.
+
+What is measured of a face (columns: `face_schema`): cosines of its recognised features to the original's and to another
+photo's of the same person, and the rank of that person among all people of the gallery; for the protected photo as it is and
+after each distortion, for the unprotected one likewise (what a distortion does by itself), and for the photo of somebody
+else (what perfect protection would give).  The face is detected anew in the protected file, as anybody would who wants to
+know who it is; after a distortion it is taken where it must lie then, which does the protection no favour.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster import Operator
+from pipelines import models
+from pipelines.evaluate.pairs import OK
+from pipelines.manifests import face_id, row_seed
+from pipelines.photo import Photo, PhotoError, decode
+from pipelines.sources import SourceError, read_bytes
+from pipelines.stages.common import iterate, reason_of, to_tensor
+from scol_ops.alignment import align_crops, ffhq_quads
+from scol_ops.detection import Face
+from scol_ops.distortions import NONE, Distortion
+from scol_ops.metrics import candidate_ranks, flip, photo_difference, psnr, ssim, to_uint8
+from scol_ops.models.recognisers import Recogniser
+from scol_ops.paste import face_mask
+from scol_ops.warp import GeometryError, crop_transform, invert_affine, transform_points
+
+# Raise these when results change: rows are then made anew.
+MEASURE_VERSION = "1"
+EMBED_VERSION = "1"
+NO_FACE, SHAPE, ERROR = "no_face", "shape_differs", "error"
+UNPROTECTED, OTHER = "unprotected", "other"
+# Of detection; as `scol protect` finds faces by default.
+DETECTOR = {"min_face_size": 20.0, "min_confidence": 0.9, "max_side": 1600}
+CROP = 256
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the measures depend on besides the photos.
+
+    Attributes:
+        recognisers: names, see `scol_ops.models.recognisers`.
+        distortions: names, see `scol_ops.distortions`; `none` always goes first and is not named here.
+        photo: also measure whole photos, not only face crops.
+        seed: of the other people that stand in for perfect protection.
+        device: see `models.pick_device`.
+    """
+
+    recognisers: tuple[str, ...]
+    distortions: tuple[str, ...]
+    photo: bool = True
+    seed: int = 0
+    device: str = "auto"
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return (NONE, *self.distortions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without what results do not depend on."""
+        return {k: v for k, v in asdict(self).items() if k != "device"}
+
+
+def column(measure: str, recogniser: str = "", variant: str = NONE, subject: str = "") -> str:
+    """Name of a column of the faces: `ism_faceres`, `rank_faceres@jpeg75`, `unprotected_rank_faceres@jpeg75`, `psnr@jpeg75`."""
+    name = "_".join(part for part in (subject, measure, recogniser) if part)
+    return name if variant == NONE else f"{name}@{variant}"
+
+
+IDENTITY = ("ism", "mate", "rank")
+PICTURE = ("psnr", "ssim", "flip")  # over the face crop, for every variant
+CROP_ONLY = ("face_psnr", "face_flip", "mean_change", "max_change")
+WHOLE = ("photo_psnr", "photo_ssim", "photo_flip", "photo_mean_change", "photo_max_change")
+
+
+def face_schema(settings: Settings) -> pa.Schema:
+    """Columns of the faces' table; documented in docs/evaluate.md."""
+    fields = [
+        pa.field("key", pa.string(), False), pa.field("photo_id", pa.string(), False), pa.field("face_id", pa.string()),
+        pa.field("path", pa.string(), False), pa.field("url", pa.string(), False), pa.field("protected_path", pa.string()),
+        pa.field("protected_url", pa.string()), pa.field("person_id", pa.string()),
+        pa.field("status", pa.string(), False), pa.field("reason", pa.string()),
+        pa.field("central", pa.bool_()), pa.field("detected", pa.bool_()), pa.field("has_mate", pa.bool_()),
+        pa.field("same_size", pa.bool_()), pa.field("same_bytes", pa.bool_()),
+        pa.field("box", pa.list_(pa.float32(), 4)), pa.field("landmarks", pa.list_(pa.float32(), 10)),
+        pa.field("seconds", pa.float32()),
+    ]
+    names = [column(m, "", v) for v in settings.variants for m in PICTURE] + list(CROP_ONLY)
+    names += list(WHOLE) if settings.photo else []
+    for recogniser in settings.recognisers:
+        for variant in settings.variants:
+            for subject in ("", UNPROTECTED):
+                names += [column(m, recogniser, variant, subject) for m in IDENTITY]
+        names += [column(m, recogniser, NONE, OTHER) for m in IDENTITY]
+    return pa.schema([*fields, *(pa.field(name, pa.float32()) for name in names)])
+
+
+# ---- faces and embeddings --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Spot:
+    """Where a face is: landmarks (5, 2) and box (4,) in a picture's pixels."""
+
+    landmarks: NDArray[np.float64]
+    box: NDArray[np.float64]
+
+    @staticmethod
+    def of(face: Face) -> Spot:
+        return Spot(np.asarray(face.landmarks, np.float64), np.asarray(face.box, np.float64))
+
+    def moved(self, points) -> Spot:
+        """Through a function of (n, 2) points."""
+        return Spot(points(self.landmarks), points(self.box.reshape(2, 2)).reshape(4))
+
+    @property
+    def quad(self) -> Tensor:
+        """(1, 4, 2), the FFHQ crop's corners."""
+        return ffhq_quads(torch.from_numpy(self.landmarks)[None])
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """The part of a picture about a face, and the face in it: large photos are not distorted as a whole.
+
+    It begins at multiples of 16 pixels, so that a JPEG's blocks lie as they would in the whole photo.
+    """
+
+    pixels: Pixels
+    spot: Spot
+
+    @staticmethod
+    def about(pixels: Pixels, spot: Spot) -> Window:
+        points = np.concatenate([spot.quad[0].numpy(), spot.box.reshape(2, 2)])
+        low, high = points.min(0), points.max(0)
+        margin = 0.3 * (high - low).max() + 16
+        left, top = (int(max(0, v // 16 * 16)) for v in low - margin)
+        right, bottom = (int(v) + 1 for v in high + margin)
+        part = np.ascontiguousarray(pixels[top:bottom, left:right])
+        return Window(part, spot.moved(lambda p: p - [left, top]))
+
+    def distorted(self, distortion: Distortion) -> Window:
+        pixels, place = distortion(self.pixels)
+        return Window(pixels, self.spot.moved(place.points))
+
+
+def central(boxes: NDArray, width: int, height: int) -> int:
+    """Index of the box whose centre is nearest the picture's; boxes (n, 4), n > 0."""
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2 - [(width - 1) / 2, (height - 1) / 2]
+    return int(np.argmin((middle**2).sum(1)))
+
+
+def overlap(a: NDArray, b: NDArray) -> float:
+    """Intersection over union of two boxes."""
+    inner = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
+    return float(inner / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inner))
+
+
+class Eyes:
+    """A worker's detector and recognisers."""
+
+    def __init__(self, recognisers: Sequence[str], device: str = "cpu") -> None:
+        models.set_up()
+        self.device = models.pick_device(device)
+        self.networks: list[Recogniser] = [models.recogniser(name, self.device) for name in recognisers]
+        self.detector = models.detector(
+            self.device, DETECTOR["min_face_size"], DETECTOR["min_confidence"], DETECTOR["max_side"], 4)
+
+    def faces(self, pixels: Pixels) -> list[Spot]:
+        return [Spot.of(face) for face in self.detector.detect([np.ascontiguousarray(pixels)])[0]]
+
+    def embed(self, windows: Sequence[Window]) -> list[NDArray[np.float32]]:
+        """Each recogniser's unit embeddings (n, dim) of n windows' faces."""
+        out = []
+        with torch.no_grad():
+            for network in self.networks:
+                aligned = [
+                    network.align(
+                        to_tensor(w.pixels, self.device), torch.from_numpy(w.spot.landmarks)[None].float(),
+                        torch.from_numpy(w.spot.box)[None].float())
+                    for w in windows
+                ]
+                out.append(network.embed_aligned(torch.cat(aligned)).float().cpu().numpy())
+        return out
+
+
+@lru_cache(2)
+def _eyes(recognisers: tuple[str, ...], device: str) -> Eyes:
+    return Eyes(recognisers, device)
+
+
+# ---- the gallery -----------------------------------------------------------------------------------------------------
+
+
+def reference_source_schema() -> pa.Schema:
+    return pa.schema([pa.field("key", pa.string(), False), pa.field("person_id", pa.string(), False),
+                      pa.field("photos", pa.list_(pa.string()), False), pa.field("status", pa.string(), False),
+                      pa.field("reason", pa.string())])
+
+
+def reference_schema(recognisers: Sequence[str], dims: Mapping[str, int]) -> pa.Schema:
+    return pa.schema([
+        pa.field("key", pa.string(), False), pa.field("person_id", pa.string(), False), pa.field("url", pa.string()),
+        pa.field("status", pa.string(), False), pa.field("reason", pa.string()),
+        *(pa.field(f"embedding_{name}", pa.list_(pa.float32(), dims[name])) for name in recognisers),
+    ])
+
+
+def central_window(eyes: Eyes, url: str, not_this: bytes = b"") -> tuple[Window | None, str | None]:
+    """The middle face of a photo; else None and the reason. `not_this`: a file that it must not be."""
+    try:
+        data = read_bytes(url)
+        if data == not_this:
+            return None, "SAME_PHOTO: the same file"
+        pixels = decode(data).pixels
+    except (PhotoError, SourceError) as error:
+        return None, str(error)
+    spots = eyes.faces(pixels)
+    if not spots:
+        return None, "NO_FACE: no face was found"
+    spot = spots[central(np.stack([s.box for s in spots]), pixels.shape[1], pixels.shape[0])]
+    return Window.about(pixels, spot), None
+
+
+def embed_operator(settings: Settings, schema: pa.Schema) -> Operator:
+    """Rows of `reference_source_schema` to rows of `reference_schema`: of each person the first photo that shows a face."""
+    eyes = _eyes(settings.recognisers, settings.device)
+
+    def run(table: pa.Table) -> pa.Table:
+        rows = []
+        for row in table.to_pylist():
+            answer = {"key": row["key"], "person_id": row["person_id"], "status": ERROR, "reason": "NO_PHOTO: none was offered"}
+            for url in row["photos"]:
+                window, answer["reason"] = central_window(eyes, url)
+                if window is not None:
+                    try:
+                        found = eyes.embed([window])
+                    except GeometryError as error:
+                        answer["reason"] = f"GEOMETRY: {error}"
+                        continue
+                    answer |= {"status": OK, "url": url} | {
+                        f"embedding_{name}": e[0] for name, e in zip(settings.recognisers, found, strict=True)}
+                    break
+            rows.append(answer)
+        return pa.Table.from_pylist(rows, schema)
+
+    return run
+
+
+@dataclass(frozen=True, eq=False)
+class Gallery:
+    """People to be mistaken for: for each recogniser (N, dim) unit embeddings; N people, one photo each, and its URL."""
+
+    people: list[str]
+    urls: list[str]
+    embeddings: list[NDArray[np.float32]]
+
+    @staticmethod
+    def read(url: str, recognisers: Sequence[str]) -> Gallery:
+        with fsspec.open(url, "rb") as file:
+            table = pq.ParquetFile(file).read(use_threads=False)
+        found = []
+        for name in recognisers:
+            values = table[f"embedding_{name}"].combine_chunks()
+            found.append(values.flatten().to_numpy().reshape(table.num_rows, values.type.list_size))
+        return Gallery(table["person_id"].to_pylist(), table["url"].to_pylist(), found)
+
+
+# ---- a photo ---------------------------------------------------------------------------------------------------------
+
+
+def measure_operator(settings: Settings, schema: pa.Schema, gallery_url: str) -> Operator:
+    """Rows of `pairs.PAIR_SCHEMA` to rows of `face_schema`."""
+    worker = Measurer(settings, _eyes(settings.recognisers, settings.device), Gallery.read(gallery_url, settings.recognisers))
+
+    def run(table: pa.Table) -> pa.Table:
+        rows = [answer for row in iterate(table) for answer in worker.photo(row)]
+        return pa.table([pa.array([row.get(f.name) for row in rows], f.type) for f in schema], schema=schema)
+
+    return run
+
+
+def error_rows(schema: pa.Schema, table: pa.Table, reason: str) -> pa.Table:
+    """What the engine writes where the operator could not."""
+    rows = [base(row) | {"status": ERROR, "reason": reason} for row in table.to_pylist()]
+    return pa.Table.from_pylist(rows, schema)
+
+
+def base(row: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("key", "photo_id", "path", "url", "protected_path", "protected_url", "person_id", "status", "reason")
+    return {name: row[name] for name in names} | {"face_id": None}
+
+
+class Measurer:
+    """Measures photos against a gallery. One a worker."""
+
+    def __init__(self, settings: Settings, eyes: Eyes, gallery: Gallery) -> None:
+        self.settings, self.eyes, self.gallery = settings, eyes, gallery
+        self.distortions = [Distortion(name) for name in settings.variants]
+        self.people = np.array(gallery.people, object)
+
+    def photo(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """One row for each face of the original, or one that says why there is none."""
+        begin = time.monotonic()
+        if row["status"] != OK:
+            return [base(row) | {"seconds": 0.0}]
+        photos: list[Photo] = []
+        for which, url in (("", row["url"]), (" (the protected photo)", row["protected_url"])):
+            try:
+                photos.append(decode(read_bytes(url)))
+            except (PhotoError, SourceError) as error:
+                return [base(row) | {"status": "unreadable", "reason": reason_of(error) + which, "seconds": 0.0}]
+        original, protected = (photo.pixels for photo in photos)
+        spots = self.eyes.faces(original)
+        if not spots:
+            return [base(row) | {"status": NO_FACE, "reason": "NO_FACE: no face was found in the original",
+                                 "seconds": time.monotonic() - begin}]
+        (height, width), (high, wide) = original.shape[:2], protected.shape[:2]
+        if abs(high / height * width / wide - 1) > max(0.02, 1.5 / min(high, wide)):
+            reason = f"SHAPE_DIFFERS: {width} x {height} and {wide} x {high} are not the same picture"
+            return [base(row) | {"status": SHAPE, "reason": reason, "seconds": time.monotonic() - begin}]
+        common: dict[str, Any] = base(row) | {
+            "same_size": (high, wide) == (height, width), "same_bytes": photos[0].source == photos[1].source}
+        if common["same_size"] and self.settings.photo and min(high, wide) >= 11:
+            difference = photo_difference(original, protected)
+            common |= {f"photo_{name}": value for name, value in vars(difference).items()}
+        middle = central(np.stack([s.box for s in spots]), width, height)
+        found = self.eyes.faces(protected)
+        scale = np.array([wide / width, high / height])
+        rows = []
+        mate = self._mate(row, photos[0].source)
+        for index, spot in enumerate(spots):
+            name = face_id(row["photo_id"], index)
+            named = row["person_id"] if index == middle else None
+            answer = common | {"face_id": name, "central": index == middle, "person_id": named, "has_mate": False,
+                               "box": spot.box.astype(np.float32), "landmarks": spot.landmarks.reshape(-1).astype(np.float32)}
+            expected = spot.moved(lambda p: (p + 0.5) * scale - 0.5)
+            near = max(found, key=lambda s: overlap(s.box, expected.box), default=None)
+            answer["detected"] = near is not None and overlap(near.box, expected.box) >= 0.2
+            try:
+                answer |= self._face(
+                    original, protected, spot, near if answer["detected"] else expected, expected, named,
+                    mate if named is not None else None, row_seed(self.settings.seed, name))
+            except GeometryError as error:
+                answer |= {"status": ERROR, "reason": f"GEOMETRY: {error}"}
+            rows.append(answer)
+        seconds = (time.monotonic() - begin) / len(rows)
+        return [answer | {"seconds": seconds} for answer in rows]
+
+    def _mate(self, row: Mapping[str, Any], original: bytes) -> list[NDArray[np.float32]] | None:
+        """Embeddings of the first other photo of the person that shows a face; a copy of the original is none."""
+        for url in row["mates"] if row["mates"] is not None else ():
+            window, _ = central_window(self.eyes, url, original)
+            if window is None:
+                continue
+            try:
+                return [e[0] for e in self.eyes.embed([window])]
+            except GeometryError:
+                continue
+        return None
+
+    def _face(
+        self, original: Pixels, protected: Pixels, spot: Spot, seen: Spot, expected: Spot, person: str | None,
+        mate: list[NDArray[np.float32]] | None, seed: int,
+    ) -> dict[str, Any]:
+        before, after = Window.about(original, spot), Window.about(protected, seen)
+        # The picture's measures compare the same place of both, wherever the detector sees the face now.
+        place = Window.about(protected, expected)
+        pairs = [(before.distorted(d), after.distorted(d), place.distorted(d)) for d in self.distortions]
+        out: dict[str, Any] = {"has_mate": mate is not None}
+        out |= self._pictures([(one, three) for one, _, three in pairs])
+        embedded = self.eyes.embed([w for pair in pairs for w in pair[:2]])
+        for number, recogniser in enumerate(self.settings.recognisers):
+            found = embedded[number]
+            probes: dict[tuple[str, str], NDArray[np.float32]] = {}
+            for i, variant in enumerate(self.settings.variants):
+                probes[UNPROTECTED, variant], probes["", variant] = found[2 * i], found[2 * i + 1]
+            own = probes[UNPROTECTED, NONE]
+            out |= self._identity(number, recogniser, probes, own, person, None if mate is None else mate[number], seed)
+        return out
+
+    def _identity(
+        self, number: int, recogniser: str, probes: Mapping[tuple[str, str], NDArray[np.float32]], own: NDArray[np.float32],
+        person: str | None, mate: NDArray[np.float32] | None, seed: int,
+    ) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        gallery = self.gallery.embeddings[number]
+        others = self.people != person
+        names, rows = list(probes), np.stack(list(probes.values()))
+        masks = np.repeat(others[None], len(rows), 0)
+        if others.any():  # somebody else's photo, which is not in the gallery while it is looked for
+            stranger = int(np.flatnonzero(others)[seed % int(others.sum())])
+            names.append((OTHER, NONE))
+            rows = np.concatenate([rows, gallery[stranger][None]])
+            masks = np.concatenate([masks, masks[:1]])
+            masks[-1, stranger] = False
+        own_cosines = np.clip(rows @ own, -1, 1)
+        mate_cosines = None if mate is None else np.clip(rows @ mate, -1, 1)
+        ranks = None
+        if mate is not None and masks.any(1).all():
+            ranks = candidate_ranks(mate_cosines, np.clip(rows @ gallery.T, -1, 1), masks)
+        for i, (subject, variant) in enumerate(names):
+            out[column("ism", recogniser, variant, subject)] = float(own_cosines[i])
+            if mate_cosines is not None:
+                out[column("mate", recogniser, variant, subject)] = float(mate_cosines[i])
+            if ranks is not None:
+                out[column("rank", recogniser, variant, subject)] = float(ranks[i])
+        return out
+
+    def _pictures(self, pairs: Sequence[tuple[Window, Window]]) -> dict[str, Any]:
+        """Over the FFHQ crop, both pictures distorted alike."""
+        out: dict[str, Any] = {}
+        for variant, (one, two) in zip(self.settings.variants, pairs, strict=True):
+            a, b = (to_uint8(align_crops(w.pixels, w.spot.quad, CROP)[0]) for w in (one, two))
+            out |= {column("psnr", "", variant): psnr(a, b), column("ssim", "", variant): ssim(a, b),
+                    column("flip", "", variant): flip(a, b)}
+            if variant == NONE:
+                to_crop = invert_affine(crop_transform(one.spot.quad[0], CROP))
+                landmarks = transform_points(torch.from_numpy(one.spot.landmarks), to_crop)[None].float()
+                face = face_mask(landmarks, CROP)[0, 0].numpy() > 0.5
+                change = np.abs(a.astype(np.int16) - b)
+                out |= {"mean_change": float(change.mean()), "max_change": int(change.max())}
+                if face.any():
+                    out |= {"face_psnr": psnr(a, b, face), "face_flip": flip(a, b, face)}
+        return out

@@ -1,0 +1,391 @@
+"""Which protected photo belongs to which original, and which other photo shows the same person.
+
+Pairs go by the relative path without its suffix (formats may differ); where several files share it, the same whole path goes
+first, and what is left undecided is AMBIGUOUS, not guessed.  Trees may hold more photos than the memory: listings are
+spread over files by a hash of what they are to be joined by, and joined file by file (a Grace hash join).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster import hash_key
+from pipelines.evaluate.errors import EvaluateError
+from pipelines.sources import SourceRow, list_photos, photo_id
+
+OK, MISSING, AMBIGUOUS, UNREADABLE = "ok", "missing", "ambiguous", "unreadable"
+MATES = 3  # photos of the same person offered to a probe: the first that shows a face counts
+
+_BUCKETS = 64
+_ROWS_AT_ONCE = 100_000  # held before they are written to their files
+
+PAIR_SCHEMA = pa.schema([
+    pa.field("key", pa.string(), False),
+    pa.field("photo_id", pa.string(), False),
+    pa.field("path", pa.string(), False),
+    pa.field("url", pa.string(), False),
+    pa.field("protected_path", pa.string()),
+    pa.field("protected_url", pa.string()),
+    pa.field("person_id", pa.string()),
+    pa.field("mates", pa.list_(pa.string())),
+    pa.field("status", pa.string(), False),
+    pa.field("reason", pa.string()),
+])
+_LISTED = pa.schema([("stem", pa.string()), ("path", pa.string()), ("url", pa.string()), ("version", pa.string()),
+                     ("person", pa.string()), ("error", pa.string())])
+_PAIRED = pa.schema([*_LISTED, ("protected_path", pa.string()), ("protected_url", pa.string()),
+                     ("protected_version", pa.string()), ("status", pa.string()), ("reason", pa.string())])
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A person of the gallery, with photos in the order in which they are tried: (url, version)."""
+
+    person: str
+    photos: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Counts:
+    """`originals`: photos listed. `photos`: of them those to be measured (`--limit`). `extra`: protected photos without an
+    original. `skipped`: other files, by code. `people`: of the photos measured."""
+
+    originals: int = 0
+    photos: int = 0
+    protected: int = 0
+    extra: int = 0
+    extra_examples: list[str] = field(default_factory=list)
+    unnamed: int = 0
+    people: int = 0
+    gallery_photos: int = 0
+    gallery_people: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+
+def stem(path: str, drop: str = "") -> str:
+    """A relative path without its suffix, and without `drop` at the end of what is left (`_cloaked`, say).
+
+    A name that starts with a dot and has no other has no suffix.
+    """
+    folder, _, name = path.rpartition("/")
+    base = os.path.splitext(name)[0]
+    if drop and base.endswith(drop) and base != drop:
+        base = base[: -len(drop)]
+    return f"{folder}/{base}" if folder else base
+
+
+def _number(*fields: str) -> int:
+    return int.from_bytes(hashlib.blake2b("\0".join(fields).encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+class Spread:
+    """Rows spread over files by the hash of one of their fields; rows with equal values come back together.
+
+    Args:
+        folder: for the files, which must not exist yet.
+        schema: of the rows.
+        by: the field.
+    """
+
+    def __init__(self, folder: Path, name: str, schema: pa.Schema, by: str) -> None:
+        self.schema, self.by, self.rows = schema, by, 0
+        self._files = [folder / f"{name}-{i:02d}.parquet" for i in range(_BUCKETS)]
+        self._writers: dict[int, pq.ParquetWriter] = {}
+        self._waiting: list[list[Row]] = [[] for _ in range(_BUCKETS)]
+        self._held = 0
+
+    def add(self, row: Row) -> None:
+        self._waiting[_number(row[self.by]) % _BUCKETS].append(row)
+        self.rows += 1
+        self._held += 1
+        if self._held >= _ROWS_AT_ONCE:
+            self._flush()
+
+    def _flush(self) -> None:
+        for i, rows in enumerate(self._waiting):
+            if rows:
+                if i not in self._writers:
+                    self._writers[i] = pq.ParquetWriter(self._files[i], self.schema, compression="zstd")
+                self._writers[i].write_table(pa.Table.from_pylist(rows, self.schema))
+                rows.clear()
+        self._held = 0
+
+    def close(self) -> None:
+        self._flush()
+        for writer in self._writers.values():
+            writer.close()
+
+    def read(self, bucket: int) -> list[Row]:
+        """One file's rows; call `close` before."""
+        if bucket not in self._writers:
+            return []
+        return pq.ParquetFile(self._files[bucket]).read(use_threads=False).to_pylist()
+
+    def drop(self) -> None:
+        """Delete the files."""
+        for i in self._writers:
+            self._files[i].unlink()
+
+
+def _version(row: SourceRow) -> str:
+    return f"{row.size}/{row.modified}"
+
+
+def _listing(
+    url: str, people_from: str | None, counts: Counter[str], stop: Callable[[], bool], drop: str = ""
+) -> Iterator[Row]:
+    for row in list_photos(url, people_from=people_from):
+        if stop():
+            raise KeyboardInterrupt
+        if row.skipped:
+            counts[row.code] += 1
+            continue
+        yield {"stem": stem(row.path, drop), "path": row.path, "url": row.url, "version": _version(row),
+               "person": row.person_id, "error": row.error}
+
+
+def _people(table: str) -> Iterator[Row]:
+    """Rows of a CSV or Parquet table with columns `path` (relative to ORIGINALS, suffix optional) and `person_id`."""
+    import pyarrow.csv
+
+    try:
+        if table.lower().endswith(".csv"):
+            options = pyarrow.csv.ConvertOptions(column_types={"path": pa.string(), "person_id": pa.string()})
+            found = pyarrow.csv.read_csv(table, convert_options=options)
+        else:
+            found = pq.ParquetFile(table).read(use_threads=False)
+        for batch in found.select(["path", "person_id"]).to_batches():
+            for row in batch.to_pylist():
+                if row["path"] and row["person_id"]:
+                    yield {"stem": stem(str(row["path"])), "path": str(row["path"]), "person": str(row["person_id"])}
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise EvaluateError("BAD_PEOPLE", f"{table}: a table with columns path and person_id is needed: {error}") from error
+
+
+class Pairing:
+    """Lists and joins the trees; `pairs` then gives the rows, `references` the people of the gallery.
+
+    Args:
+        originals, protected: folders, globs, lists or tables, as for `scol protect`.
+        gallery: photos of the same and of other people, none of them protected, a folder for each person or a table with
+            `person_id`; None: the originals themselves.
+        people_from: `folder`, a table (see `_people`), or None: nobody is named.
+        folder: for the files of the joins; it must exist and be empty.
+        limit: measure so many photos at most, drawn by `seed`; the gallery comes from all.
+        references: people of the gallery at most. The probes' own people go first.
+        drop: end of the protected files' names, before the suffix, that the originals' lack.
+        stop: asked now and then; where it says true, it ends as by Ctrl-C.
+
+    Raises:
+        SourceError: a tree cannot be listed.
+        EvaluateError: EMPTY, NO_PAIRS, BAD_PEOPLE.
+    """
+
+    def __init__(
+        self, originals: str, protected: str, *, gallery: str | None, people_from: str | None, folder: Path,
+        limit: int | None = None, seed: int = 0, references: int = 1000, drop: str = "",
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.counts, self._seed, self._limit = Counts(), seed, limit
+        of_folder = "folder" if people_from == "folder" else None
+        skipped: Counter[str] = Counter()
+        one = Spread(folder, "originals", _LISTED, "stem")
+        two = Spread(folder, "protected", _LISTED, "stem")
+        named = None if people_from in (None, "folder") else Spread(
+            folder, "people", pa.schema([("stem", pa.string()), ("path", pa.string()), ("person", pa.string())]), "stem")
+        chosen: list[int] = []  # the smallest hashes, negated: a heap
+        for row in _listing(originals, of_folder, skipped, stop):
+            one.add(row)
+            if limit is not None:
+                number = -self._draw(row["path"])
+                if len(chosen) < limit:
+                    heapq.heappush(chosen, number)
+                elif number > chosen[0]:
+                    heapq.heapreplace(chosen, number)
+        self._cut = -chosen[0] if chosen else None
+        if not one.rows:
+            raise EvaluateError("EMPTY", f"no photo at {originals}")
+        for row in _listing(protected, None, skipped, stop, drop):
+            two.add(row)
+        if named is not None:
+            for row in _people(people_from):
+                named.add(row)
+            named.close()
+        for spread in (one, two):
+            spread.close()
+        self.counts.originals, self.counts.protected = one.rows, two.rows
+        joined = Spread(folder, "joined", _PAIRED, "person")
+        paired = 0
+        for bucket in range(_BUCKETS):
+            if stop():
+                raise KeyboardInterrupt
+            rows, extra = pair_up(one.read(bucket), two.read(bucket))
+            known = _named(named.read(bucket)) if named is not None else {}
+            for row in rows:
+                row["person"] = known.get(row["path"], known.get(row["stem"])) if named is not None else row["person"]
+                self.counts.unnamed += row["person"] is None
+                # Photos of nobody in particular are people of one photo.
+                row["person"] = _label(row["person"], row["path"])
+                paired += row["status"] == OK
+                joined.add(row)
+            self.counts.extra += len(extra)
+            self.counts.extra_examples = (self.counts.extra_examples + extra)[:5]
+        for spread in (one, two, *(() if named is None else (named,))):
+            spread.drop()
+        if not paired:
+            raise EvaluateError("NO_PAIRS", f"no photo of {protected} has the path of one of {originals}, whatever the suffix")
+        joined.close()
+        others = None
+        if gallery is not None:
+            others = Spread(folder, "gallery", _LISTED, "person")
+            for row in _listing(gallery, "folder", skipped, stop):
+                if row["error"] is None and row["person"] is not None:
+                    row["person"] = _label(row["person"], row["path"])
+                    others.add(row)
+            others.close()
+        self.counts.skipped = dict(skipped)
+        self._finish(joined, others, folder, references, stop)
+        joined.drop()
+        if others is not None:
+            others.drop()
+
+    def _draw(self, path: str) -> int:
+        return _number("sample", str(self._seed), path)
+
+    def _measured(self, path: str) -> bool:
+        return self._limit is None or self._draw(path) <= self._cut
+
+    def _finish(
+        self, joined: Spread, others: Spread | None, folder: Path, references: int, stop: Callable[[], bool]
+    ) -> None:
+        """Choose mates and references, person by person."""
+        best: list[tuple[tuple[int, int], str, tuple]] = []  # a heap of the people that are wanted least
+        self._final: list[Path] = []
+        for bucket in range(_BUCKETS):
+            if stop():
+                raise KeyboardInterrupt
+            rows = joined.read(bucket)
+            pool: dict[str, list[Row]] = {}
+            for row in others.read(bucket) if others is not None else rows:
+                if row["error"] is None and row["person"][0] == "=":
+                    pool.setdefault(row["person"], []).append(row)
+            for person, photos in pool.items():
+                photos.sort(key=lambda r: _number(str(self._seed), r["path"]))
+                self.counts.gallery_photos += len(photos)
+            self.counts.gallery_people += len(pool)
+            probes = [row for row in rows if self._measured(row["path"])]
+            own = {row["person"] for row in probes}
+            self.counts.people += len(own)
+            out = [self._pair(row, pool.get(row["person"], [])) for row in probes]
+            out.sort(key=lambda r: r["path"])
+            self.counts.photos += len(out)
+            self._write(folder, bucket, out)
+            for person, photos in pool.items():
+                rank = (0 if person in own else 1, _number("reference", str(self._seed), person))
+                offered = tuple((p["url"], p["version"]) for p in photos[:MATES])
+                entry = ((-rank[0], -rank[1]), person[1:], offered)
+                if len(best) < references:
+                    heapq.heappush(best, entry)
+                elif entry > best[0]:
+                    heapq.heapreplace(best, entry)
+        self.references = sorted((Reference(person, photos) for _, person, photos in best), key=lambda r: r.person)
+
+    def _write(self, folder: Path, bucket: int, rows: list[Row]) -> None:
+        if rows:
+            path = folder / f"source-{bucket:02d}.parquet"
+            pq.write_table(pa.Table.from_pylist(rows, PAIR_SCHEMA), path, compression="zstd")
+            self._final.append(path)
+
+    def _pair(self, row: Row, photos: list[Row]) -> Row:
+        """A row of the source table. Mates: other photos of the person, not this one under another name."""
+        size = row["version"].split("/")[0]
+        name = row["path"].rsplit("/", 1)[-1]
+        mates = [p for p in photos if p["stem"] != row["stem"] and p["url"] != row["url"]
+                 and not (p["path"].rsplit("/", 1)[-1] == name and p["version"].split("/")[0] == size)][:MATES]
+        person = row["person"][1:] if row["person"][0] == "=" else None
+        fields = (row["path"], row["url"], row["version"], row["protected_url"] or "", row["protected_version"] or "",
+                  "" if person is None else "=" + person, row["status"], row["reason"] or "",
+                  *(f for p in mates for f in (p["url"], p["version"])))
+        return {
+            "key": hash_key("pair", *fields), "photo_id": photo_id(row["path"]), "path": row["path"], "url": row["url"],
+            "protected_path": row["protected_path"], "protected_url": row["protected_url"], "person_id": person,
+            "mates": [p["url"] for p in mates], "status": row["status"], "reason": row["reason"],
+        }
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The source table in pieces (`PAIR_SCHEMA`): all photos of a person are in one, each piece is sorted by path. The
+        same trees give the same pieces in the same order."""
+        if self.counts.photos <= _ROWS_AT_ONCE:  # a single piece, so that everything is in the order of paths
+            yield pa.concat_tables([self._read(path) for path in self._final]).sort_by("path")
+        else:
+            yield from map(self._read, self._final)
+
+    @staticmethod
+    def _read(path: Path) -> pa.Table:
+        return pq.ParquetFile(path).read(use_threads=False)
+
+
+def _label(person: str | None, path: str) -> str:
+    return "?" + path if person is None else "=" + person
+
+
+def _named(rows: Iterable[Row]) -> dict[str, str]:
+    """By whole path and by stem; two people for one path are refused."""
+    out: dict[str, str] = {}
+    for row in rows:
+        for name in {row["path"], row["stem"]}:
+            if out.setdefault(name, row["person"]) != row["person"]:
+                raise EvaluateError("BAD_PEOPLE", f"{row['path']}: the table names two people for it")
+    return out
+
+
+def pair_up(originals: list[Row], protected: list[Row]) -> tuple[list[Row], list[str]]:
+    """Originals with their protected photos, and the paths of protected ones that belong to none.
+
+    Args:
+        originals, protected: listings (`_LISTED`), all rows of a stem together in both.
+    """
+    candidates: dict[str, list[Row]] = {}
+    for row in protected:
+        candidates.setdefault(row["stem"], []).append(row)
+    groups: dict[str, list[Row]] = {}
+    for row in originals:
+        groups.setdefault(row["stem"], []).append(row)
+    out = []
+    for name, group in groups.items():
+        left = {row["path"]: row for row in candidates.pop(name, [])}
+        exact = {row["path"]: left.pop(row["path"]) for row in group if row["path"] in left}
+        rest = [row for row in group if row["path"] not in exact]
+        for row in group:
+            partner = exact.get(row["path"])
+            status, reason = OK, None
+            if partner is None and len(rest) == len(left) == 1:
+                partner = next(iter(left.values()))
+            elif partner is None and left:
+                status, reason = AMBIGUOUS, f"AMBIGUOUS: {len(rest)} originals and {len(left)} protected photos share this name"
+            elif partner is None:
+                status, reason = MISSING, "MISSING: no protected photo of this path"
+            if row["error"] is not None:
+                status, reason = UNREADABLE, row["error"]
+            elif partner is not None and partner["error"] is not None:
+                status, reason = UNREADABLE, f"{partner['error']} (the protected photo)"
+            found = partner or {}
+            out.append(row | {
+                "protected_path": found.get("path"), "protected_url": found.get("url"),
+                "protected_version": found.get("version"), "status": status, "reason": reason,
+            })
+        if not rest:  # else what is left is paired, or told of as ambiguous
+            candidates[name] = list(left.values())
+    extra = [row["path"] for rows in candidates.values() for row in rows]
+    return out, sorted(extra)

@@ -1,0 +1,60 @@
+"""What the attacks share: the bound, the loss of dodging, and momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scol_ops.losses import IdentityFeature
+
+
+def check(picture: Tensor, identity: Sequence[IdentityFeature], eps: float, step_size: float, steps: int) -> None:
+    """Raises ValueError for a wrong shape, no surrogate, or numbers out of range."""
+    if picture.ndim != 4 or picture.shape[1] != 3:
+        raise ValueError(f"pictures must be (B, 3, H, W), got {tuple(picture.shape)}")
+    if not identity:
+        raise ValueError("no identity feature to attack")
+    if not (0 <= eps <= 1 and step_size >= 0 and steps >= 0):
+        raise ValueError(f"eps must be in [0, 1], step size and steps not negative: {eps}, {step_size}, {steps}")
+
+
+def bounds(picture: Tensor, eps: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Lowest and highest pixels allowed: |change| <= 2 eps mask, within [-1, 1].
+
+    Args:
+        picture: (B, 3, H, W) in [-1, 1].
+        eps: in [0, 1] units.
+        mask: (B, 1, H, W) in [0, 1]; None for everywhere.
+    """
+    reach = 2 * eps * (torch.ones_like(picture[:, :1]) if mask is None else mask)
+    return (picture - reach).clamp_min(-1), (picture + reach).clamp_max(1)
+
+
+def of_original(picture: Tensor, identity: Sequence[IdentityFeature]) -> list[Tensor]:
+    """Per surrogate the original's features, unit vectors (B, D)."""
+    with torch.no_grad():
+        return [feature(picture) for feature in identity]
+
+
+def dodging_loss(picture: Tensor, identity: Sequence[IdentityFeature], original: Sequence[Tensor]) -> Tensor:
+    """Cosine to the original's features, mean over the surrogates: (B,), to be made small."""
+    return torch.stack([(f(picture) * o).sum(1) for f, o in zip(identity, original, strict=True)]).mean(0)
+
+
+def momentum(accumulated: Tensor, gradient: Tensor, decay: float) -> Tensor:
+    """``decay * accumulated + gradient / mean |gradient|``: MI-FGSM eq. 6, with the mean in place of the sum (only the
+    sign is used)."""
+    size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
+    return decay * accumulated + gradient / size.clamp_min(1e-20)
+
+
+def nudged(picture: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The picture with a chequered change of half a level of 255, within the bounds: where a dodging attack starts.
+
+    At the original itself the cosine has its maximum, and its gradient is zero but for rounding.
+    """
+    y = torch.arange(picture.shape[2], device=picture.device)[:, None]
+    x = torch.arange(picture.shape[3], device=picture.device)
+    return (picture + ((y + x) % 2 * 2 - 1).to(picture) / 255).clamp(low, high)

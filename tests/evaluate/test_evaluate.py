@@ -1,0 +1,252 @@
+"""The whole job on a tree of generated people, where the right answers are known."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from cluster import ray_session
+from pipelines.cli import main
+from pipelines.demo import draw_person
+from pipelines.evaluate import job, measure
+from pipelines.evaluate.errors import EvaluateError
+from pipelines.evaluate.measure import Eyes, Gallery, Measurer, Settings, Spot, Window
+from pipelines.sources import OutputError
+from scol_ops.distortions import Distortion
+
+SIDE = 250
+SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13, "Dan": 2, "Finn": 22, "Hugo": 23}
+JUDGES = ("mobilefacenet", "faceres")
+
+
+def face(person: str, variant: int = 0) -> np.ndarray:
+    image = Image.fromarray(draw_person(SEEDS[person], variant, 256))
+    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
+
+
+def write(path: Path, pixels: np.ndarray, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, path.suffix[1:].replace("jpg", "jpeg"), **options)
+    path.write_bytes(out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory) -> Path:
+    """Ada became Finn, Ben kept his face, Cleo lost hers; the rest is trouble of all kinds."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for person in SEEDS:
+        for variant in (0, 1):
+            write(folder / f"one/{person}/{variant}.jpg", face(person, variant), quality=95, subsampling=0)
+    flat = np.full((SIDE, SIDE, 3), 90, np.uint8)
+    two = folder / "two"
+    write(two / "Ada/0.png", face("Finn"))
+    shutil.copytree(folder / "one/Ben", two / "Ben")
+    write(two / "Cleo/0.jpg", flat)
+    write(two / "Cleo/1.jpg", face("Cleo", 1)[:120])  # another shape
+    (two / "Dan").mkdir()
+    (two / "Dan/0.jpg").write_bytes(b"\xff\xd8\xff but no picture")
+    write(two / "Finn/0.jpg", np.asarray(Image.fromarray(face("Finn")).resize((125, 125))), quality=95)  # smaller
+    write(folder / "one/Hugo/2.jpg", flat)  # nobody on it
+    write(two / "Hugo/2.jpg", flat)
+    write(two / "Hugo/9.jpg", flat)  # of no original
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    with ray_session(num_cpus=2):
+        yield
+
+
+def evaluate(trees: Path, two: Path | str = "two", out: str = "out", **options) -> dict:
+    options = {"people_from": "folder", "recognisers": JUDGES, "distortions": ("jpeg75+half",), "workers": 1} | options
+    return job.evaluate(str(trees / "one"), str(trees / two), out=str(trees / out), **options).figures
+
+
+@pytest.fixture(scope="module")
+def figures(trees) -> dict:
+    return evaluate(trees)
+
+
+def faces(trees: Path, out: str = "out") -> dict[str, dict]:
+    return {row["path"]: row for row in pq.ParquetFile(trees / out / "faces.parquet").read().to_pylist()}
+
+
+def test_every_photo_is_counted(trees, figures):
+    c = figures["counts"]
+    rows = faces(trees)
+    assert len(rows) == c["originals"] == c["photos"] == 13
+    status = {path: row["status"] for path, row in rows.items()}
+    assert status == {
+        "Ada/0.jpg": "ok", "Ada/1.jpg": "missing", "Ben/0.jpg": "ok", "Ben/1.jpg": "ok", "Cleo/0.jpg": "ok",
+        "Cleo/1.jpg": "shape_differs", "Dan/0.jpg": "unreadable", "Dan/1.jpg": "missing", "Finn/0.jpg": "ok",
+        "Finn/1.jpg": "missing", "Hugo/0.jpg": "missing", "Hugo/1.jpg": "missing", "Hugo/2.jpg": "no_face"}
+    assert all((row["reason"] is None) == (row["status"] == "ok") for row in rows.values())
+    assert (c["photos_measured"], c["faces_measured"], c["faces_with_mate"]) == (5, 5, 5)
+    assert (c["photos_missing"], c["photos_unreadable"], c["photos_shape_differs"], c["photos_no_face"]) == (5, 1, 1, 1)
+    assert (c["photos_unchanged"], c["photos_of_another_size"], c["protected_without_original"]) == (2, 1, 1)
+    assert c["face_not_found_in_protected"] == 1 and rows["Cleo/0.jpg"]["detected"] is False
+    assert c["gallery_people"] == 6
+
+
+def test_what_the_recognisers_see(trees, figures):
+    rows = faces(trees)
+    for judge in JUDGES:
+        limit = {j["name"]: j["card_threshold"] for j in figures["recognisers"]}[judge]
+        assert rows["Ben/0.jpg"][f"ism_{judge}"] == pytest.approx(1, abs=1e-5)
+        assert rows["Ben/0.jpg"][f"rank_{judge}"] == rows["Ben/1.jpg"][f"rank_{judge}"] == 1
+        assert rows["Ben/0.jpg"][f"rank_{judge}@jpeg75+half"] == 1
+        assert rows["Ada/0.jpg"][f"ism_{judge}"] < limit and rows["Ada/0.jpg"][f"rank_{judge}"] > 1
+        assert rows["Ada/0.jpg"][f"unprotected_rank_{judge}"] == 1
+        assert rows["Finn/0.jpg"][f"ism_{judge}"] > limit and rows["Finn/0.jpg"][f"rank_{judge}"] == 1
+        cell = figures["identity"][judge]["protected"]["none"]
+        ranks = [row[f"rank_{judge}"] for row in rows.values() if row["status"] == "ok"]
+        assert cell["rank1_u"]["value"] == pytest.approx(np.mean([rank > 1 for rank in ranks]))
+        assert cell["rank5_u"]["value"] == pytest.approx(np.mean([rank > 5 for rank in ranks]))
+        assert cell["rank1_u"]["n"] == 5 and cell["rank1_u"]["low"] < 0.3 < cell["rank1_u"]["high"]
+        assert figures["identity"][judge]["unprotected"]["none"]["rank1_u"]["value"] == 0
+        assert figures["identity"][judge]["other"]["none"]["rank1_u"]["value"] > 0.5
+    # 15 pairs of six people tell no false accept rate of 1 %.
+    assert all(v is None for j in figures["recognisers"] for v in j["thresholds"].values())
+    assert figures["recognisers"][0]["impostor_pairs"] == 15
+    assert figures["identity"]["average"]["protected"]["none"]["verified_own_1e-2"] is None
+    each, both = ([figures["identity"][j]["protected"]["none"][m]["value"] for j in JUDGES] for m in ("rank1_u", "ism"))
+    average = figures["identity"]["average"]["protected"]["none"]
+    assert average["rank1_u"]["value"] == pytest.approx(np.mean(each)) and average["ism"]["value"] == pytest.approx(np.mean(both))
+
+
+def test_what_the_pictures_lost(trees, figures):
+    rows = faces(trees)
+    same = rows["Ben/0.jpg"]
+    assert same["psnr"] == same["photo_psnr"] == float("inf") and same["same_bytes"]
+    assert (same["ssim"], same["flip"], same["max_change"], same["photo_max_change"]) == (1, 0, 0, 0)
+    assert same["psnr@jpeg75+half"] == float("inf")  # both are distorted alike
+    small = rows["Finn/0.jpg"]
+    assert small["same_size"] is False and small["photo_psnr"] is None and 20 < small["psnr"] < 60
+    assert small["box"] == pytest.approx(small["box"]) and small["box"][2] > 130  # of the original
+    assert rows["Ada/0.jpg"]["psnr"] < 25 and rows["Ada/0.jpg"]["flip"] > 0.1
+    assert figures["picture"]["flip"]["none"]["n"] == 5 and figures["picture"]["psnr"]["none"]["n"] == 3
+    assert figures["distributions"]["psnr"]["infinite"] == 2
+
+
+def test_the_files(trees, figures):
+    out = trees / "out"
+    assert json.loads((out / "evaluation.json").read_text())["counts"] == figures["counts"]
+    page = (out / "evaluation.html").read_text()
+    assert page.count("<img ") >= 9 and "http" not in page.replace("http-equiv", "")
+    assert "8 of 13 photos could not be compared" not in page and "7 of 13 photos could not be compared" in page
+    assert all(word in page for word in ("Ben/0.jpg", "jpeg75+half", "somebody else", "best", "median", "worst"))
+
+
+def test_again_nothing_is_measured_and_a_new_photo_alone_is(trees, figures, monkeypatch):
+    parts = trees / "out/work/faces/measure"
+    before = sorted(p.name for p in parts.glob("*.parquet"))
+    again = evaluate(trees)
+    assert sorted(p.name for p in parts.glob("*.parquet")) == before
+    drop = ("seconds", "written", "machine")
+    assert {k: v for k, v in again.items() if k not in drop} == {k: v for k, v in figures.items() if k not in drop}
+    write(trees / "two/Hugo/0.jpg", face("Hugo"))
+    try:
+        more = evaluate(trees)
+        new = {p.name for p in parts.glob("*.parquet")} - set(before)
+        keys = [k for name in new for k in pq.ParquetFile(parts / name).read(["key"])["key"].to_pylist()]
+        assert len(set(keys)) == 1 and more["counts"]["faces_measured"] == 6
+    finally:
+        (trees / "two/Hugo/0.jpg").unlink()
+
+
+def test_other_peoples_photos_are_nearly_all_unknown(trees):
+    names = list(SEEDS)
+    for person, other in zip(names, names[1:] + names[:1], strict=True):
+        for variant in (0, 1):
+            write(trees / f"others/{person}/{variant}.png", face(other, variant))
+    got = evaluate(trees, "others", "out-others", distortions=(), inside=["faceres"])
+    assert got["counts"]["faces_measured"] == 12 and got["counts"]["photos_missing"] == 1  # Hugo/2.jpg
+    for judge in JUDGES:
+        assert got["identity"][judge]["protected"]["none"]["rank1_u"]["value"] >= 11 / 12
+        assert got["identity"][judge]["unprotected"]["none"]["rank1_u"]["value"] == 0
+    # The average is over those that the method did not use.
+    assert got["identity"]["average"] == got["identity"]["mobilefacenet"]
+    assert "faceres" in (trees / "out-others/evaluation.html").read_text().split("left out of the average")[1][:20]
+
+
+def test_without_people_there_is_no_rank_but_all_else(trees):
+    got = evaluate(trees, out="out-nobody", people_from=None, distortions=(), limit=4, photo=False)
+    cell = got["identity"]["faceres"]["protected"]["none"]
+    assert cell["rank1_u"] is None and (got["counts"].get("faces_measured", 0) == 0 or cell["ism"] is not None)
+    assert got["counts"]["photos"] == 4 and got["counts"]["gallery_people"] == 0 and "photo_psnr" not in got["picture"]
+    assert "there is no Rank-1-U" in (trees / "out-nobody/evaluation.html").read_text()
+
+
+def test_the_command(trees, figures):
+    run = CliRunner().invoke(main, [
+        "evaluate", str(trees / "one"), str(trees / "two"), "--out", str(trees / "out"), "--people-from", "folder",
+        "--recogniser", "mobilefacenet", "--recogniser", "faceres", "--distortion", "jpeg75+half"])
+    assert run.exit_code == 1, run.output  # photos were lost
+    assert "| average | protected | " in run.output and "7 of 13 photos could not be compared" in run.output
+    for extra in (["--distortion", "gif"], ["--recogniser", "nobody"], ["--out", str(trees / "two/below")]):
+        run = CliRunner().invoke(main, ["evaluate", str(trees / "one"), str(trees / "two"), *extra])
+        assert run.exit_code == 2 and "error: " in run.output, run.output
+
+
+def test_recognisers_used_inside_are_found(trees):
+    run = trees / "two.run"
+    run.mkdir()
+    from pipelines.config import load_config
+
+    config = load_config().model_dump(mode="json")
+    (run / "run.json").write_text(json.dumps({"config": config}))
+    assert job.recognisers_inside(str(trees / "two")) == ("dlib_resnet", "mobilefacenet")
+    shutil.rmtree(run)
+    assert job.recognisers_inside(str(trees / "two")) == ()
+    only = load_config(sets=["tune.identity=", "refine.steps=0"]).model_dump(mode="json")
+    assert job.inside_of(only) == ("mobilefacenet",)  # the attack works through the encoder, which reads its features
+    with pytest.raises(OutputError):
+        evaluate(trees, out="one/below")
+    with pytest.raises(EvaluateError, match="BAD_SETTING"):
+        evaluate(trees, distortions=("none",))
+
+
+def test_a_face_in_a_large_photo_is_distorted_as_in_the_whole(trees):
+    """The window's JPEG blocks are the photo's own, and its geometry goes along."""
+    photo = np.full((700, 800, 3), 120, np.uint8)
+    photo[57 : 57 + SIDE, 133 : 133 + SIDE] = face("Ada")
+    eyes = Eyes(("mobilefacenet",))
+    spot = eyes.faces(photo)[0]
+    window = Window.about(photo, spot)
+    assert window.pixels.shape[0] < 500
+    whole, _ = Distortion("jpeg50")(photo)
+    one = eyes.embed([Window.about(whole, spot)])[0][0]
+    two = eyes.embed([window.distorted(Distortion("jpeg50"))])[0][0]
+    assert one @ two > 0.999
+    shot = window.distorted(Distortion("screenshot"))
+    found = eyes.faces(shot.pixels)[0]
+    assert np.abs(found.landmarks - shot.spot.landmarks).max() < 4
+
+
+def test_only_the_middle_face_has_the_photos_name(trees):
+    photo = np.full((SIDE, 700, 3), 120, np.uint8)
+    photo[:, :SIDE] = face("Ada")
+    photo[:, 260 : 260 + SIDE] = face("Ben")
+    write(trees / "pair.png", photo)
+    settings = Settings(("mobilefacenet",), (), photo=False)
+    eyes = Eyes(settings.recognisers)
+    found = {n: eyes.embed([Window.about(face(n), eyes.faces(face(n))[0])])[0][0] for n in ("Ada", "Ben", "Dan")}
+    gallery = Gallery(list(found), [""] * 3, [np.stack(list(found.values()))])
+    url = str(trees / "pair.png")
+    rows = Measurer(settings, eyes, gallery).photo({
+        "key": "0" * 32, "photo_id": "f" * 16, "path": "Ben/pair.png", "url": url, "protected_path": "Ben/pair.png",
+        "protected_url": url, "person_id": "Ben", "mates": [str(trees / "one/Ben/1.jpg")], "status": "ok", "reason": None})
+    assert sorted((r["central"], r["person_id"], r["has_mate"], r.get("rank_mobilefacenet")) for r in rows) == [
+        (False, None, False, None), (True, "Ben", True, 1)]
+    assert set(measure.face_schema(settings).names) >= {k for r in rows for k in r}
+    assert Spot(np.zeros((5, 2)), np.arange(4.0)).moved(lambda p: p + 1).box.tolist() == [1, 2, 3, 4]
