@@ -51,7 +51,7 @@ from cluster.retries import PERMANENT, http_status, is_transient
 VERSION_FIELD = b"cluster.schema_version"
 STAGE_FIELD = b"cluster.stage"
 SUFFIX = ".parquet"
-INDEX = ".index"
+INDEX, DIGEST = ".index", ".digest"
 _INDEX_PAYS = 64  # parts that may have to be opened before the saved index is written anew
 
 log = logging.getLogger("cluster")
@@ -317,7 +317,8 @@ class PartStore:
                 writer.write_table(table.combine_chunks())
             new = hash_key("replaced", stage, name, sink.getvalue().to_pybytes())
             self._commit(stage, new, table.replace_schema_metadata(self._footer(old)))
-        for path in (f"{self._dir(stage)}/{INDEX}", old):  # the saved index has keys of the rows that go
+        kept = (f"{self._dir(stage)}/{name}" for name in (INDEX, DIGEST))  # they have something of the rows that go
+        for path in (*kept, old):
             try:
                 self._fs.rm_file(path)
             except FileNotFoundError:
@@ -415,7 +416,8 @@ class PartStore:
                 path, f"written with schema version {version}, this program reads up to {self.schema_version}"
             )
 
-    def _read_parts(self, stage: str, names: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+    def read_parts(self, stage: str, names: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
+        """As `read_part`, of several, in their order, by threads."""
         if len(names) < 2:
             yield from (self.read_part(stage, name, columns) for name in names)
             return
@@ -440,7 +442,7 @@ class PartStore:
             codes.append(saved[here])
             for code in known[known >= 0].tolist():
                 place.pop(names[code])
-        for name, table in zip(place, self._read_parts(stage, list(place), ["key"]), strict=True):
+        for name, table in zip(place, self.read_parts(stage, list(place), ["key"]), strict=True):
             try:
                 keys.append(pack(pc.unique(table["key"])))
             except ValueError as error:
@@ -452,18 +454,49 @@ class PartStore:
 
     def _saved_index(self, stage: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Names of parts, packed keys, and for each key its part's position; empty where there is none or it is bad."""
-        path = f"{self._dir(stage)}/{INDEX}"
+        table = self.read_table(stage, INDEX)
+        if table is None:
+            return [], np.empty((0, 2), np.uint64), np.empty(0, np.int32)
+        names = table.unify_dictionaries()["name"].combine_chunks()
+        key = np.stack([table[half].to_numpy() for half in ("high", "low")], axis=1)
+        return names.dictionary.to_pylist(), key, names.indices.to_numpy()
+
+    def read_table(self, stage: str, name: str) -> pa.Table | None:
+        """One of the tables about all parts (`INDEX`, `DIGEST`); None where there is none or it cannot be read."""
+        path = f"{self._dir(stage)}/{name}"
         try:
             with self._fs.open(path, "rb") if not self._local else open(path, "rb") as source:
-                table = pq.ParquetFile(source).read(use_threads=False)
-            names = table.unify_dictionaries()["name"].combine_chunks()
-            key = np.stack([table[half].to_numpy() for half in ("high", "low")], axis=1)
-            return names.dictionary.to_pylist(), key, names.indices.to_numpy()
+                return pq.ParquetFile(source).read(use_threads=False)
         except FileNotFoundError:
-            pass
+            return None
         except Exception as error:
             log.warning("%s cannot be read, all parts are opened: %s", path, error)
-        return [], np.empty((0, 2), np.uint64), np.empty(0, np.int32)
+            return None
+
+    def save_table(self, stage: str, name: str, table: pa.Table, compression: str = "zstd") -> None:
+        """Write one of these tables, whole or not at all.
+
+        Raises:
+            StoreError: not writable.
+        """
+        path = f"{self._dir(stage)}/{name}"
+        words = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
+        try:
+            if self._local:
+                temp = f"{self._dir(stage)}/.{'0' * 32}.{uuid.uuid4().hex}.tmp"
+                try:
+                    with open(temp, "xb") as file:
+                        pq.write_table(table, file, compression=compression, use_dictionary=words)
+                    os.replace(temp, path)
+                finally:
+                    if os.path.exists(temp):
+                        os.unlink(temp)
+            else:
+                buffer = pa.BufferOutputStream()
+                pq.write_table(table, buffer, compression=compression, use_dictionary=words)
+                self._fs.pipe_file(path, buffer.getvalue().to_pybytes())
+        except Exception as error:
+            raise self._error(path, error) from error
 
     def extend_index(self, stage: str, names: list[str], packed: np.ndarray, codes: np.ndarray) -> bool:
         """Add parts that have just been committed to the saved index, if it is worth while, without opening any.
@@ -499,23 +532,7 @@ class PartStore:
             return False
         name = pa.DictionaryArray.from_arrays(pa.array(index.codes), pa.array(index.names, pa.string()))
         table = pa.table({"high": index.high, "low": index.low, "name": name})
-        path = f"{self._dir(stage)}/{INDEX}"
-        try:
-            if self._local:
-                temp = f"{self._dir(stage)}/.{'0' * 32}.{uuid.uuid4().hex}.tmp"
-                try:
-                    with open(temp, "xb") as file:
-                        pq.write_table(table, file, compression="none", use_dictionary=["name"])
-                    os.replace(temp, path)
-                finally:
-                    if os.path.exists(temp):
-                        os.unlink(temp)
-            else:
-                buffer = pa.BufferOutputStream()
-                pq.write_table(table, buffer, compression="none", use_dictionary=["name"])
-                self._fs.pipe_file(path, buffer.getvalue().to_pybytes())
-        except Exception as error:
-            raise self._error(path, error) from error
+        self.save_table(stage, INDEX, table, compression="none")
         return True
 
     def index(self, stage: str) -> pa.Table:

@@ -27,12 +27,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cluster.remote import OBJECT_STORES, open_fs, protocols
 from cluster.retries import is_transient, with_retries
+from cluster.digest import read_digest
 from cluster.store import PartStore
 from pipelines.config import STAGES
 
@@ -155,6 +157,12 @@ SOURCE_SCHEMA = pa.schema(
 SCHEMAS: dict[str, pa.Schema] = {
     SOURCE: SOURCE_SCHEMA,
     **{stage: pa.schema([*COMMON, *(pa.field(*column) for column in _PAYLOAD[stage])]) for stage in STAGES},
+}
+
+# What is read of every row every night; the rest (pictures, codes, histories) is read where it is wanted.
+LIGHT: dict[str, list[str]] = {
+    stage: [field.name for field in schema if not (pa.types.is_nested(field.type) or pa.types.is_binary(field.type))]
+    for stage, schema in SCHEMAS.items()
 }
 
 PLAN_SCHEMA = pa.schema(
@@ -367,8 +375,21 @@ def read_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None)
     run = _run(run)
     if stage not in SCHEMAS:
         raise RunError(f"no stage {stage!r}; there are {', '.join(SCHEMAS)}")
-    keys = run.plan()[stage].to_pylist()
-    return run.store.read_rows(stage, keys, columns, schema=SCHEMAS[stage])
+    keys = run.plan([stage])[stage]
+    if columns is None or not set(columns) <= set(LIGHT[stage]):
+        return run.store.read_rows(stage, keys.to_pylist(), columns, schema=SCHEMAS[stage])
+    return in_order(read_digest(run.store, stage, list(dict.fromkeys(["key", *columns])), LIGHT[stage]), keys, stage).select(
+        list(columns)
+    )
+
+
+def in_order(rows: pa.Table, keys: pa.ChunkedArray, stage: str) -> pa.Table:
+    """Those of a stage's rows that have one of the keys, in the order of the keys."""
+    if not rows.num_columns:
+        return SCHEMAS[stage].empty_table()
+    place = pc.index_in(rows["key"], value_set=keys.combine_chunks())
+    rows, place = rows.filter(pc.is_valid(place)), place.drop_null().to_numpy()
+    return rows if np.all(place[1:] >= place[:-1]) else rows.take(pa.array(np.argsort(place, kind="stable")))
 
 
 def scan_stage(

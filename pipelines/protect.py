@@ -21,12 +21,14 @@ from typing import Any, TextIO
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key
+from cluster.digest import read_digest
 from pipelines import gallery_jobs, models, nightly, retry
 from pipelines.config import STAGES, Config
 from pipelines.machine import machine
-from pipelines.manifests import ERROR, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, duration, summary, utc
+from pipelines.manifests import ERROR, LIGHT, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, duration, summary, utc
 from pipelines.logs import JsonLog
 from pipelines.observe import Observer
 from pipelines.presence import Presence
@@ -223,10 +225,12 @@ def renew_missing(
     if not latest:
         return keys
     written: dict[str, int | None] = {}
-    for table in store.scan("publish", latest, ["key", "action", "out_bytes"]):
-        for row in table.to_pylist():
-            if row["action"] in ("protected", "copied"):
-                written[row["key"]] = row["out_bytes"]
+    rows = read_digest(store, "publish", ["key", "action", "out_bytes"], LIGHT["publish"], save=True)
+    rows = rows.filter(pc.is_in(rows["action"], value_set=pa.array(["protected", "copied"])))
+    wanted = set(latest)
+    for key, size in zip(rows["key"].to_pylist(), rows["out_bytes"].to_pylist(), strict=True):
+        if key in wanted:
+            written[key] = size
     sizes = _output_sizes(out, source["path"].to_pylist())
     return [
         chain[0]

@@ -1,0 +1,91 @@
+"""The light columns of a stage's rows, kept in one file."""
+
+import os
+
+import pyarrow as pa
+import pytest
+
+from cluster import PartStore, StoreError, hash_key
+from cluster.digest import read_digest
+from cluster.store import DIGEST
+
+LIGHT = ["key", "n", "word"]
+
+
+def part(numbers):
+    """Two rows an item."""
+    rows = [{"key": hash_key(n), "n": n, "word": f"w{n}", "heavy": b"x" * 10} for n in numbers for _ in range(2)]
+    return pa.Table.from_pylist(rows)
+
+
+def fill(store, count, start=0):
+    for n in range(start, start + count):
+        store.write_part("s", None, part([2 * n, 2 * n + 1]))
+
+
+def read(store, **more):
+    return read_digest(store, "s", ["key", "n"], LIGHT, **more)
+
+
+def opened(store, monkeypatch):
+    """Names of the parts that are opened from now on."""
+    names, read_part = [], store.read_part
+    monkeypatch.setattr(store, "read_part", lambda stage, name, *a: names.append(name) or read_part(stage, name, *a))
+    return names
+
+
+@pytest.mark.parametrize("url", ["local", "memory"])
+def test_rows_are_those_of_a_scan_and_parts_are_opened_once(tmp_path, monkeypatch, url):
+    store = PartStore(tmp_path if url == "local" else f"memory://{tmp_path}")
+    assert read(store).num_columns == 0
+    fill(store, 70)
+    expected = pa.concat_tables(store.scan("s", None, ["key", "n"]))
+    names = opened(store, monkeypatch)
+    assert read(store) == expected and len(names) == 70
+    assert read(store, save=True) == expected and len(names) == 140  # the first call was not to save anything
+    assert read(store, save=True) == expected and len(names) == 140
+    fill(store, 3, start=70)
+    assert read(store).num_rows == expected.num_rows + 12 and len(names) == 143
+    read_digest(store, "s", ["n"], ["key", "n"])  # other columns are kept: all are opened
+    assert len(names) == 143 + 73
+
+
+def test_of_a_key_in_two_parts_the_rows_of_one_count(tmp_path):
+    store = PartStore(tmp_path)
+    fill(store, 70)
+    store.write_part("s", None, part([0, 3, 500]))
+    for _ in range(2):
+        found = read(store, save=True)
+        assert found == pa.concat_tables(store.scan("s", None, ["key", "n"]))
+        assert sorted(found["n"].to_pylist()) == sorted(2 * [*range(140), 500])
+
+
+def test_rows_of_parts_that_are_gone_or_replaced_are_dropped(tmp_path):
+    store = PartStore(tmp_path)
+    fill(store, 70)
+    read(store, save=True)
+    store._fs.rm_file(store.path("s", store.parts("s")[0]))
+    assert read(store).num_rows == 4 * 69
+    assert (tmp_path / "s" / DIGEST).exists()
+    name = store.parts("s")[0]
+    table = store.read_part("s", name)
+    store.replace_part("s", name, table.slice(0, 2))
+    assert not (tmp_path / "s" / DIGEST).exists() and read(store).num_rows == 4 * 69 - 2
+
+
+def test_a_torn_file_is_made_anew_and_one_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    store = PartStore(tmp_path)
+    fill(store, 70)
+    whole = read(store, save=True)
+    path = tmp_path / "s" / DIGEST
+    path.write_bytes(path.read_bytes()[:100])
+    assert read(store, save=True) == whole and read(store) == whole
+    path.unlink()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StoreError, match="disk"):
+        read(store, save=True)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir() if p.name.startswith(".")) == []
