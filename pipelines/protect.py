@@ -621,7 +621,7 @@ def _protect(
     finally:
         if reporter is not None:
             reporter.close()
-    result = summary(run)
+    result, same = _totals(run, done)
     result["skipped"] = listing.skipped
     result["changes"] = changes.to_dict()
     if prune and interrupted is None:
@@ -644,12 +644,26 @@ def _protect(
     record["finished"] = utc()
     run.write_json("run.json", record)
     run.write_json("summary.json", result)
-    _write_report(run, say)
+    if not same:
+        _write_report(run, say)
     if interrupted is not None:
         if presence.stopped():
             say("stopped, because `scol cancel` asked for it")
         raise interrupted
     return result
+
+
+def _totals(run: Run, done: RunSummary) -> tuple[dict[str, Any], bool]:
+    """The run's totals, and whether they, and so the report, are still those of the last run: the same photos with the
+    same keys, and nothing that this run did."""
+    plan = hashlib.sha256(run.read("plan.parquet")).hexdigest()
+    if run.has("summary.json") and run.has("report.html") and not any(s.done for s in done.stages.values()):
+        before = run.read_json("summary.json")
+        if before.get("plan") == plan and not before["interrupted"]:
+            return before, True
+    for stage in STAGES:
+        read_digest(run.store, stage, ["key"], LIGHT[stage], save=True)
+    return summary(run) | {"plan": plan}, False
 
 
 def absolute(url: str) -> str:
