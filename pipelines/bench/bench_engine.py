@@ -43,7 +43,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import Engine, PartStore, Pool, Resources, Stage, hash_key, hash_keys, ray_session
-from pipelines import protect
 
 ROOT = Path(__file__).parents[2]
 BENCH_PYTHON = ROOT / "build" / "bench-venv" / "bin" / "python"
@@ -331,6 +330,7 @@ def measure_efficiency(actors: int, item_seconds: float, items: int, shard_items
 
 
 def measure_overhead(photos: int, workers: int) -> dict[str, Any]:
+    from pipelines import protect
     from pipelines.bench import chaos_work
     from pipelines.bench.bench_stages import make_photos
     from pipelines.config import load_config
