@@ -40,7 +40,7 @@ STATUSES = (OK, WEAK, NO_FACE, ERROR)
 
 CODE_LAYERS, CODE_DIM = 16, 512
 IDENTITY_DIM = 192  # of pipelines.models.INVERSION_RECOGNISER's embeddings
-CODE = pa.list_(pa.float32(), CODE_LAYERS * CODE_DIM)
+CODE = pa.list_(pa.float32(), CODE_LAYERS * CODE_DIM)  # of the embedded generator; see `stage_schema`
 
 COMMON = [
     pa.field("key", pa.string(), False),
@@ -53,6 +53,8 @@ COMMON = [
     pa.field("seed", pa.int64()),
     pa.field("weights", pa.string()),
 ]
+
+_LAYER_SCORES = pa.list_(pa.float32(), CODE_LAYERS)
 
 HISTORY = pa.list_(
     pa.struct(
@@ -90,7 +92,7 @@ _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
         ("target", CODE),
         ("most_ids", pa.list_(pa.string())),
         ("most_scores", pa.list_(pa.float32())),
-        ("least_scores", pa.list_(pa.float32(), CODE_LAYERS)),
+        ("least_scores", _LAYER_SCORES),
     ],
     "tune": [
         ("tuned", pa.binary()),
@@ -151,6 +153,14 @@ SCHEMAS: dict[str, pa.Schema] = {
     SOURCE: SOURCE_SCHEMA,
     **{stage: pa.schema([*COMMON, *(pa.field(*column) for column in _PAYLOAD[stage])]) for stage in STAGES},
 }
+
+
+
+def stage_schema(stage: str, layers: int = CODE_LAYERS) -> pa.Schema:
+    """Schema of a stage's rows where the generator takes so many codes; `SCHEMAS` is of the embedded one."""
+    kinds = {CODE: pa.list_(pa.float32(), layers * CODE_DIM), _LAYER_SCORES: pa.list_(pa.float32(), layers)}
+    return pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in SCHEMAS[stage]])
+
 
 PLAN_SCHEMA = pa.schema(
     [
