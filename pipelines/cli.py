@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import sys
 import threading
@@ -260,21 +261,20 @@ def protect(
 # ---- gallery ---------------------------------------------------------------------------------------------------------
 
 
-class _GalleryCommands(click.Group):
-    """Those of ``cli_gallery``, imported when they are wanted, since it takes the decorators from here."""
+class _CommandsElsewhere(click.Group):
+    """Those of ``cli_NAME``, imported when they are wanted, since they take the decorators from here."""
+
+    def _commands(self) -> dict[str, click.Command]:
+        return importlib.import_module(f"pipelines.cli_{self.name}").COMMANDS
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        from pipelines import cli_gallery
-
-        return list(cli_gallery.COMMANDS)
+        return list(self._commands())
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        from pipelines import cli_gallery
-
-        return cli_gallery.COMMANDS.get(name)
+        return self._commands().get(name)
 
 
-@main.group(cls=_GalleryCommands)
+@main.group(cls=_CommandsElsewhere)
 def gallery() -> None:
     """Galleries of style codes: build, add, remove, versions (docs/gallery.md)."""
 
@@ -452,29 +452,19 @@ def plan(src, run_url, sample, as_json, load):
 # ---- about the installation ------------------------------------------------------------------------------------------
 
 
-@main.command(short_help="The embedded networks: use, source, licence, sha256.")
+@main.group(cls=_CommandsElsewhere, invoke_without_command=True, short_help="Networks: embedded, and those of yours.")
 @json_option
+@click.pass_context
 @guarded
-def models(as_json):
-    """The embedded networks: what for, source, licence, size, sha256 (checked now)."""
-    from dataclasses import asdict
+def models(ctx, as_json):
+    """Without a command: the embedded networks, what for, source, licence, size, sha256 (checked now).
 
-    from pipelines.models import model_cards
+    The commands: public networks that you bring, in the model store (docs/models.md).
+    """
+    if ctx.invoked_subcommand is None:
+        from pipelines import cli_models
 
-    cards = model_cards()
-    if as_json:
-        _print([asdict(card) for card in cards])
-    else:
-        for card in cards:
-            click.echo(f"{card.name}  ({card.role}; {card.size / 1e6:.1f} MB; {card.licence})")
-            click.echo(f"  source   {card.source}\n  used in  {card.used_in}")
-            if card.card:
-                click.echo(f"  card     {card.card}")
-            for file, digest in card.files.items():
-                click.echo(f"  sha256   {digest}  {file}")
-            if card.problem:
-                click.echo(f"  PROBLEM  {card.problem}")
-    sys.exit(0 if all(card.found for card in cards) else 1)
+        cli_models.embedded(as_json)
 
 
 @main.command(short_help="Check the installation.")

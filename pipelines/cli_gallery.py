@@ -62,7 +62,7 @@ def build(photos, synthetic, out, people_from, as_json, load, workers, ray_addre
     from pipelines import protect as job
 
     if synthetic is not None:
-        gallery_jobs.build_synthetic_version(out, config.gallery)
+        gallery_jobs.build_synthetic_version(out, config)
     else:
         reporter = job.Reporter(sys.stderr)
         gallery_jobs.build_from_photos(photos, out, config, people_from=people_from, progress=reporter, say=_say)

@@ -17,17 +17,28 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from pipelines import public_models
+
 STAGES = ("align", "invert", "fuse", "tune", "attack", "publish")
 RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
 ENCODER = "encoder"
 ENCODER_TRUNK = "mobilefacenet"  # the recogniser whose features the encoder reads (scol_ops.models.encoder)
-GENERATORS = {"mobilestylegan-256": 256, "mobilestylegan-1024": 1024}
+E4E_TRUNK = "irse50"  # the recogniser that e4e's trunk was trained as
+EMBEDDED = "embedded"
+EMBEDDED_CODES = 16  # L of the embedded generator and encoder
+GENERATORS = {"mobilestylegan-256": 256, "mobilestylegan-1024": 1024, **public_models.GENERATORS}
+ENCODERS = (EMBEDDED, *public_models.ENCODERS)
+ALL_RECOGNISERS = (*RECOGNISERS, *public_models.RECOGNISERS)
+PERCEPTUAL_ORDER = ("lpips-alex", "lpips-vgg")  # what "auto" takes, first first: pivotal tuning's own is AlexNet's
 # Where the hinge rests unless the configuration says otherwise: near the mean cosine of different people, which is far
 # from 0 for two of the networks (their cards in scol_ops/models/data).
+# Those of public recognisers are what their training makes of different people; they have not been measured here.
 MARGINS = {"mobilefacenet": 0.0, "dlib_resnet": 0.75, "faceres": 0.35, ENCODER: 0.0}
+MARGINS |= dict.fromkeys(public_models.RECOGNISERS, 0.0)
 # Of the refinement, which alone decides what stays: well beyond different people, since what a network that takes part
 # is moved reaches others only in part (measured on 8 development faces: docs/results.md).
 REFINE_MARGINS = {"mobilefacenet": -0.5, "dlib_resnet": 0.5, "faceres": 0.1, ENCODER: -0.3}
+REFINE_MARGINS |= dict.fromkeys(public_models.RECOGNISERS, -0.3)
 
 # What differs from the fields' defaults, in one place.
 PROFILES: dict[str, dict[str, Any]] = {
@@ -40,7 +51,12 @@ PROFILES: dict[str, dict[str, Any]] = {
     },
     "standard": {},
     "paper": {
-        # The paper's own reading: the encoder alone is the identity feature, no hinge, no refinement.
+        # The paper's networks, which the user brings (docs/models.md), and its own reading: the encoder alone is the
+        # identity feature, no hinge, no refinement. It gives lambda, tau and eps; the steps are ours.
+        "generator": "stylegan2-1024",
+        "encoder": "e4e-1024",
+        "tune.perceptual": "auto",
+        "inspect.tau": 3.0,
         "tune.steps": 450,
         "tune.lr": 3e-4,
         "tune.parameters": "all",
@@ -145,7 +161,7 @@ class FuseConfig(Section):
     weighting: Literal["mean", "softmax"] = Field("mean", description="plain mean, or softmax of the similarities")
     temperature: float = Field(0.1, gt=0, le=100, description="of the softmax, in units of similarity")
     layers: Annotated[tuple[int, ...] | None, BeforeValidator(_split_integers), BeforeValidator(_none_word)] = Field(
-        None, description="layers that take the fused code, 0..15, the others keep the face's own; none: all"
+        None, description="layers that take the fused code, 0..L-1, the others keep the face's own; none: all"
     )
 
     identity_ceiling: Annotated[float | None, BeforeValidator(_none_word)] = Field(
@@ -159,13 +175,15 @@ class FuseConfig(Section):
     @field_validator("layers")
     @classmethod
     def _in_range(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and (not layers or any(not 0 <= layer < 16 for layer in layers)):
-            raise ValueError(f"layers are 0..15, at least one: {layers}")
+        if layers is not None and (not layers or any(layer < 0 for layer in layers)):
+            raise ValueError(f"layers are 0..L-1, at least one: {layers}")
         return layers
 
 
 def _margins_field(defaults: dict[str, float]) -> Any:
-    words = ", ".join(f"{name} {margin:g}" for name, margin in defaults.items())
+    public = public_models.RECOGNISERS
+    words = ", ".join(f"{name} {margin:g}" for name, margin in defaults.items() if name not in public)
+    words += f", public recognisers {defaults[public[0]]:g}"
     return Field(
         (), description=f"cosine to the original below which the hinge rests, one a feature, -1..1; empty: {words}"
     )
@@ -178,14 +196,14 @@ class IdentitySection(Section):
 
     identity: Names = Field(
         ("mobilefacenet", "dlib_resnet"),
-        description=f"identity features: any of {', '.join((*RECOGNISERS, ENCODER))}; empty: none",
+        description=f"identity features: any of {', '.join((*ALL_RECOGNISERS, ENCODER))}; empty: none",
     )
     margins: Numbers = _margins_field(MARGINS)
 
     @field_validator("identity")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        known = (*RECOGNISERS, ENCODER)
+        known = (*ALL_RECOGNISERS, ENCODER)
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, 1)
@@ -223,6 +241,12 @@ class TuneConfig(IdentitySection):
     parameters: Literal["all", "convolutions", "late"] = Field("late", description="which generator weights move")
     l2_weight: float = Field(10.0, ge=0, le=1e4, description="weight of the pixel L2")
     ssim_weight: float = Field(1.0, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM")
+    perceptual: Literal["ssim", "auto", "lpips-alex", "lpips-vgg"] = Field(
+        "ssim",
+        description="what stands beside the pixel L2: multi-scale SSIM | LPIPS if the model store has it, else SSIM | "
+        "LPIPS (AlexNet) | LPIPS (VGG16)",
+    )
+    lpips_weight: float = Field(1.0, ge=0, le=1e4, description="weight of LPIPS where it is used, in place of SSIM's")
     id_lock: float = Field(0.3, ge=0, le=1e3, description="the paper's lambda of the id-lock")
     hinge: float = Field(0.3, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
     diversity: float = Field(
@@ -294,7 +318,7 @@ class PublishConfig(Section):
     """Paste-back, saving, and the verdict on the saved file."""
 
     judge: str = Field(
-        "faceres", description=f"recogniser of the verdict, one of {', '.join(RECOGNISERS)}; never used inside"
+        "faceres", description=f"recogniser of the verdict, one of {', '.join(ALL_RECOGNISERS)}; never used inside"
     )
     max_ism: Annotated[float | None, BeforeValidator(_none_word)] = Field(
         None,
@@ -310,8 +334,8 @@ class PublishConfig(Section):
     @field_validator("judge")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in RECOGNISERS:
-            raise ValueError(f"unknown recogniser {name!r}; there are {', '.join(RECOGNISERS)}")
+        if name not in ALL_RECOGNISERS:
+            raise ValueError(f"unknown recogniser {name!r}; there are {', '.join(ALL_RECOGNISERS)}")
         return name
 
 
@@ -335,14 +359,36 @@ class EngineConfig(Section):
     ray_address: Annotated[str | None, BeforeValidator(_none_word)] = Field(
         None, description="of a running Ray cluster (HOST:PORT or auto); none: a local one is started"
     )
+    models: Annotated[str | None, BeforeValidator(_none_word)] = Field(
+        None,
+        description="model store, a folder or fsspec URL that all nodes read; none: $SCOL_MODELS, else the user's cache folder",
+    )
+
+
+def _one_of(name: str, what: str, known: Sequence[str]) -> str:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f", did you mean {near[0]!r}?" if near else f"; there are {', '.join(known)}"
+        raise ValueError(f"unknown {what} {name!r}{hint}")
+    return name
+
+
+def codes_of_encoder(name: str) -> int:
+    """L of an encoder's codes."""
+    return EMBEDDED_CODES if name == EMBEDDED else public_models.codes_of(public_models.ENCODERS[name])
 
 
 class Config(Section):
     """Everything that a run of ``scol protect`` depends on besides the photos and the weights."""
 
     seed: int = Field(0, ge=0, lt=2**63, description="of the run; each face's own is hashed from it and the face's id")
-    generator: Literal["mobilestylegan-256", "mobilestylegan-1024"] = Field(
-        "mobilestylegan-256", description="generator, and with it the crop's size in px"
+    generator: str = Field(
+        "mobilestylegan-256",
+        description=f"generator, and with it the crop's size in px; one of {', '.join(GENERATORS)} (docs/models.md)",
+    )
+    encoder: str = Field(
+        EMBEDDED,
+        description=f"encoder to the generator's W+, one of {', '.join(ENCODERS)} (docs/models.md)",
     )
     align: AlignConfig = AlignConfig()
     invert: InvertConfig = InvertConfig()
@@ -355,17 +401,36 @@ class Config(Section):
     publish: PublishConfig = PublishConfig()
     engine: EngineConfig = EngineConfig()
 
+    @field_validator("generator")
+    @classmethod
+    def _known_generator(cls, name: str) -> str:
+        return _one_of(name, "generator", tuple(GENERATORS))
+
+    @field_validator("encoder")
+    @classmethod
+    def _known_encoder(cls, name: str) -> str:
+        return _one_of(name, "encoder", ENCODERS)
+
     @model_validator(mode="after")
     def _consistent(self):
+        given = codes_of_encoder(self.encoder)
+        if given != self.num_codes:
+            fitting = [name for name in ENCODERS if codes_of_encoder(name) == self.num_codes]
+            raise ValueError(
+                f"generator {self.generator!r} takes {self.num_codes} codes, encoder {self.encoder!r} gives {given}: "
+                f"W+ does not agree; encoders that fit: {', '.join(fitting)}"
+            )
+        if self.fuse.layers is not None and max(self.fuse.layers) >= self.num_codes:
+            raise ValueError(f"fuse.layers: layers are 0..{self.num_codes - 1} with {self.generator!r}: {self.fuse.layers}")
         for section in ("tune", "refine"):
             if self.publish.judge in getattr(self, section).identity:
                 raise ValueError(
                     f"publish.judge: {self.publish.judge!r} is in {section}.identity; what is used inside never judges"
                 )
         through = [name for name in ("tune", "refine") if ENCODER in getattr(self, name).identity]
-        if self.publish.judge == ENCODER_TRUNK and (through or self.attack.enabled):
+        if self.publish.judge == self.encoder_trunk and (through or self.attack.enabled):
             raise ValueError(
-                f"publish.judge: {ENCODER_TRUNK!r} is part of the encoder, which {(through or ['attack'])[0]} works through; "
+                f"publish.judge: {self.encoder_trunk!r} is part of the encoder, which {(through or ['attack'])[0]} works through; "
                 "what is used inside never judges"
             )
         for section in ("refine", "attack"):
@@ -381,17 +446,30 @@ class Config(Section):
         """Side of the aligned crop in px: the generator's resolution."""
         return GENERATORS[self.generator]
 
+    @property
+    def num_codes(self) -> int:
+        """L: how many codes the generator takes."""
+        return public_models.codes_of(self.crop_size) if self.generator in public_models.GENERATORS else EMBEDDED_CODES
+
+    @property
+    def encoder_trunk(self) -> str:
+        """The recogniser that the encoder reads the features of, or was made from."""
+        return ENCODER_TRUNK if self.encoder == EMBEDDED else E4E_TRUNK
+
     def stage_config(self, stage: str) -> dict[str, Any]:
         """The part of the configuration that a stage's result depends on; it enters the stage's key."""
 
         def of(section: str) -> dict[str, Any]:
             return getattr(self, section).model_dump(mode="json")
 
+        tune = of("tune")
+        if self.tune.perceptual == "ssim":  # without LPIPS nothing is said of it, so that keys are those of before it
+            del tune["perceptual"], tune["lpips_weight"]
         parts: dict[str, dict[str, Any]] = {
             "align": {"align": of("align"), "crop_size": self.crop_size, "seed": self.seed},
             "invert": {"invert": of("invert"), "generator": self.generator},
             "fuse": {"fuse": of("fuse")},
-            "tune": {"tune": of("tune"), "refine": of("refine")},
+            "tune": {"tune": tune, "refine": of("refine")},
             "attack": {"inspect": of("inspect"), "attack": of("attack")},
             "publish": {"publish": of("publish")},
         }

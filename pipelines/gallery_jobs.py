@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cluster import Progress
 from gallery_index import (
@@ -33,8 +34,8 @@ from gallery_index import (
 )
 from gallery_index.storage import INDEX
 from gallery_index.store import require_same, store_of
-from pipelines import models
-from pipelines.config import Config, GalleryConfig
+from pipelines import models, public_models
+from pipelines.config import Config
 from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, SOURCE, Run, RunError, scan_stage
 from pipelines.observe import Observer
 from pipelines.presence import Presence
@@ -43,22 +44,26 @@ from scol_ops.models.weights import load_mobilestylegan
 
 
 def expectation(config: Config) -> Expectation:
-    """What a run needs a gallery to be.  Both generators share one mapping network, so its fingerprint counts."""
-    weights = {"generator": models.mapping_fingerprint(), "encoder": models.encoder_fingerprint()}
-    if config.fuse.identity_ceiling is not None:
-        weights["recogniser"] = models.recogniser_fingerprint(models.INVERSION_RECOGNISER)
+    """What a run needs a gallery to be.  Generators of one W space can share it, so that space's fingerprint counts."""
+    weights = _weights(config)
+    if config.fuse.identity_ceiling is None:
+        del weights["recogniser"]
     return Expectation(
         mode=config.gallery.similarity,
-        layers=CODE_LAYERS,
+        layers=config.num_codes,
         dim=CODE_DIM,
         weights=weights,
     )
 
 
-def _synthetic(settings: GalleryConfig) -> tuple[Iterator[CodeBatch], dict[str, Any]]:
+def _synthetic(config: Config) -> tuple[Iterator[CodeBatch], dict[str, Any]]:
     """Codes of people who do not exist, and options of the builder."""
     models.set_up()
-    generator = load_mobilestylegan(256, head=None)
+    settings, store = config.gallery, config.engine.models
+    if config.generator in public_models.GENERATORS:
+        generator = models.generator(config.generator, torch.device("cpu"), store)
+    else:
+        generator = load_mobilestylegan(256, head=None)  # the two embedded ones share their mapping network
     batches = synthetic_codes(
         settings.synthetic,
         settings.synthetic_seed,
@@ -69,23 +74,23 @@ def _synthetic(settings: GalleryConfig) -> tuple[Iterator[CodeBatch], dict[str, 
     source = f"{settings.synthetic} synthetic codes, seed {settings.synthetic_seed}, truncation {settings.truncation:g}"
     return batches, dict(
         mode=settings.similarity,
-        weights={"generator": models.mapping_fingerprint(), "encoder": None, "recogniser": None},
-        broadcast_layers=CODE_LAYERS,
+        weights={"generator": models.mapping_fingerprint(config.generator, store), "encoder": None, "recogniser": None},
+        broadcast_layers=config.num_codes,
         source=source,
     )
 
 
-def build_synthetic(out: str, settings: GalleryConfig) -> GalleryInfo:
+def build_synthetic(out: str, config: Config) -> GalleryInfo:
     """A gallery without versions of people who do not exist: one W a person, which stands for all layers.
 
     Raises:
         GalleryExistsError: ``out`` holds a gallery already.
     """
-    batches, options = _synthetic(settings)
+    batches, options = _synthetic(config)
     return build(out, batches, **options)
 
 
-def build_synthetic_version(out: str, settings: GalleryConfig) -> tuple[str, GalleryInfo]:
+def build_synthetic_version(out: str, config: Config) -> tuple[str, GalleryInfo]:
     """The same as a version of a store, current when it is done; if the store has it already, it is switched to.
 
     Returns:
@@ -94,26 +99,28 @@ def build_synthetic_version(out: str, settings: GalleryConfig) -> tuple[str, Gal
     Raises:
         GalleryExistsError: ``out`` holds a gallery without versions.
     """
-    batches, options = _synthetic(settings)
+    config = models.resolve(config)
+    batches, options = _synthetic(config)
 
     def fill(builder: GalleryBuilder) -> None:
         for batch in batches:
             builder.add(batch)
 
     return Store(out).build(
-        synthetic_name(settings), fill, check=check, about=lambda: {"added": settings.synthetic}, **options
+        synthetic_name(config), fill, check=check, about=lambda: {"added": config.gallery.synthetic}, **options
     )
 
 
-def synthetic_name(settings: GalleryConfig) -> str:
-    """Folder name of a synthetic gallery: equal settings and weights, equal name."""
+def synthetic_name(config: Config) -> str:
+    """Folder name of a synthetic gallery: equal settings and W space, equal name."""
+    settings = config.gallery
     text = json.dumps(
         [
             settings.synthetic,
             settings.synthetic_seed,
             settings.truncation,
             settings.similarity,
-            models.mapping_fingerprint(),
+            models.mapping_fingerprint(config.generator, config.engine.models),
         ]
     )
     return f"synthetic-{settings.synthetic}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
@@ -181,21 +188,21 @@ def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tupl
         if config.fuse.k >= info.count:
             raise GalleryNotFoundError(f"{url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more")
         return url, info
-    url = run.path(f"gallery/{synthetic_name(config.gallery)}")
+    url = run.path(f"gallery/{synthetic_name(config)}")
     try:
         return url, read_info(url)
     except GalleryNotFoundError:
         say(f"making a gallery of {config.gallery.synthetic} synthetic people")
-        return url, build_synthetic(url, config.gallery)
+        return url, build_synthetic(url, config)
 
 
-def gallery_std(run: Run, url: str, info: GalleryInfo) -> np.ndarray:
-    """Standard deviation of each component over the gallery, (16, 512) float32; kept in the run's folder."""
-    name = f"gallery/std-{info.fingerprint}.npy"
+def gallery_std(run: Run, url: str, info: GalleryInfo, layers: int = CODE_LAYERS) -> np.ndarray:
+    """Standard deviation of each component over the gallery, (L, 512) float32; kept in the run's folder."""
+    name = f"gallery/std-{info.fingerprint}{'' if layers == info.layers else f'-{layers}'}.npy"
     try:
         return np.load(io.BytesIO(run.read(name)), allow_pickle=False)
     except ValueError:
-        std = np.ascontiguousarray(Gallery.load(url).component_std())
+        std = np.ascontiguousarray(Gallery.load(url, layers=layers).component_std())
         buffer = io.BytesIO()
         np.save(buffer, std)
         run.write(name, buffer.getvalue())
@@ -235,11 +242,12 @@ def build_from_photos(
     """
     from pipelines.protect import absolute, execute, list_source, source_table
 
+    config = models.resolve(config, say)
     out = absolute(out)
     run = Run(absolute(run_url or out.rstrip("/") + ".run"))
     store = Store(out)
     if add:  # asked first: hours of work may lie in between
-        _fits(store)
+        _fits(store, config)
     about = {"source": absolute(src), "evidence": "stat"}
     observer = Observer(run)
 
@@ -266,8 +274,9 @@ def add_from_run(
     """
     from pipelines.protect import absolute
 
+    config = models.resolve(config, say)
     run, store = Run(absolute(run_url)), Store(absolute(out))
-    _fits(store)
+    _fits(store, config)
     plan = run.plan()
     people: dict[str, str | None] = {}
     for name in run.store.parts(SOURCE):
@@ -276,21 +285,22 @@ def add_from_run(
     return _from_tables(run, people, store, config, f"faces of {run.url}", True, plan.num_rows, say)
 
 
-def _fits(store: Store) -> GalleryInfo:
+def _fits(store: Store, config: Config) -> GalleryInfo:
     """The current version, if codes that this installation makes can be added to it."""
     folder, info = open_gallery(store.url)
     if store.current() is None:
         raise GalleryNotFoundError(f"{store.url} holds a gallery without versions; build a store first")
-    Expectation(layers=CODE_LAYERS, dim=CODE_DIM, weights=_weights()).check(info, folder.url)
+    Expectation(layers=config.num_codes, dim=CODE_DIM, weights=_weights(config)).check(info, folder.url)
     if info.broadcast:
         raise GalleryMismatchError(f"{folder.url} holds one W a person for all layers, photos give one for each layer")
     return info
 
 
-def _weights() -> dict[str, str]:
+def _weights(config: Config) -> dict[str, str]:
+    store = config.engine.models
     return {
-        "generator": models.mapping_fingerprint(),
-        "encoder": models.encoder_fingerprint(),
+        "generator": models.mapping_fingerprint(config.generator, store),
+        "encoder": models.encoder_fingerprint(config.encoder, store),
         "recogniser": models.recogniser_fingerprint(models.INVERSION_RECOGNISER),
     }
 
@@ -325,7 +335,7 @@ def _from_tables(
             codes, identities = (_vectors(table, column) for column in ("code", "identity"))
             photo_ids = table["photo_id"].to_pylist()
             yield CodeBatch(
-                codes.reshape(-1, CODE_LAYERS, CODE_DIM),
+                codes.reshape(-1, config.num_codes, CODE_DIM),
                 photo_ids,
                 [people.get(photo) for photo in photo_ids],
                 table["face_id"].to_pylist(),
@@ -354,7 +364,7 @@ def _from_tables(
             about=lambda: {"added": counts["faces"]},
             mode=config.gallery.similarity,
             source=source,
-            weights=_weights(),
+            weights=_weights(config),
         )
         if not counts["faces"]:  # the version was there
             counts["faces"] = info.count

@@ -250,15 +250,21 @@ def calibrate(config: Config) -> tuple[float, int]:
     torch.set_num_threads(threads)
     models.set_up()
     try:
-        generator, encoder = models.generator(config.generator, device), models.encoder(device)
-        code = generator.mean_code.expand(1, 16, -1).contiguous()
+        generator, encoder = (
+            models.generator(config.generator, device, config.engine.models),
+            models.encoder(config.encoder, device, config.engine.models),
+        )
+        code = generator.mean_code.expand(1, config.num_codes, -1).contiguous()
         with torch.no_grad():
             face = generator(code).clamp(-1, 1)
         landmarks, box = (t.to(device) for t in ffhq_mean_geometry(1, config.crop_size))
         mask = torch.ones_like(face[:, :1])
 
         def features(names):
-            return [models.identity_feature(name, device, landmarks, box) for name in names]
+            return [
+                models.identity_feature(name, device, landmarks, box, config.encoder, config.engine.models)
+                for name in names
+            ]
 
         def steps(call: Callable[[int], Any], wanted: int) -> float:
             """Seconds of `wanted` steps, from 1 and 4 of them; the first call is thrown away."""

@@ -47,7 +47,7 @@ STATUSES = (OK, WEAK, NO_FACE, ERROR)
 
 CODE_LAYERS, CODE_DIM = 16, 512
 IDENTITY_DIM = 192  # of pipelines.models.INVERSION_RECOGNISER's embeddings
-CODE = pa.list_(pa.float32(), CODE_LAYERS * CODE_DIM)
+CODE = pa.list_(pa.float32(), CODE_LAYERS * CODE_DIM)  # of the embedded generator; see `stage_schema`
 
 COMMON = [
     pa.field("key", pa.string(), False),
@@ -60,6 +60,8 @@ COMMON = [
     pa.field("seed", pa.int64()),
     pa.field("weights", pa.string()),
 ]
+
+_LAYER_SCORES = pa.list_(pa.float32(), CODE_LAYERS)
 
 HISTORY = pa.list_(
     pa.struct(
@@ -97,7 +99,7 @@ _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
         ("target", CODE),
         ("most_ids", pa.list_(pa.string())),
         ("most_scores", pa.list_(pa.float32())),
-        ("least_scores", pa.list_(pa.float32(), CODE_LAYERS)),
+        ("least_scores", _LAYER_SCORES),
     ],
     "tune": [
         ("tuned", pa.binary()),
@@ -164,6 +166,13 @@ LIGHT: dict[str, list[str]] = {
     stage: [field.name for field in schema if not (pa.types.is_nested(field.type) or pa.types.is_binary(field.type))]
     for stage, schema in SCHEMAS.items()
 }
+
+
+def stage_schema(stage: str, layers: int = CODE_LAYERS) -> pa.Schema:
+    """Schema of a stage's rows where the generator takes so many codes; `SCHEMAS` is of the embedded one."""
+    kinds = {CODE: pa.list_(pa.float32(), layers * CODE_DIM), _LAYER_SCORES: pa.list_(pa.float32(), layers)}
+    return pa.schema([field.with_type(kinds.get(field.type, field.type)) for field in SCHEMAS[stage]])
+
 
 PLAN_SCHEMA = pa.schema(
     [

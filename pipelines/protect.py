@@ -284,7 +284,7 @@ def execute(
         url, info = gallery_jobs.ensure_gallery(config, run, say)
         described = gallery_jobs.described_for_run(url, info)
         if config.attack.enabled and config.inspect.unit == "std":
-            std = gallery_jobs.gallery_std(run, url, info)
+            std = gallery_jobs.gallery_std(run, url, info, config.num_codes)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
     weights = models.stage_weights(config, described.get("fingerprint", ""), std_digest)
     opened = retry.opened(run)
@@ -314,7 +314,8 @@ def execute(
 
 
 # A generator, an encoder and two recognisers with their gradients: 1.5 GB at 256 px, more at 1024 px.
-_WORKER_BYTES = {256: 2 * 2**30, 1024: 6 * 2**30}
+def _worker_bytes(size: int) -> int:
+    return 2 * 2**30 if size <= 256 else 6 * 2**30
 
 
 def layout(config: Config, nodes: Sequence[dict[str, float]]) -> dict[str, Pool]:
@@ -332,7 +333,7 @@ def layout(config: Config, nodes: Sequence[dict[str, float]]) -> dict[str, Pool]
         actors = settings.workers or gpus
         threads = settings.threads or max(1, min(4, cpus // actors))
     else:
-        fitting = max(1, int(memory // _WORKER_BYTES[config.crop_size])) if memory else cpus
+        fitting = max(1, int(memory // _worker_bytes(config.crop_size))) if memory else cpus
         actors = settings.workers or min(cpus, fitting)
         threads = settings.threads or max(1, min(8, cpus // actors))
     generator = Resources(num_cpus=min(threads, cpus / actors), num_gpus=min(1.0, gpus / actors), threads=threads)
@@ -430,6 +431,7 @@ def versions() -> dict[str, str | None]:
         "flip-evaluator",
         "facenet-pytorch",
         "random-face",
+        "lpips",
     )
     found = {name: _version(name) for name in names}
     return {"python": platform.python_version(), **{k: v for k, v in found.items() if v is not None}}
@@ -498,6 +500,7 @@ def protect(
         RunInterrupted: Ctrl-C or ``scol cancel``; the tables, the report and the summary of what is finished are
             written before.
     """
+    config = models.resolve(config, say)  # a model that is missing is told before anything is made
     run = Run(absolute(run_url or default_run(out)))
     check_places(src, out, run.url)
     observer = Observer(run)

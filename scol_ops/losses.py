@@ -7,6 +7,7 @@ batch unless said otherwise) and differentiable.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,17 @@ from torch import Tensor
 
 # A differentiable identity feature: crops (B, 3, S, S) -> unit vectors (B, D).
 IdentityFeature = Callable[[Tensor], Tensor]
+
+
+class PerceptualDistance(Protocol):
+    """A distance that pictures have to one that stays, such as ``models.lpips_distance.LPIPSDistance``."""
+
+    def reference(self, pictures: Tensor) -> Any:
+        """What ``to_reference`` compares with, of (B, 3, H, W)."""
+
+    def to_reference(self, reference: Any, pictures: Tensor) -> Tensor:
+        """Distances (B,), differentiable to the pictures (B, 3, H, W)."""
+
 
 _WINDOW = 11
 _SIGMA = 1.5

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from scol_ops.diversity import diversify
 from scol_ops.filters import low_pass
-from scol_ops.losses import IdentityFeature, id_lock_loss, identity_hinge_loss, reconstruction_loss
+from scol_ops.losses import (
+    IdentityFeature,
+    PerceptualDistance,
+    id_lock_loss,
+    identity_hinge_loss,
+    reconstruction_loss,
+)
 
 PARAMETER_SETS = ("all", "convolutions", "late")
 
@@ -29,7 +35,7 @@ class TuneSettings:
 
     steps: Adam steps.  lr: its rate (2e-3 diverges, measured).  parameters: which generator weights move
     (``all`` but the mapping network; ``convolutions`` leaves the style layers; ``late`` keeps the 4..32 px
-    blocks).  l2_weight, ssim_weight: reconstruction.  id_lock: the paper's lambda (1).  hinge: weight of the
+    blocks).  l2_weight, ssim_weight: reconstruction; lpips_weight: in place of SSIM's where LPIPS is given.  id_lock: the paper's lambda (1).  hinge: weight of the
     hinge on the similarity to the original.  diversity: strength of random resize and shift before the
     identity features, 0 for none.  residual_sigma: low-pass of the residual in crop pixels, 0 for none.
     target_psnr: stop early when the reconstruction inside the mask reaches it and the hinge is met (dB).
@@ -40,6 +46,7 @@ class TuneSettings:
     parameters: str = "all"
     l2_weight: float = 10.0
     ssim_weight: float = 1.0
+    lpips_weight: float = 1.0
     id_lock: float = 1.0
     hinge: float = 1.0
     diversity: float = 1.0
@@ -85,13 +92,9 @@ def select_parameters(generator: nn.Module, which: str) -> list[nn.Parameter]:
     """Switch gradients on for one of ``PARAMETER_SETS`` and return those parameters."""
     if which not in PARAMETER_SETS:
         raise ValueError(f"parameters must be one of {PARAMETER_SETS}, got {which!r}")
-    chosen = []
+    chosen, moving = [], set(generator.tunable(which))
     for name, parameter in generator.named_parameters():
-        take = not name.startswith("mapping.")
-        if which == "convolutions":
-            take = take and ".style." not in name and ".up." not in name
-        elif which == "late":
-            take = take and name.startswith(("blocks.3.", "blocks.4.", "blocks.5.", "blocks.6.", "head."))
+        take = name in moving
         parameter.requires_grad_(take)
         if take:
             chosen.append(parameter)
@@ -120,6 +123,7 @@ def tune(
     seed: int = 0,
     deadline: float | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,
+    perceptual: PerceptualDistance | None = None,
 ) -> TuneResult:
     """Tune the generator so that the fused code shows the original picture under another identity.
 
@@ -134,6 +138,7 @@ def tune(
         seed: of the random transformations; the same seed and inputs give the same bits on one device.
         deadline: ``time.monotonic()`` after which ``DeadlineExceeded`` is raised.
         on_step: called with the step and its losses.
+        perceptual: LPIPS, as pivotal tuning has it; None for the substitute, multi-scale SSIM (METHOD reading 6).
 
     Returns:
         ``TuneResult`` with the confined picture, clamped to [-1, 1].
@@ -157,6 +162,7 @@ def tune(
             of_original = [f(original) for f in identity]
             first = generator(fused)
             locked = [f(first.clamp(-1, 1)) for f in identity]
+            reference = None if perceptual is None else perceptual.reference(original)
         optimiser = torch.optim.Adam(parameters, lr=settings.lr)
         for step in range(settings.steps):
             if deadline is not None and time.monotonic() > deadline:
@@ -168,9 +174,11 @@ def tune(
             # The reconstruction sees the face at full weight and its surroundings lightly: they are the
             # photo's own after pasting, but an empty surrounding would pull the features apart.
             weight = 0.1 + 0.9 * mask
-            loss = reconstruction_loss(
-                original + weight * (raw - original), original, settings.l2_weight, settings.ssim_weight
-            )
+            shown = original + weight * (raw - original)
+            substitute = settings.ssim_weight if perceptual is None else 0.0
+            loss = reconstruction_loss(shown, original, settings.l2_weight, substitute)
+            if perceptual is not None:
+                loss = loss + settings.lpips_weight * perceptual.to_reference(reference, shown).mean()
             losses = {"reconstruction": float(loss.detach())}
             if identity and (settings.id_lock or settings.hinge):
                 seen = diversify(picture, rng, settings.diversity)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cluster import Operator, Stage
 from pipelines.config import STAGES, Config
-from pipelines.manifests import SCHEMAS
+from pipelines.manifests import stage_schema
 from pipelines.stages.common import error_rows
 
 # Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
@@ -51,9 +51,9 @@ def make_stages(
         return Stage(
             name=name,
             version=VERSIONS[name],
-            schema=SCHEMAS[name],
+            schema=stage_schema(name, config.num_codes),
             factory=factory,
-            error_rows=partial(error_rows, name, config.seed),
+            error_rows=partial(error_rows, name, config.seed, layers=config.num_codes),
             row_id="face_id",
             pool=pool,
             **options,

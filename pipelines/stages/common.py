@@ -16,7 +16,7 @@ from torch import Tensor
 from cluster import ItemTimeout
 from cluster.worker import one_line, time_limit
 from pipelines import manifests
-from pipelines.manifests import ERROR, OK, SCHEMAS, row_seed
+from pipelines.manifests import ERROR, OK, row_seed
 from pipelines.photo import PhotoError
 from pipelines.sources import SourceError
 from scol_ops.metrics import to_uint8
@@ -55,9 +55,9 @@ def iterate(table: pa.Table) -> Iterator[Row]:
         yield dict(zip(names, values, strict=True))
 
 
-def to_table(stage: str, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """Rows in a stage's schema; what a row does not have is null."""
-    schema = SCHEMAS[stage]
+def to_table(stage: str, rows: Sequence[Mapping[str, Any]], layers: int = manifests.CODE_LAYERS) -> pa.Table:
+    """Rows in a stage's schema, for a generator of so many codes; what a row does not have is null."""
+    schema = manifests.stage_schema(stage, layers)
     return pa.table([pa.array([row.get(f.name) for row in rows], f.type) for f in schema], schema=schema)
 
 
@@ -72,7 +72,9 @@ def failed(row: Mapping[str, Any], stage: str, reason: str, weights: str = "", s
     return base_row(row, weights, seconds) | {"status": ERROR, "reason": reason, "failed_stage": stage}
 
 
-def error_rows(stage: str, run_seed: int, table: pa.Table, reason: str) -> pa.Table:
+def error_rows(
+    stage: str, run_seed: int, table: pa.Table, reason: str, layers: int = manifests.CODE_LAYERS
+) -> pa.Table:
     """What the engine writes where the operator could not: rows that failed before stay as they were."""
     wanted = [name for name in (*(f.name for f in manifests.COMMON), "source.path") if name in table.column_names]
     out = []
@@ -81,7 +83,7 @@ def error_rows(stage: str, run_seed: int, table: pa.Table, reason: str) -> pa.Ta
         row.setdefault("seed", row_seed(run_seed, row["photo_id"]))
         answer = base_row(row, "") if row["status"] != OK else failed(row, stage, reason)
         out.append(answer | {"path": row.get("source.path"), "action": "none"})
-    return to_table(stage, out)
+    return to_table(stage, out, layers)
 
 
 def reason_of(error: BaseException) -> str:
@@ -95,12 +97,20 @@ def reason_of(error: BaseException) -> str:
     return f"EXCEPTION: {type(error).__name__}: {one_line(error)}"
 
 
-def each_face(stage: str, table: pa.Table, weights: str, limit: float, treat: Callable[[Row, float], Row]) -> pa.Table:
+def each_face(
+    stage: str,
+    table: pa.Table,
+    weights: str,
+    limit: float,
+    treat: Callable[[Row, float], Row],
+    layers: int = manifests.CODE_LAYERS,
+) -> pa.Table:
     """Call ``treat`` for every face that is well; carry the others.
 
     Args:
         limit: seconds that one face may take.
         treat: (row, deadline on ``time.monotonic()``) -> payload columns.
+        layers: codes of the generator.
     """
     out = []
     for row in iterate(table):
@@ -117,7 +127,7 @@ def each_face(stage: str, table: pa.Table, weights: str, limit: float, treat: Ca
             raise_if_unfit(error)
             answer = failed(row, stage, reason_of(error), weights, time.monotonic() - begin)
         out.append(answer)
-    return to_table(stage, out)
+    return to_table(stage, out, layers)
 
 
 def raise_if_unfit(error: BaseException) -> None:
@@ -164,11 +174,11 @@ def geometry_in_crop(
 
 
 def as_codes(vector: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """A manifest's vector to (1, 16, 512)."""
-    array = np.array(vector, np.float32).reshape(1, manifests.CODE_LAYERS, manifests.CODE_DIM)
+    """A manifest's vector to (1, L, 512)."""
+    array = np.array(vector, np.float32).reshape(1, -1, manifests.CODE_DIM)
     return torch.from_numpy(array).to(device)
 
 
 def as_vector(codes: Tensor) -> np.ndarray:
-    """(1, 16, 512) or (16, 512) to a manifest's vector of 8192 float32."""
+    """(1, L, 512) or (L, 512) to a manifest's vector of L x 512 float32."""
     return codes.detach().float().cpu().reshape(-1).numpy()

@@ -20,7 +20,7 @@ from scol_ops.fusion import fuse
 def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     """Loads the gallery; the result takes rows of ``invert`` with ``source.person_id``."""
     models.set_up()
-    gallery = Gallery.load(gallery_url)
+    gallery = Gallery.load(gallery_url, layers=config.num_codes)
 
     def run(table: pa.Table) -> pa.Table:
         rows = list(iterate(table))
@@ -35,7 +35,7 @@ def operator(config: Config, weights: str, gallery_url: str) -> Operator:
                     out[i] = failed(rows[i], "fuse", answer, weights, seconds)
                 else:
                     out[i] = base_row(rows[i], weights, seconds) | answer
-        return to_table("fuse", out)
+        return to_table("fuse", out, config.num_codes)
 
     return run
 

@@ -17,7 +17,8 @@ def operator(config: Config, weights: str) -> Operator:
     """Loads the networks; the result takes rows of ``align``."""
     models.set_up()
     device = models.pick_device(config.engine.device)
-    encoder, generator = models.encoder(device), models.generator(config.generator, device)
+    store = config.engine.models
+    encoder, generator = models.encoder(config.encoder, device, store), models.generator(config.generator, device, store)
     recogniser = models.recogniser(models.INVERSION_RECOGNISER, device)
     settings = InvertSettings(**config.invert.model_dump())
 
@@ -35,4 +36,5 @@ def operator(config: Config, weights: str) -> Operator:
             "identity": as_vector(own),
         }
 
-    return partial(each_face, "invert", weights=weights, limit=config.engine.face_seconds, treat=treat)
+    limit = config.engine.face_seconds
+    return partial(each_face, "invert", weights=weights, limit=limit, treat=treat, layers=config.num_codes)

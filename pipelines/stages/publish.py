@@ -41,7 +41,8 @@ def operator(config: Config, weights: str, out: str) -> Operator:
     """Loads the recognisers; the result takes all rows of one photo."""
     models.set_up()
     device = torch.device("cpu")
-    networks = {name: models.recogniser(name, device) for name in RECOGNISERS}
+    names = dict.fromkeys((*RECOGNISERS, config.publish.judge))
+    networks = {name: models.recogniser(name, device, config.engine.models) for name in names}
     judge = networks[config.publish.judge]
     limit = judge.threshold if config.publish.max_ism is None else config.publish.max_ism
     limits = Limits(config.align.max_pixels, config.align.max_bytes)

@@ -26,12 +26,14 @@ def operator(config: Config, weights: str) -> Operator:
     """Loads the networks; the result takes rows of ``fuse`` with ``align.crop`` and the face's geometry."""
     models.set_up()
     device = models.pick_device(config.engine.device)
-    generator = models.generator(config.generator, device)
+    store = config.engine.models
+    generator = models.generator(config.generator, device, store)
     for name in (*config.tune.identity, *config.refine.identity):
         if name == "encoder":
-            models.encoder(device)
+            models.encoder(config.encoder, device, store)
         else:
-            models.recogniser(name, device)
+            models.recogniser(name, device, store)
+    perceptual = None if config.tune.perceptual == "ssim" else models.perceptual(config.tune.perceptual, device, store)
     tuning, refining = settings_of(TuneSettings, config.tune), settings_of(RefineSettings, config.refine)
 
     def treat(row: Row, deadline: float) -> Row:
@@ -40,7 +42,7 @@ def operator(config: Config, weights: str) -> Operator:
         mask = face_mask(landmarks, config.crop_size)
 
         def features(names: tuple[str, ...]):
-            return [models.identity_feature(name, device, landmarks, box) for name in names]
+            return [models.identity_feature(name, device, landmarks, box, config.encoder, store) for name in names]
 
         tuned = tune(
             generator,
@@ -52,6 +54,7 @@ def operator(config: Config, weights: str) -> Operator:
             tuning,
             seed=row["seed"],
             deadline=deadline,
+            perceptual=perceptual,
         )
         refined = TuneResult(tuned.picture, 0, 0.0)
         if refining.steps and config.refine.identity:

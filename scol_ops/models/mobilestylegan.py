@@ -13,7 +13,7 @@ second layer, and the last code the conversion to an image.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -186,6 +186,17 @@ class MobileStyleGAN(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, codes[:, 2 * i + 1], codes[:, 2 * i + 2])
         return x
+
+    def tunable(self, which: str) -> Iterator[str]:
+        """Names of the parameters that a set of ``tuning.PARAMETER_SETS`` moves; the mapping network never moves."""
+        for name, _ in self.named_parameters():
+            if name.startswith("mapping."):
+                continue
+            if which == "convolutions" and (".style." in name or ".up." in name):
+                continue
+            if which == "late" and not name.startswith(("blocks.3.", "blocks.4.", "blocks.5.", "blocks.6.", "head.")):
+                continue
+            yield name
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes (B, 16, 512) to pictures (B, 3, R, R), RGB, nominally in [-1, 1] (not clamped)."""

@@ -124,7 +124,7 @@ def test_sections_have_all_fields_of_the_operators_settings() -> None:
     from scol_ops.tuning import TuneSettings
 
     for section, kind, extra in (
-        (module.TuneConfig, TuneSettings, {"identity", "margins"}),
+        (module.TuneConfig, TuneSettings, {"identity", "margins", "perceptual"}),
         (module.RefineConfig, RefineSettings, {"identity", "margins"}),
         (module.AttackConfig, AttackSettings, {"enabled"}),
         (module.InvertConfig, InvertSettings, set()),

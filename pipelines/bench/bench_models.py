@@ -1,0 +1,220 @@
+"""Benchmark of the networks: seconds forward and forward + backward, parameters, FLOPs, peak memory.
+
+    python -m pipelines.bench.bench_models [--only NAME] [--repeat 3] [--threads 1] [--device auto]
+
+One picture at a time, each network in a process of its own.  Public networks get random weights: what they cost does
+not depend on the numbers.  FLOPs are PyTorch's own count (torch.utils.flop_counter: a multiplication and an addition
+are two, element-wise work is not counted); backward is to all parameters for generators, to the picture for the others,
+as the stages use them.  Peak memory is the process's largest resident size less that before the network was made (on a
+GPU: what PyTorch allocated).  The last rows put together what one face costs in a profile.  Prints a table and writes
+build/bench/models.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipelines.config import EMBEDDED, ENCODER, load_config
+from pipelines.machine import machine, machine_line
+from pipelines.public_models import CARDS
+from scol_ops import runtime
+from scol_ops.models import checkpoints
+from scol_ops.models.recognisers import Recogniser, load_recogniser
+from scol_ops.models.weights import load_encoder, load_mobilestylegan
+
+# What the paper's table 5 says of an image: GFLOPs, millions of parameters, seconds (an RTX 3090).
+PAPER = {
+    "CLIP2Protect": (18756, 423, 70), "DiffAM": (1120, 227, 12), "DF-RAP": (332, 201, 4), "SCOL": (15229, 297, 47),
+}  # fmt: skip
+
+_FACTS = {
+    "stylegan2": lambda name: {"size": int(name.split("-")[1]), "multiplier": 2, "mapping_layers": 8, "layout": "rosinality"},
+    "e4e": lambda name: {"size": int(name.split("-")[1])},
+    "facenet": lambda name: {"classes": CARDS[name].facts["classes"]},
+    "irse50": lambda name: {"positions": 49, "affine": True},
+    "ir152": lambda name: {"positions": 49},
+}
+NAMES = (
+    "mobilestylegan-256", "mobilestylegan-1024", "stylegan2-256", "stylegan2-1024", EMBEDDED, "e4e-256", "e4e-1024",
+    "mobilefacenet", "dlib_resnet", "faceres", "facenet", "irse50", "ir152", "mobilefacenet-512", "lpips-alex", "lpips-vgg",
+)  # fmt: skip
+
+
+def build(name: str) -> nn.Module:
+    """A network by its name, in eval mode; a public one with random weights."""
+    if name in CARDS:
+        family = CARDS[name].family
+        return checkpoints.FAMILIES[family].build(_FACTS.get(family, lambda _: {})(name)).eval()
+    if name == EMBEDDED:
+        return load_encoder()
+    return load_mobilestylegan(int(name.split("-")[1])) if name.startswith("mobilestylegan") else load_recogniser(name)
+
+
+def call(network: nn.Module, size: int, device: torch.device) -> tuple[Callable[[], Tensor], int]:
+    """A run of the network on one picture (or code) as the stages use it, and the picture's side.
+
+    Args:
+        size: side of LPIPS's picture, which takes any.
+    """
+    if hasattr(network, "mapping"):
+        moving = set(network.tunable("all"))
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in moving)
+        codes = torch.randn(1, network.num_codes, 512, device=device)
+        return lambda: network(codes), network.resolution
+    network.requires_grad_(False)
+    side = network.input_size if isinstance(network, Recogniser) else size
+    picture = (torch.rand(1, 3, side, side, device=device) * 2 - 1).requires_grad_(True)
+    if isinstance(network, Recogniser):
+        return lambda: network.embed_aligned(picture), side
+    if hasattr(network, "to_reference"):
+        with torch.no_grad():
+            reference = network.reference(picture.detach().flip(3))
+        return lambda: network.to_reference(reference, picture), side
+    return lambda: network(picture), side
+
+
+def measure(name: str, repeat: int, device: torch.device) -> dict[str, Any]:
+    """Numbers of one network, in this process."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    network = build(name).to(device)
+    if device.type == "cuda":
+        network = network.to(memory_format=torch.channels_last)
+        torch.cuda.reset_peak_memory_stats()
+    run, side = call(network, 256, device)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        work()
+        times = []
+        for _ in range(repeat):
+            begin = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return run()
+
+    def both() -> None:
+        run().square().sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    once = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        both()
+    result = {
+        "name": name,
+        "side": side,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "flops_forward": once,
+        "flops_both": counter.get_total_flops(),
+        "seconds_forward": seconds(forward),
+        "seconds_both": seconds(both),
+    }
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else (after - before) * 1024
+    return result
+
+
+def of_profile(profile: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What one face costs by the networks' own numbers: steps of each stage times theirs; None where a row is missing.
+
+    The encoder's first look, LPIPS (where the profile takes it; AlexNet's), and what features are locked are counted;
+    the judge, alignment and losses without networks are not.
+    """
+    config = load_config(profile)
+    own = {ENCODER: config.encoder}
+    lpips = ["lpips-alex"] if config.tune.perceptual != "ssim" else []
+    tune = [config.generator, *(own.get(n, n) for n in config.tune.identity), *lpips]
+    refine = [own.get(n, n) for n in config.refine.identity] if config.refine.steps else []
+    steps = [(name, config.tune.steps) for name in tune] + [(name, config.refine.steps) for name in refine]
+    if config.attack.enabled:
+        steps.append((config.encoder, config.attack.steps))
+    needed = {name for name, _ in steps} | {config.encoder}
+    if not needed <= set(rows):
+        return None
+    scale = {n: (config.crop_size / 256) ** 2 if n.startswith("lpips") else 1.0 for n in needed}  # LPIPS sees the crop
+    return {
+        "profile": profile,
+        "networks": sorted(needed),
+        "parameters": sum(rows[name]["parameters"] for name in needed),
+        "flops": rows[config.encoder]["flops_forward"] + sum(n * scale[k] * rows[k]["flops_both"] for k, n in steps),
+        "seconds": rows[config.encoder]["seconds_forward"] + sum(n * scale[k] * rows[k]["seconds_both"] for k, n in steps),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The numbers as a Markdown table (docs/models.md)."""
+    lines = [
+        "| network | input px | parameters, M | GFLOPs forward | GFLOPs both | s forward | s both | peak, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['name']} | {r['side']} | {r['parameters'] / 1e6:.1f} | {r['flops_forward'] / 1e9:.1f} | "
+        f"{r['flops_both'] / 1e9:.1f} | {r['seconds_forward']:.3f} | {r['seconds_both']:.3f} | {r['peak_bytes'] / 2**20:.0f} |"
+        for r in result["networks"]
+    ]
+    lines += ["", "| one face | parameters, M | GFLOPs | s |", "|---|---|---|---|"]
+    lines += [
+        f"| profile `{r['profile']}`: {', '.join(r['networks'])} | {r['parameters'] / 1e6:.0f} | {r['flops'] / 1e9:.0f} | "
+        f"{r['seconds']:.0f} |"
+        for r in result["profiles"]
+    ]
+    lines += [f"| {name} (the paper's table 5, RTX 3090) | {m} | {g} | {s} |" for name, (g, m, s) in PAPER.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=NAMES, help="only this network; repeatable")
+    parser.add_argument("--repeat", type=int, default=3, help="timed runs of each, of which the fastest counts")
+    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("build/bench/models.json"))
+    arguments = parser.parse_args()
+    cuda = arguments.device != "cpu" and torch.cuda.is_available()
+    if arguments.device == "cuda" and not cuda:
+        parser.error("this process sees no GPU")
+    device = torch.device("cuda" if cuda else "cpu")
+    if arguments.one:
+        runtime.set_up(arguments.threads)
+        print(json.dumps(measure(arguments.one, arguments.repeat, device)))
+        return
+    rows = []
+    for name in arguments.only or NAMES:
+        command = [sys.executable, "-W", "ignore", "-m", "pipelines.bench.bench_models", "--one", name]
+        command += ["--repeat", str(arguments.repeat), "--threads", str(arguments.threads), "--device", arguments.device]
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.append(json.loads(answer.stdout.splitlines()[-1]))
+        print(f"{name}: {rows[-1]['seconds_both']:.3f} s", file=sys.stderr)
+    named = {row["name"]: row for row in rows}
+    profiles = [found for name in ("quick", "standard", "paper") if (found := of_profile(name, named)) is not None]
+    result = {
+        "machine": machine(), "torch": torch.__version__, "device": str(device), "threads": arguments.threads,
+        "repeat": arguments.repeat, "networks": rows, "profiles": profiles,
+    }  # fmt: skip
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1))
+    print(f"{machine_line()}; on {device}, {arguments.threads} thread(s); the fastest of {arguments.repeat}")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
