@@ -10,7 +10,7 @@ BENCHES := align gallery stages models
 
 BVENV   := build/bench-venv
 
-.PHONY: help setup setup-test demo test bench $(addprefix bench-,$(BENCHES)) bench-engine chaos clean
+.PHONY: help setup setup-test demo test bench $(addprefix bench-,$(BENCHES)) bench-engine bench-protection chaos clean
 
 help:
 	@echo "make setup          create .venv (pinned versions; quick when nothing changed)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test           set-up, then the tests"
 	@echo "make bench          all benchmarks; one of them: $(addprefix bench-,$(BENCHES))"
 	@echo "make bench-engine   the engine beside datatrove and Ray Data (in an environment of their own), planning, overhead"
+	@echo "make bench-protection  our profile and attacks on 128 people of LFW (hours; ARGS=\"--people 8\" for a look)"
 	@echo "make chaos          kill 200 processes of running jobs, resume, and compare what came out"
 	@echo "make clean          remove .venv and build"
 
@@ -60,6 +61,9 @@ $(BVENV)/.done: requirements-bench.txt constraints.txt
 
 bench-engine: $(STAMP) $(BVENV)/.done
 	$(PY) -m pipelines.bench.bench_engine $(ARGS)
+
+bench-protection: $(STAMP)
+	$(PY) -m pipelines.bench.bench_protection $(ARGS)
 
 chaos: $(STAMP)
 	$(PY) -m pipelines.bench.chaos $(ARGS)

@@ -51,7 +51,6 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
         from pipelines.manifests import to_json
         from pipelines.protect import Reporter
         from scol_ops.distortions import STANDARD
-        from scol_ops.models.recognisers import RECOGNISERS
 
         if no_distortions and distortions:
             raise click.UsageError("--distortion and --no-distortions exclude each other")
@@ -59,7 +58,7 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
         try:
             result = job.evaluate(
                 originals, protected, out=out, gallery=gallery, people_from=people_from,
-                recognisers=recognisers or RECOGNISERS,
+                recognisers=recognisers or None,
                 distortions=() if no_distortions else distortions or STANDARD, inside=inside or None, limit=limit, seed=seed,
                 references=references, drop=drop, photo=not no_photo, workers=workers, ray_address=ray_address, say=say,
                 progress=reporter)

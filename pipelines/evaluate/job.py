@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from cluster import Engine, KeyRule, PartStore, Pool, Progress, Resources, Stage, hash_key, hash_keys
 from cluster.keys import pack
-from pipelines import models
 from pipelines.config import ENCODER, ENCODER_TRUNK
+from pipelines.evaluate import judges as recogniser_list
 from pipelines.evaluate import measure
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Gallery, Settings, face_schema, reference_schema, reference_source_schema
@@ -34,7 +34,6 @@ from pipelines.protect import absolute, default_run, versions
 from pipelines.sources import check_out
 from scol_ops import detection
 from scol_ops.distortions import NONE, STANDARD, Distortion
-from scol_ops.models.recognisers import RECOGNISERS, load_recogniser
 
 SCHEMA_VERSION = 1
 REFERENCES = 1000
@@ -75,9 +74,10 @@ def inside_of(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 def check_settings(recognisers: Sequence[str], distortions: Sequence[str]) -> None:
     """Raises EvaluateError BAD_SETTING."""
-    unknown = [name for name in recognisers if name not in RECOGNISERS]
+    known = recogniser_list.available()
+    unknown = [name for name in recognisers if name not in known]
     if unknown:
-        raise EvaluateError("BAD_SETTING", f"unknown recogniser {unknown[0]!r}; there are {', '.join(RECOGNISERS)}")
+        raise EvaluateError("BAD_SETTING", f"unknown recogniser {unknown[0]!r}; there are {', '.join(known)}")
     if not recognisers:
         raise EvaluateError("BAD_SETTING", "no recogniser")
     if len(set(distortions)) < len(distortions) or len(set(recognisers)) < len(recognisers):
@@ -98,7 +98,7 @@ def evaluate(
     out: str | None = None,
     gallery: str | None = None,
     people_from: str | None = None,
-    recognisers: Sequence[str] = RECOGNISERS,
+    recognisers: Sequence[str] | None = None,
     distortions: Sequence[str] = STANDARD,
     inside: Sequence[str] | None = None,
     limit: int | None = None,
@@ -109,6 +109,7 @@ def evaluate(
     workers: int | None = None,
     ray_address: str | None = None,
     device: str = "auto",
+    work: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -119,9 +120,10 @@ def evaluate(
         originals, protected: trees as for `scol protect`: folders, globs, lists, tables; paths or fsspec URLs.
         out: folder for the results; by default beside PROTECTED.
         gallery, people_from, limit, seed, references, drop: see `pairs.Pairing`.
-        recognisers, distortions, photo: see `measure.Settings`.
+        recognisers: names; None: all that are here. distortions, photo: see `measure.Settings`.
         inside: recognisers that the method used; None: found out where `scol protect` made the tree.
         workers: processes; None: as the machine has.
+        work: folder of what is finished, which several evaluations may share; by default OUT/work.
         say: takes messages, one line each. progress, stop: see `cluster.Engine`.
 
     Returns:
@@ -132,6 +134,7 @@ def evaluate(
         WeightsError, ClusterError, RunInterrupted: see `cluster` and `scol_ops.models.weights`.
     """
     begin = time.monotonic()
+    recognisers = recogniser_list.available() if recognisers is None else recognisers
     check_settings(recognisers, distortions)
     out = absolute(out or default_out(protected))
     for tree in (originals, protected, *(() if gallery is None else (gallery,))):
@@ -139,7 +142,7 @@ def evaluate(
     inside = recognisers_inside(protected) if inside is None else tuple(inside)
     check_settings([*recognisers, *(name for name in inside if name not in recognisers)], ())
     settings = Settings(tuple(recognisers), tuple(distortions), photo, seed, device)
-    run = Run(out)
+    run, parts = Run(out), Run(absolute(work) if work is not None else f"{out.rstrip('/')}/work")
     with tempfile.TemporaryDirectory(prefix="scol-evaluate-") as folder:
         say("listing")
         pairing = Pairing(
@@ -149,11 +152,11 @@ def evaluate(
         c = pairing.counts
         say(f"{c.photos} photos of {c.people} people to measure; gallery of {len(pairing.references)} people")
         engine = partial(_engine, workers=workers, address=ray_address, progress=progress, stop=stop)
-        where, people = embed_gallery(run, pairing, settings, engine)
+        where, people = embed_gallery(parts, pairing, settings, engine)
         say(f"gallery: {len(people.people)} people embedded, {len(pairing.references) - len(people.people)} have no usable photo")
         rule = measure_rule(settings, where)
         schema = face_schema(settings)
-        store = PartStore(run.path("work/faces"), schema_version=SCHEMA_VERSION)
+        store = PartStore(parts.path("faces"), schema_version=SCHEMA_VERSION)
         stage = Stage(
             name="measure", version=measure.MEASURE_VERSION, schema=schema,
             factory=partial(measure.measure_operator, settings, schema, where),
@@ -177,16 +180,16 @@ def _engine(
                   stop=stop)
 
 
-def embed_gallery(run: Run, pairing: Pairing, settings: Settings, engine: Callable[..., Engine]) -> tuple[str, Gallery]:
+def embed_gallery(parts: Run, pairing: Pairing, settings: Settings, engine: Callable[..., Engine]) -> tuple[str, Gallery]:
     """Embed the people of the gallery; returns where the result is, and the result."""
-    dims = {name: load_recogniser(name).dim for name in settings.recognisers}
+    dims = {name: recogniser_list.load(name).dim for name in settings.recognisers}
     schema = reference_schema(settings.recognisers, dims)
     rows = [{"key": hash_key("reference", r.person, *(f for photo in r.photos for f in photo)), "person_id": r.person,
              "photos": [url for url, _ in r.photos], "status": OK, "reason": None} for r in pairing.references]
     source = pa.Table.from_pylist(rows, reference_source_schema())
     weights = _fingerprints(settings.recognisers)
     keys = hash_keys(("embed", measure.EMBED_VERSION, weights), source["key"].to_pylist())
-    store = PartStore(run.path("work/gallery"), schema_version=SCHEMA_VERSION)
+    store = PartStore(parts.path("gallery"), schema_version=SCHEMA_VERSION)
     stage = Stage(
         name="embed", version=measure.EMBED_VERSION, schema=schema,
         factory=partial(measure.embed_operator, settings, schema), error_rows=partial(_no_reference, schema), pool="eyes",
@@ -195,9 +198,9 @@ def embed_gallery(run: Run, pairing: Pairing, settings: Settings, engine: Callab
         engine(store, [stage], len(rows)).run(source, {"embed": keys})
     found = store.read_rows("embed", keys, schema=schema) if rows else schema.empty_table()
     found = found.filter(pc.equal(found["status"], OK))
-    name = f"work/gallery-{hash_key(weights, *found['key'].to_pylist())[:16]}.parquet"
-    run.write_table(name, found)
-    return run.path(name), Gallery.read(run.path(name), settings.recognisers)
+    name = f"gallery-{hash_key(weights, *found['key'].to_pylist())[:16]}.parquet"
+    parts.write_table(name, found)
+    return parts.path(name), Gallery.read(parts.path(name), settings.recognisers)
 
 
 def _no_reference(schema: pa.Schema, table: pa.Table, reason: str) -> pa.Table:
@@ -207,7 +210,7 @@ def _no_reference(schema: pa.Schema, table: pa.Table, reason: str) -> pa.Table:
 
 def _fingerprints(recognisers: Sequence[str]) -> str:
     eyes = f"mtcnn:{detection.weights_fingerprint()}:{sorted(measure.DETECTOR.items())}"
-    return ",".join([eyes, *(f"{name}:{models.recogniser_fingerprint(name)}" for name in recognisers)])
+    return ",".join([eyes, *(f"{name}:{recogniser_list.fingerprint(name)}" for name in recognisers)])
 
 
 def measure_rule(settings: Settings, gallery_url: str) -> KeyRule:
@@ -249,7 +252,7 @@ def _collect(
     schema = face_schema(settings)
     judges = []
     for number, name in enumerate(settings.recognisers):
-        network = load_recogniser(name)
+        network = recogniser_list.load(name)
         found, pairs = thresholds(people.embeddings[number])
         judges.append(Judge(name, network.fingerprint, network.threshold, found, pairs, name in about["inside"]))
     collector = Collector(settings, judges, _people(store, pairing, rule, schema))

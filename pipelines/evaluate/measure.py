@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cluster import Operator
 from pipelines import models
+from pipelines.evaluate import judges
 from pipelines.evaluate.pairs import OK
 from pipelines.manifests import face_id, row_seed
 from pipelines.photo import Photo, PhotoError, decode
@@ -178,7 +179,7 @@ class Eyes:
     def __init__(self, recognisers: Sequence[str], device: str = "cpu") -> None:
         models.set_up()
         self.device = models.pick_device(device)
-        self.networks: list[Recogniser] = [models.recogniser(name, self.device) for name in recognisers]
+        self.networks: list[Recogniser] = [judges.load(name, self.device) for name in recognisers]
         self.detector = models.detector(
             self.device, DETECTOR["min_face_size"], DETECTOR["min_confidence"], DETECTOR["max_side"], 4)
 

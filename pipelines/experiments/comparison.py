@@ -1,0 +1,129 @@
+"""Several methods on the same people: each makes its tree, each tree is evaluated, and the figures stand side by side.
+
+Everything is resumable: trees, parts and galleries lie in one folder, and what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import Progress
+from pipelines.evaluate import job
+from pipelines.evaluate.page import plain_table
+from pipelines.evaluate.summary import AVERAGE, PROTECTED
+from pipelines.experiments.methods import Made, Method, make
+from pipelines.machine import machine
+from scol_ops.distortions import NONE
+
+Say = Callable[[str], None]
+UNPROTECTED = Method("unprotected", "folder")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method and what became of it. `figures`: of `scol evaluate`."""
+
+    method: Method
+    made: Made
+    figures: dict[str, Any]
+
+    def cell(self, recogniser: str = AVERAGE, variant: str = NONE) -> dict[str, Any] | None:
+        """Identity measures of the protected photos; None where this recogniser was used by the method."""
+        if recogniser in self.method.used:
+            return None
+        found = self.figures["identity"].get(recogniser)
+        return None if found is None else found[PROTECTED][variant]
+
+    def picture(self, measure: str, variant: str = NONE) -> dict[str, Any] | None:
+        return self.figures["picture"][measure][variant]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the JSON file: without settings that all lines share."""
+        names = ("counts", "inside", "recognisers", "identity", "picture", "distributions")
+        return {"method": vars(self.method), "seconds_per_face": self.made.seconds_per_face, "failed": self.made.failed,
+                **{name: self.figures[name] for name in names}}
+
+
+def compare(
+    methods: Iterable[Method], originals: Path, gallery: Path, folder: Path, *, recognisers: Sequence[str],
+    distortions: Sequence[str], references: int, workers: int | None = None, seed: int = 0, say: Say = lambda text: None,
+    progress: Callable[[], Callable[[Progress], None] | None] = lambda: None,
+) -> list[Line]:
+    """Make and evaluate all methods' trees.
+
+    Args:
+        methods: in the order of the lines; names differ.
+        originals, gallery: of `protocol.lay_out`.
+        folder: where trees and evaluations go.
+        recognisers, distortions, references, seed: see `scol evaluate`.
+        workers: processes of each job.
+        say: takes messages. progress: makes a new one for each job.
+
+    Raises:
+        what `make` and `evaluate` raise.
+    """
+    lines = []
+    for method in methods:
+        begin = time.monotonic()
+        say(f"{method.name}: protecting")
+        if method is UNPROTECTED:
+            made = Made(str(originals), None)
+        else:
+            made = make(method, originals, folder / "trees", workers=workers, say=say, progress=progress())
+        say(f"{method.name}: evaluating")
+        figures = job.evaluate(
+            str(originals), made.tree, out=str(folder / "evaluations" / method.name), gallery=str(gallery),
+            people_from="folder", recognisers=recognisers, distortions=distortions, inside=method.used,
+            references=references, workers=workers, seed=seed, work=str(folder / "work"), say=say, progress=progress()).figures
+        lines.append(Line(method, made, figures))
+        say(f"{method.name}: done in {time.monotonic() - begin:.0f} s")
+    return lines
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def percent(estimate: Mapping[str, Any] | None, interval: bool = True) -> str:
+    """`97.9 [93.2, 100.0]`."""
+    return number(estimate, 100, 1, interval)
+
+
+def number(estimate: Mapping[str, Any] | None, scale: float = 1, digits: int = 3, interval: bool = False) -> str:
+    """A mean, with its interval if wanted; a dash for none."""
+    if estimate is None:
+        return "-"
+    text = f"{estimate['value'] * scale:.{digits}f}"
+    if interval and estimate["low"] is not None:
+        text += f" [{estimate['low'] * scale:.{digits}f}, {estimate['high'] * scale:.{digits}f}]"
+    return text
+
+
+def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants: Sequence[str]) -> str:
+    """Markdown: Rank-1-U by recogniser before and after distortions, ISM, and what it cost."""
+    head = ["method", "photos as"]
+    head += [f"Rank-1-U {name}, %" for name in recognisers] + ["Rank-1-U average, % [95 %]", "ISM", "accepted as original, %"]
+    head += ["PSNR, dB", "SSIM", "FLIP", "s a face"]
+    rows = [head]
+    for line in lines:
+        for variant in variants:
+            cells = [line.cell(name, variant) for name in recognisers]
+            average = line.cell(AVERAGE, variant)
+            first = variant == NONE
+            rows.append([
+                line.method.name, "saved" if first else variant,
+                *("inside" if cell is None else percent(cell["rank1_u"], False) for cell in cells),
+                *(("-", "-", "-") if average is None else (percent(average["rank1_u"]), number(average["ism"], 1, 3, True),
+                                                          percent(average["verified_own_1e-2"], False))),
+                number(line.picture("psnr", variant), 1, 2), number(line.picture("ssim", variant)),
+                number(line.picture("flip", variant)),
+                "-" if not first or line.made.seconds_per_face is None else f"{line.made.seconds_per_face:.1f}"])
+    return plain_table(rows)
+
+
+def record(lines: Sequence[Line], **about: Any) -> dict[str, Any]:
+    """What goes to a JSON file."""
+    return {**about, "machine": machine(), "lines": [line.to_dict() for line in lines]}

@@ -1,0 +1,208 @@
+"""Ways to protect a tree of photos, each giving a tree: ours, the attacks it is compared with, or a folder that somebody made.
+
+All write files of the same format, tables and quality as the originals', so that a codec favours none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from cluster import Engine, Operator, PartStore, Pool, Progress, Resources, Stage, hash_keys
+from pipelines.config import load_config
+from pipelines.evaluate import judges
+from pipelines.evaluate.job import inside_of
+from pipelines.evaluate.measure import Eyes, Window
+from pipelines.manifests import row_seed
+from pipelines.photo import PhotoError, decode, encode
+from pipelines.protect import list_source, protect, source_table
+from pipelines.sources import SourceError, read_bytes, write_output
+from pipelines.stages.common import reason_of, to_tensor
+from scol_ops.attacks import MIFGSMSettings, TIDIMSettings, TIPIMSettings, mi_fgsm, ti_dim, tip_im
+from scol_ops.metrics import to_uint8
+from scol_ops.models.recognisers import ffhq_mean_geometry
+from scol_ops.models.weights import load_mobilestylegan
+
+ATTACKS = {"mi-fgsm": MIFGSMSettings, "ti-dim": TIDIMSettings, "tip-im": TIPIMSettings}
+VERSION = "1"
+TARGETS = 10  # of TIP-IM, as in its paper: people who do not exist
+_AROUND = 1.3  # side of what may change, in sides of the face's box
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of a table.
+
+    Attributes:
+        name: of its folder and its line.
+        kind: `ours`, `attack` or `folder`.
+        profile, sets: of `scol protect`.
+        attack, eps: one of `ATTACKS`, and its bound in [0, 1] units.
+        surrogates: recognisers that the attack works on.
+        folder: where the protected photos are.
+        inside: recognisers that cannot judge it, for `folder`.
+    """
+
+    name: str
+    kind: str
+    profile: str = "standard"
+    sets: tuple[str, ...] = ()
+    attack: str | None = None
+    eps: float = 8 / 255
+    surrogates: tuple[str, ...] = ()
+    folder: str | None = None
+    inside: tuple[str, ...] = ()
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Recognisers that the method works through: they do not judge it."""
+        if self.kind == "ours":
+            return inside_of(load_config(self.profile, sets=self.sets).model_dump(mode="json"))
+        return self.surrogates if self.kind == "attack" else self.inside
+
+
+@dataclass
+class Made:
+    """A tree that a method made: where it is, seconds of one core a face (None where nobody knows), photos that failed."""
+
+    tree: str
+    seconds_per_face: float | None
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def make(method: Method, originals: Path, folder: Path, *, workers: int | None, say: Say,
+         progress: Callable[[Progress], None] | None = None) -> Made:
+    """Protect `originals` by a method into `FOLDER/NAME`; what is done already is not done again.
+
+    Raises:
+        what `protect` raises, and SourceError.
+    """
+    out = folder / method.name
+    if method.kind == "folder":
+        return Made(str(method.folder), None)
+    if method.kind == "ours":
+        config = load_config(method.profile, sets=method.sets, engine__workers=workers)
+        result = protect(str(originals), str(out), config, say=say)
+        return Made(str(out), result["seconds_per_face"], {code: str(n) for code, n in result["reasons"].items()})
+    return _attack(method, originals, out, workers, progress)
+
+
+# ---- attacks as a stage ----------------------------------------------------------------------------------------------
+
+_SCHEMA = pa.schema([
+    pa.field("key", pa.string(), False), pa.field("path", pa.string(), False), pa.field("status", pa.string(), False),
+    pa.field("reason", pa.string()), pa.field("faces", pa.int32()), pa.field("seconds", pa.float32()),
+    pa.field("loss_before", pa.float32()), pa.field("loss_after", pa.float32()),
+])
+
+
+def _attack(
+    method: Method, originals: Path, out: Path, workers: int | None, progress: Callable[[Progress], None] | None
+) -> Made:
+    source = source_table(list_source(str(originals)).photos)
+    settings = {"method": asdict(method), "version": VERSION,
+                "weights": [judges.fingerprint(name) for name in method.surrogates]}
+    rule = partial(hash_keys, ("attack", json.dumps(settings, sort_keys=True), str(out)))
+    store = PartStore(str(out) + ".run", schema_version=1)
+    stage = Stage(
+        name="attack", version=VERSION, schema=_SCHEMA, factory=partial(_operator, method, str(out)),
+        error_rows=_error_rows, columns=["path", "url", "status", "reason"], pool="attack",
+        resources=Resources(num_gpus=0.2, threads=1, memory=2 * 2**30), item_seconds=1800.0)
+    pools = {} if workers is None else {"attack": Pool(actors=workers)}
+    Engine(store, [stage], pools=pools, shard_items=4, progress=progress).run(source, {"attack": rule})
+    rows = store.read_rows("attack", rule(source["key"].to_pylist()), schema=_SCHEMA)
+    failed = {r["path"]: r["reason"] for r in rows.to_pylist() if r["status"] == "error"}
+    faces = pc.sum(rows["faces"]).as_py() or 0
+    return Made(str(out), (pc.sum(rows["seconds"]).as_py() or 0.0) / faces if faces else None, failed)
+
+
+def _error_rows(table: pa.Table, reason: str) -> pa.Table:
+    rows = [{"key": r["key"], "path": r["path"], "status": "error", "reason": reason} for r in table.to_pylist()]
+    return pa.Table.from_pylist(rows, _SCHEMA)
+
+
+def _operator(method: Method, out: str) -> Operator:
+    """Loads surrogates and targets; the result takes rows of the source table."""
+    eyes = Eyes(method.surrogates, "auto")
+    targets = target_features(method.surrogates, eyes.device.type) if method.attack == "tip-im" else []
+
+    def run(table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([_photo(row, method, eyes, targets, out) for row in table.to_pylist()], _SCHEMA)
+
+    return run
+
+
+def _photo(row: Mapping[str, Any], method: Method, eyes: Eyes, targets: Sequence[Tensor], out: str) -> dict[str, Any]:
+    answer: dict[str, Any] = {"key": row["key"], "path": row["path"], "status": "ok", "reason": None, "faces": 0, "seconds": 0.0}
+    if row["status"] != "ok":
+        return answer | {"status": "error", "reason": row["reason"]}
+    try:
+        photo = decode(read_bytes(row["url"]))
+        pixels = photo.pixels.copy()
+        begin = time.monotonic()
+        losses = []
+        for index, spot in enumerate(eyes.faces(pixels)):
+            window = Window.about(pixels, spot)
+            left, top = (int(round(v)) for v in spot.box[:2] - window.spot.box[:2])
+            picture = to_tensor(window.pixels, eyes.device)
+            landmarks, box = (torch.from_numpy(v)[None].float().to(eyes.device) for v in (window.spot.landmarks, window.spot.box))
+            identity = [lambda x, n=n, lm=landmarks, b=box: n.embed_photo(x, lm, b) for n in eyes.networks]
+            result = run_attack(method, picture, identity, targets, box_mask(box, *picture.shape[-2:]),
+                                row_seed(0, f"{row['photo_id'] if 'photo_id' in row else row['path']}/{index}"))
+            height, width = window.pixels.shape[:2]
+            pixels[top : top + height, left : left + width] = to_uint8(result.picture[0])
+            losses.append((float(result.loss_before), float(result.loss_after)))
+        seconds = time.monotonic() - begin
+        write_output(out, row["path"], encode(photo, pixels))
+    except (PhotoError, SourceError) as error:
+        return answer | {"status": "error", "reason": reason_of(error)}
+    answer |= {"faces": len(losses), "seconds": seconds}
+    if losses:
+        answer |= {"loss_before": sum(a for a, _ in losses) / len(losses), "loss_after": sum(b for _, b in losses) / len(losses)}
+    return answer
+
+
+def run_attack(
+    method: Method, picture: Tensor, identity: Sequence[Callable[[Tensor], Tensor]], targets: Sequence[Tensor], mask: Tensor,
+    seed: int,
+):
+    """One face; see `scol_ops.attacks`."""
+    settings = ATTACKS[method.attack](eps=method.eps)
+    if method.attack == "mi-fgsm":
+        return mi_fgsm(picture, identity, settings, mask)
+    if method.attack == "ti-dim":
+        return ti_dim(picture, identity, settings, mask, seed)
+    return tip_im(picture, identity, targets, settings, mask, seed)
+
+
+def box_mask(box: Tensor, height: int, width: int) -> Tensor:
+    """(1, 1, H, W): 1 in a face's box made a little larger, where the attacks may change pixels, 0 elsewhere."""
+    centre, side = (box[0, :2] + box[0, 2:]) / 2, (box[0, 2:] - box[0, :2]).max() * _AROUND / 2
+    y, x = (torch.arange(n, device=box.device) for n in (height, width))
+    inside = ((y - centre[1]).abs() <= side)[:, None] & ((x - centre[0]).abs() <= side)
+    return inside[None, None].float()
+
+
+@lru_cache(2)
+def target_features(surrogates: tuple[str, ...], device: str) -> list[Tensor]:
+    """Per surrogate (TARGETS, D) features of generated people."""
+    generator = load_mobilestylegan(256)
+    z = torch.randn(TARGETS, 512, generator=torch.Generator().manual_seed(77))
+    landmarks, box = ffhq_mean_geometry(1, 256)
+    with torch.no_grad():
+        codes = generator.mean_code + 0.7 * (generator.mapping(z) - generator.mean_code)
+        faces = [generator(c.expand(1, 16, -1)).clamp(-1, 1) for c in codes]
+        networks = [judges.load(name) for name in surrogates]
+        return [torch.cat([n.embed_crops(f, landmarks, box) for f in faces]).to(device) for n in networks]

@@ -1,0 +1,70 @@
+"""Who is probed and who is in the gallery: one photo each to protect, one other photo each to find them by, and strangers."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.experiments.datasets import DatasetError, DatasetPhoto
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Paths below a data set's root. `probes`, `mates`: by person, never the same photo; `distractors`: by other person."""
+
+    probes: dict[str, str]
+    mates: dict[str, str]
+    distractors: dict[str, str]
+
+
+def choose(photos: Iterable[DatasetPhoto], people: int, distractors: int = 1000, seed: int = 0) -> Protocol:
+    """Draw people with two or more photos, and others.
+
+    Args:
+        photos: of a data set.
+        people: how many to probe; a larger number has those of a smaller one among it, and keeps their photos.
+        distractors: most others, one photo each.
+        seed: of all draws.
+
+    Raises:
+        DatasetError: fewer people with two photos than asked for.
+    """
+    by_person: dict[str, list[str]] = {}
+    for photo in photos:
+        by_person.setdefault(photo.person, []).append(photo.path)
+    several = sorted(person for person, paths in by_person.items() if len(paths) > 1)
+    if len(several) < people:
+        raise DatasetError(f"{people} people with two photos are wanted, there are {len(several)}")
+    random.Random(f"{seed}/people").shuffle(several)
+    pairs = {person: random.Random(f"{seed}/{person}").sample(sorted(by_person[person]), 2) for person in several[:people]}
+    others = sorted(set(by_person) - set(pairs))
+    # Shuffled as a whole before it is cut: with other numbers of people most distractors stay.
+    others.sort(key=lambda person: random.Random(f"{seed}/other/{person}").random())
+    chosen = {person: random.Random(f"{seed}/{person}").choice(sorted(by_person[person])) for person in others[:distractors]}
+    return Protocol({p: a for p, (a, _) in pairs.items()}, {p: b for p, (_, b) in pairs.items()}, chosen)
+
+
+def lay_out(protocol: Protocol, root: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Copy the photos to `FOLDER/originals/PERSON/` and `FOLDER/gallery/PERSON/`; files that are there already stay.
+
+    Photos of an earlier protocol that are not of this one are removed from these two folders.
+
+    Returns:
+        the two folders.
+    """
+    places = (Path(folder) / "originals", Path(folder) / "gallery")
+    wanted = [protocol.probes, {**protocol.mates, **protocol.distractors}]
+    for place, photos in zip(places, wanted, strict=True):
+        files = {place / person / Path(path).name: Path(root) / path for person, path in photos.items()}
+        for old in place.rglob("*") if place.exists() else ():
+            if old.is_file() and old not in files:
+                old.unlink()
+        for target, source in files.items():
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target)
+    return places

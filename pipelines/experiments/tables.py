@@ -1,0 +1,275 @@
+"""The paper's tables as named experiments, with its figures beside ours: `scol experiment run NAME`.
+
+Each is a list of methods on one protocol (`comparison.compare`), so each is resumable, and a larger `--people` goes on from a smaller
+one.  The paper's figures are those of ../shared/METHOD.md; what cannot be had here (other recognisers, other
+defences' networks, face swappers) enters by folders of its outputs, and stays a dash without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import Progress, ray_session
+from pipelines.evaluate import judges
+from pipelines.evaluate.page import plain_table
+from pipelines.evaluate.summary import AVERAGE
+from pipelines.experiments import costs
+from pipelines.experiments.comparison import UNPROTECTED, Line, compare, number, percent, record
+from pipelines.experiments.datasets import read_dataset
+from pipelines.experiments.methods import ATTACKS, Method
+from pipelines.experiments.protocol import choose, lay_out
+from pipelines.experiments.swaps import SwapFigures, measure_swaps
+from pipelines.manifests import to_json
+
+DISTORTION = "jpeg75+half"
+Say = Callable[[str], None]
+
+
+class ExperimentError(ValueError):
+    """An experiment that cannot be run as asked."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `scol experiment run` is given.
+
+    Attributes:
+        data: root of the data set. dataset: its layout.
+        out: folder of everything.
+        people, distractors, seed: of the protocol.
+        profile: of `scol protect`, which the experiment varies.
+        sets: further settings, for all lines of ours.
+        others: name -> folder with another defence's outputs for the protocol's originals (table1).
+        swaps: folder with a face swapper's outputs, see docs/evaluate.md (table3, table4).
+        workers: processes.
+    """
+
+    data: str
+    dataset: str
+    out: str
+    people: int = 128
+    distractors: int = 1000
+    seed: int = 0
+    profile: str = "paper"
+    sets: tuple[str, ...] = ()
+    others: Mapping[str, str] | None = None
+    swaps: str | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """`methods`: of the options; `table`: Markdown from their lines and, by line, what was measured of swaps."""
+
+    name: str
+    title: str
+    dataset: str
+    methods: Callable[[Options], list[Method]]
+    table: Callable[[Sequence[Line], Mapping[str, SwapFigures]], str]
+
+
+# ---- table 1 ---------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("IRSE50", "IR152", "FaceNet", "MobileFace", "average")
+PAPER_1 = {
+    "mi-fgsm": (70.2, 58.4, 59.2, 68.0, 63.9), "ti-dim": (79.0, 67.4, 74.4, 79.2, 75.0), "tip-im": (81.4, 71.8, 76.0, 82.2, 77.8),
+    "clip2protect": (86.6, 73.4, 83.8, 85.0, 82.2), "scol": (93.8, 85.6, 91.4, 90.7, 90.4),
+}
+_SCOL = "scol"
+_WITHOUT = "-judged-by-"
+
+
+def leave_one_out(options: Options) -> list[Method]:
+    """For each recogniser: the attacks and ours, working on all others, to be judged by it; and folders of other defences."""
+    names = judges.available()
+    lines = [UNPROTECTED]
+    for judge in names:
+        inside = tuple(n for n in names if n != judge)
+        lines += [Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=inside) for attack in ATTACKS]
+        features = ",".join(inside)
+        lines.append(Method(f"{_SCOL}{_WITHOUT}{judge}", "ours", profile=options.profile, sets=(
+            *options.sets, f"tune.identity={features}", f"refine.identity={features}", f"publish.judge={judge}",
+            "attack.enabled=false")))
+    return [*lines, *(Method(name, "folder", folder=str(Path(folder).resolve())) for name, folder in (options.others or {}).items())]
+
+
+def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
+    names = judges.available()
+    rows = [("method", *(f"{n}, Rank-1-U %" for n in names), "average", *(f"paper: {n}" for n in _COLUMNS), "PSNR, dB", "SSIM", "FLIP",
+             "average after " + DISTORTION)]
+    groups: dict[str, dict[str, Line]] = {}
+    for line in lines:
+        method, _, judge = line.method.name.partition(_WITHOUT)
+        groups.setdefault(method, {})[judge] = line
+    for method, found in groups.items():
+        own = [(found.get(n) or found.get("")) for n in names]
+        cells = [line.cell(n) for line, n in zip(own, names, strict=True)]
+        later = [line.cell(n, DISTORTION) for line, n in zip(own, names, strict=True)]
+        paper = PAPER_1.get(method, (None,) * len(_COLUMNS))
+        quality = [_mean([line.picture(m) for line in dict.fromkeys(own)]) for m in ("psnr", "ssim", "flip")]
+        rows.append((method, *(percent(c and c["rank1_u"]) for c in cells), _plain(_mean_rank(cells), 1),
+                     *("-" if p is None else f"{p:.1f}" for p in paper),
+                     *(_plain(q, d) for q, d in zip(quality, (2, 3, 3), strict=True)), _plain(_mean_rank(later), 1)))
+    return plain_table(rows)
+
+
+def _mean_rank(cells: Sequence[Mapping[str, Any] | None]) -> float | None:
+    value = _mean([c and c["rank1_u"] for c in cells])
+    return None if value is None else 100 * value
+
+
+def _mean(estimates: Sequence[Mapping[str, Any] | None]) -> float | None:
+    values = [e["value"] for e in estimates if e is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _plain(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+# ---- tables 2 to 4 ---------------------------------------------------------------------------------------------------
+
+PAPER_2 = {0.5: (0.509, None), 1.0: (0.158, 32.01)}  # ISM, PSNR
+PAPER_3 = {1: (63.5, 26.54), 2: (81.5, 21.89), 3: (95.5, 20.68), 4: (94.0, 20.94), 5: (91.5, 21.35)}  # DSR, deepfake PSNR
+PAPER_4 = {4: (33.35, 21.96), 8: (32.01, 20.68), 16: (29.89, 20.60)}  # source PSNR, deepfake PSNR
+
+
+def sweep(name: str, key: str, values: Sequence[float], *fixed: str) -> Callable[[Options], list[Method]]:
+    """One line of ours for each value of a setting."""
+
+    def methods(options: Options) -> list[Method]:
+        return [UNPROTECTED, *(Method(f"{name}-{value:g}", "ours", profile=options.profile, sets=(
+            *options.sets, *fixed, f"{key}={value / 255 if key == 'attack.eps' else value}")) for value in values)]
+
+    return methods
+
+
+def _value(line: Line) -> float | None:
+    return float(line.method.name.rsplit("-", 1)[1]) if line.method.kind == "ours" else None
+
+
+def _identity(line: Line) -> tuple[str, str]:
+    average = line.cell(AVERAGE)
+    return ("-", "-") if average is None else (number(average["ism"], 1, 3, True), percent(average["rank1_u"]))
+
+
+def table2(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
+    rows = [("lambda", "ISM", "Rank-1-U, %", "PSNR, dB", "SSIM", "FLIP", "paper: ISM", "paper: PSNR, dB")]
+    for line in lines:
+        value = _value(line)
+        paper = PAPER_2.get(value, (None, None))
+        rows.append((line.method.name if value is None else f"{value:g}", *_identity(line), number(line.picture("psnr"), 1, 2),
+                     number(line.picture("ssim")), number(line.picture("flip")), _plain(paper[0], 3), _plain(paper[1], 2)))
+    return plain_table(rows)
+
+
+def _swap_cells(found: SwapFigures | None) -> tuple[str, str, str]:
+    if found is None:
+        return "-", "-", "-"
+    dsr = [v for v in found.dsr.values()]
+    without = [v for v in found.without.values()]
+    return (f"{100 * sum(dsr) / len(dsr):.1f}", f"{100 * sum(without) / len(without):.1f}", _plain(found.deepfake_psnr, 2))
+
+
+def _swap_table(head: str, paper: Mapping[float, tuple[float, float]], names: tuple[str, str]):
+    def table(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
+        rows = [(head, "ISM", "Rank-1-U, %", "PSNR, dB", "DSR, %", "of unprotected, %", "deepfake PSNR, dB", *(f"paper: {n}" for n in names))]
+        for line in lines:
+            value = _value(line)
+            theirs = paper.get(value, (None, None))
+            rows.append((line.method.name if value is None else f"{value:g}", *_identity(line), number(line.picture("psnr"), 1, 2),
+                         *_swap_cells(swaps.get(line.method.name)), *(_plain(t, 2) for t in theirs)))
+        return plain_table(rows)
+
+    return table
+
+
+# ---- table 5 ---------------------------------------------------------------------------------------------------------
+
+PAPER_5 = {"CLIP2Protect": (18756, 423, 70), "DiffAM": (1120, 227, 12), "DF-RAP": (332, 201, 4), "SCOL": (15229, 297, 47)}
+
+
+def table5(options: Options, say: Say = lambda text: None) -> tuple[str, dict[str, Any]]:
+    """Cost of a face: Markdown, and the figures."""
+    rows = [("method", "GFLOPs", "million parameters", "seconds an image", "on")]
+    figures = {}
+    for profile in ("quick", "standard", "paper"):
+        say(f"{profile}: counting")
+        found = figures[profile] = costs.measure(profile, options.sets)
+        rows.append((f"ours, {profile}", f"{found.gflops:.0f}", f"{found.mparams:.1f}", f"{found.seconds:.1f}", found.device))
+    rows += [(f"{name} (paper)", f"{a}", f"{b}", f"{c}", "RTX 3090") for name, (a, b, c) in PAPER_5.items()]
+    return plain_table(rows), {name: asdict(found) for name, found in figures.items()}
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+EXPERIMENTS = {e.name: e for e in (
+    Experiment("table1", "Dodging: Rank-1-U of attacks and ours, each judged by a recogniser that it did not use", "lfw",
+               leave_one_out, table1),
+    Experiment("table2", "Weight of the id-lock", "vggface2-hq",
+               sweep("lambda", "tune.id_lock", (0, 0.1, 0.5, 1, 5), "attack.enabled=false"), table2),
+    Experiment("table3", "Threshold of the component inspection", "vggface2-hq",
+               sweep("tau", "inspect.tau", (1, 2, 3, 4, 5), "attack.enabled=true"),
+               _swap_table("tau", PAPER_3, ("DSR, %", "deepfake PSNR, dB"))),
+    Experiment("table4", "Bound of the attack", "vggface2-hq", sweep("eps", "attack.eps", (4, 8, 16), "attack.enabled=true"),
+               _swap_table("eps, of 255", PAPER_4, ("source PSNR, dB", "deepfake PSNR, dB"))),
+)}
+COST = "table5"
+NAMES = (*EXPERIMENTS, COST)
+
+
+def run(name: str, options: Options, say: Say = lambda text: None,
+        progress: Callable[[], Callable[[Progress], None] | None] = lambda: None) -> str:
+    """Run an experiment, or go on with it; returns its table (Markdown), which OUT/NAME.md holds, with OUT/NAME.json.
+
+    Raises:
+        ExperimentError: an unknown name. DatasetError: the data set is not there. Others as `comparison.compare`.
+    """
+    if name not in NAMES:
+        raise ExperimentError(f"no experiment {name!r}; there are {', '.join(NAMES)}")
+    out = Path(options.out).resolve()
+    about: dict[str, Any] = {"experiment": name, "options": asdict(options)}
+    if name == COST:
+        text, about["costs"] = table5(options, say)
+        return _write(out, name, text, about | {"machine": record([])["machine"]})
+    experiment = EXPERIMENTS[name]
+    protocol = choose(read_dataset(options.dataset or experiment.dataset, options.data), options.people, options.distractors, options.seed)
+    originals, gallery = lay_out(protocol, options.data, out / "photos")
+    with ray_session():
+        lines = compare(
+            experiment.methods(options), originals, gallery, out, recognisers=judges.available(), distortions=(DISTORTION,),
+            references=options.people + options.distractors, workers=options.workers, say=say, progress=progress)
+    swaps = swaps_of(lines, originals, options.swaps, say) if options.swaps is not None else {}
+    text = f"{experiment.title}. {_people(options, lines)}\n\n" + experiment.table(lines, swaps)
+    return _write(out, name, text, record(lines, **about, swaps={k: asdict(v) for k, v in swaps.items()}))
+
+
+def swaps_of(lines: Sequence[Line], originals: Path, folder: str, say: Say) -> dict[str, SwapFigures]:
+    """Of each line of ours whose name has a folder in `folder`, beside `original`."""
+    found = {}
+    for line in lines:
+        place = Path(folder) / line.method.name
+        if line.method.kind == "ours" and place.is_dir():
+            say(f"{line.method.name}: swaps")
+            names = [n for n in judges.available() if n not in line.method.used]
+            if names:
+                found[line.method.name] = measure_swaps(originals, Path(folder) / "original", place, names)
+    return found
+
+
+def _people(options: Options, lines: Sequence[Line]) -> str:
+    faces = lines[0].figures["counts"].get("faces_with_mate", 0) if lines else 0
+    return (f"{faces} faces of {options.people} people ({options.dataset}, seed {options.seed}), gallery: another photo of each, and "
+            f"{options.distractors} others; profile {options.profile}. Brackets: 95 % over people; a dash: not measured, or used inside.")
+
+
+def _write(out: Path, name: str, text: str, figures: Mapping[str, Any]) -> str:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    (out / f"{name}.json").write_text(to_json(dict(figures)) + "\n", encoding="utf-8")
+    return text
+
+
