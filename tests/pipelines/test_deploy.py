@@ -249,7 +249,7 @@ def accepted(arguments: list[str]) -> dict:
     """Options and arguments as `scol` would take them; raises click.UsageError where it would not."""
     command, context = main, None
     with click.Context(main, info_name="scol") as context:
-        while isinstance(command, click.Group):
+        while isinstance(command, click.Group) and (arguments or not command.invoke_without_command):
             _, command, arguments = command.resolve_command(context, arguments)
             context = click.Context(command, parent=context)
     with command.make_context(command.name, list(arguments), parent=context.parent) as made:
