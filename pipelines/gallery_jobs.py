@@ -7,17 +7,20 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
 from cluster import Progress
+from cluster.retries import is_transient, with_retries
 from gallery_index import (
     CodeBatch,
     Expectation,
     Gallery,
     GalleryBuilder,
+    GalleryError,
+    GalleryExistsError,
     GalleryInfo,
     GalleryMismatchError,
     GalleryNotFoundError,
@@ -40,6 +43,8 @@ from pipelines.observe import Observer
 from pipelines.presence import Presence
 from pipelines.sources import photo_id
 from scol_ops.models.weights import load_mobilestylegan
+
+T = TypeVar("T")
 
 
 def expectation(config: Config) -> Expectation:
@@ -141,6 +146,11 @@ def _version_for(config: Config, run: Run) -> str:
     return store.version(current if wanted == "current" else wanted).url
 
 
+def patiently(action: Callable[[], T]) -> T:
+    """What `action` does with a gallery, begun again where the store below it failed in a way that may pass."""
+    return with_retries(action, transient=lambda e: not isinstance(e, GalleryError) and is_transient(e))
+
+
 def reading(url: str) -> AbstractContextManager[None]:
     """While the block lasts, a version of a store is not pruned (on local disks)."""
     found = store_of(url)
@@ -186,7 +196,10 @@ def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tupl
         return url, read_info(url)
     except GalleryNotFoundError:
         say(f"making a gallery of {config.gallery.synthetic} synthetic people")
-        return url, build_synthetic(url, config.gallery)
+        try:
+            return url, build_synthetic(url, config.gallery)
+        except GalleryExistsError:  # another driver was quicker, or the answer to our own commit was lost
+            return url, read_info(url)
 
 
 def gallery_std(run: Run, url: str, info: GalleryInfo) -> np.ndarray:
@@ -195,7 +208,7 @@ def gallery_std(run: Run, url: str, info: GalleryInfo) -> np.ndarray:
     try:
         return np.load(io.BytesIO(run.read(name)), allow_pickle=False)
     except ValueError:
-        std = np.ascontiguousarray(Gallery.load(url).component_std())
+        std = np.ascontiguousarray(patiently(lambda: Gallery.load(url)).component_std())
         buffer = io.BytesIO()
         np.save(buffer, std)
         run.write(name, buffer.getvalue())
@@ -233,7 +246,7 @@ def build_from_photos(
         GalleryExistsError: ``out`` holds a gallery without versions.
         GalleryConflictError, GalleryCheckError: see ``Store``.
     """
-    from pipelines.protect import absolute, execute, list_source, source_table
+    from pipelines.protect import absolute, execute, list_source
 
     out = absolute(out)
     run = Run(absolute(run_url or out.rstrip("/") + ".run"))
@@ -250,10 +263,9 @@ def build_from_photos(
 
     with Presence(run, "gallery build", observer.tell, observer.work) as presence:
         listing = list_source(src, people_from=people_from, stop=presence.stopped)
-        source = source_table(listing.photos)
-        execute(run, source, config, about=about, until="invert", progress=heard, stop=presence.stopped)
-    people = {row.photo_id: row.person_id for row in listing.photos}
-    return _from_tables(run, people, store, config, f"faces of {src}", add, len(listing.photos), say)
+        execute(run, listing, config, about=about, until="invert", progress=heard, stop=presence.stopped)
+    people = {row.photo_id: row.person_id for row in listing.rows()}
+    return _from_tables(run, people, store, config, f"faces of {src}", add, len(listing), say)
 
 
 def add_from_run(

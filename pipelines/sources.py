@@ -30,13 +30,15 @@ import re
 import stat
 import unicodedata
 import uuid
+from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -787,6 +789,52 @@ def output_place(out: str, path: str) -> str:
         return os.path.join(os.path.realpath(local), *path.split("/"))
     fs, target = _store_target(out, path)
     return fs.unstrip_protocol(target)
+
+
+def output_sizes(out: str) -> Callable[[Sequence[str]], np.ndarray]:
+    """How large files in OUT are: paths in OUT -> int64 (n,), bytes, -1 where there is none.
+
+    On a disk each file is asked for; another store is listed, now, which keeps 16 bytes for each file that is there.
+
+    Raises:
+        OutputError: the store cannot be listed.
+    """
+    local = _local(out)
+    if local is not None:
+
+        def size(path: str) -> int:
+            try:
+                return os.stat(os.path.join(local, path)).st_size
+            except OSError:
+                return -1
+
+        return lambda paths: np.array([size(path) for path in paths], np.int64)
+
+    def hashed(path: str) -> int:
+        return int(photo_id(path), 16)
+
+    fs, root = _fs(out, OutputError)
+    ids, sizes = array("Q"), array("q")
+    try:
+        fs.invalidate_cache()
+        for row in _walk_store(fs, root, hidden=True, depth=None):
+            if row.size is not None:
+                ids.append(hashed(row.path))
+                sizes.append(row.size)
+    except SourceError as e:
+        if e.code != "NOT_FOUND":  # nothing was written yet
+            raise OutputError("WRITE_FAILED", f"{out} cannot be listed: {e.message}") from e
+    order = np.argsort(np.frombuffer(ids, np.uint64), kind="stable")
+    there, length = np.frombuffer(ids, np.uint64)[order], np.frombuffer(sizes, np.int64)[order]
+
+    def look(paths: Sequence[str]) -> np.ndarray:
+        wanted = np.array([hashed(path) for path in paths], np.uint64)
+        if not len(there):
+            return np.full(len(wanted), -1, np.int64)
+        place = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
+        return np.where(there[place] == wanted, length[place], -1)
+
+    return look
 
 
 def _safe_output(path: str) -> str:

@@ -222,7 +222,7 @@ class _Memory(threading.Thread):
 
 def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table]:
     """Source keys of a synthetic listing, made from `SourceRow`s as `scol protect` does."""
-    from pipelines.protect import source_key
+    from pipelines.listing import source_key
     from pipelines.sources import SourceRow
 
     for first in range(0, photos, window):

@@ -12,7 +12,7 @@ import torch
 
 from cluster import hash_key
 from pipelines import manifests
-from pipelines.config import STAGES, load_config
+from pipelines.config import STAGES, Config, load_config
 from pipelines.manifests import (
     CODE_DIM,
     CODE_LAYERS,
@@ -24,7 +24,8 @@ from pipelines.manifests import (
     read_stage,
     row_seed,
 )
-from pipelines.protect import list_source, renew_missing, source_table, stage_keys
+from pipelines.keys import derive, renewal, stage_rules
+from pipelines.listing import list_source, source_table
 from pipelines.stages.common import (
     FaceError,
     as_codes,
@@ -279,6 +280,10 @@ def archive(tmp_path: Path) -> Path:
     return folder
 
 
+def stage_keys(source: pa.Table, config: Config, *more) -> dict[str, list[str]]:
+    return derive(stage_rules(config, *more), source["key"].to_pylist())
+
+
 def test_keys_change_from_the_stage_concerned_on(archive: Path) -> None:
     source = source_table(list_source(str(archive)).photos)
     base = stage_keys(source, load_config(), WEIGHTS, "/out")
@@ -309,7 +314,8 @@ def test_samples_are_seeded_and_other_files_are_counted(archive: Path) -> None:
     assert [p.path for p in listing.photos] == ["a.jpg", "b.jpg", "c.jpg"] and listing.skipped == {"NOT_A_PHOTO": 1}
     samples = {tuple(p.path for p in list_source(str(archive), limit=2, seed=seed).photos) for seed in range(20)}
     assert len(samples) == 3 and all(list(s) == sorted(s) for s in samples)
-    assert list_source(str(archive), limit=2, seed=5) == list_source(str(archive), limit=2, seed=5)
+    one, two = (list_source(str(archive), limit=2, seed=5) for _ in range(2))
+    assert one.photos == two.photos and len(one) == 2 and one.total == 3 and one.all_ids.tolist() == listing.ids.tolist()
 
 
 def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Path) -> None:
@@ -317,7 +323,7 @@ def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Pa
     out.mkdir()
     source = source_table(list_source(str(archive)).photos)
     keys = stage_keys(source, load_config(), WEIGHTS, str(out))["publish"]
-    assert renew_missing(run, str(out), source, keys) == keys
+    assert renewal(run, str(out))(keys) == keys
 
     def publish(key: str, path: str, action: str) -> None:
         size = 5 if action != "none" else None
@@ -328,15 +334,15 @@ def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Pa
 
     publish(keys[0], "a.jpg", "protected")
     publish(keys[1], "b.jpg", "none")
-    assert renew_missing(run, str(out), source, keys) == keys, (
+    assert renewal(run, str(out))(keys) == keys, (
         "a.jpg is there, b.jpg was never meant to be, c.jpg is to do"
     )
 
     (out / "a.jpg").unlink()
-    second = renew_missing(run, str(out), source, keys)
+    second = renewal(run, str(out))(keys)
     assert second[0] != keys[0] and second[1:] == keys[1:]
     publish(second[0], "a.jpg", "protected")
-    assert renew_missing(run, str(out), source, keys) == second
+    assert renewal(run, str(out))(keys) == second
     (out / "a.jpg").write_bytes(b"1234567")
-    third = renew_missing(run, str(out), source, keys)
+    third = renewal(run, str(out))(keys)
     assert third[0] not in (keys[0], second[0]) and third[1:] == keys[1:]

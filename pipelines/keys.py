@@ -1,0 +1,118 @@
+"""The photos' keys at every stage, as rules: each follows from the key at the stage before (docs/design.md).
+
+With them a plan of any number of photos needs no list of keys in memory (`cluster.keys.KeyRule`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster import KeyRule, hash_key, hash_keys
+from cluster.keys import KeyIndex, pack
+from pipelines import retry
+from pipelines.config import STAGES, Config
+from pipelines.manifests import Run
+from pipelines.sources import output_sizes
+from pipelines.stages import VERSIONS
+
+WRITTEN = ("protected", "copied")  # `publish.action` of rows with a file in OUT
+
+
+def stage_rules(
+    config: Config,
+    weights: Mapping[str, str],
+    out: str = "",
+    opened: Mapping[str, Collection[str]] = MappingProxyType({}),
+) -> dict[str, KeyRule]:
+    """By stage, the rule from the keys at the stage before; all keys are known before anything runs.
+
+    Args:
+        opened: of ``retry.opened``.
+    """
+    rules: dict[str, KeyRule] = {}
+    for stage in STAGES:
+        # What is the same for all photos is hashed once.
+        common = hash_key(
+            stage, VERSIONS[stage], config.canonical(stage), weights[stage], out if stage == "publish" else ""
+        )
+        rules[stage] = partial(hash_keys, [common])
+        if opened.get(stage):
+            rules[stage] = partial(_current, rules[stage], opened[stage])
+    return rules
+
+
+def _current(rule: KeyRule, opened: Collection[str], keys: list[str]) -> list[str]:
+    return [retry.current(key, opened) for key in rule(keys)]
+
+
+def chain(first: KeyRule, second: KeyRule) -> KeyRule:
+    """`second` after `first`."""
+    return lambda keys: second(first(keys))
+
+
+def derive(rules: Mapping[str, KeyRule], keys: list[str]) -> dict[str, list[str]]:
+    """Keys at every stage, of photos with these at the source."""
+    found = {}
+    for stage, rule in rules.items():
+        keys = found[stage] = rule(keys)
+    return found
+
+
+# ---- what has to be published again ----------------------------------------------------------------------------------
+
+
+def renewal(run: Run, out: str, opened: Collection[str] = ()) -> KeyRule:
+    """The rule from publish keys to those of the attempts that count: a photo whose file in OUT is gone, or has another
+    size than was written, is done again.
+
+    Parts are never changed, so such a photo gets a new key: that of the next attempt. So does one whose latest attempt
+    is in ``opened`` (``retry.opened``). Looks at OUT once, now.
+
+    Raises:
+        StoreError: unreadable parts.  OutputError: OUT cannot be listed.
+    """
+    done = run.store.key_index("publish")
+    if not len(done):
+        return lambda keys: keys
+    packed = _stale(run, out)
+    stale = KeyIndex(packed, np.zeros(len(packed), np.int32), [""])
+    return partial(_renewed, done, stale, set(opened))
+
+
+def _known(index: KeyIndex, keys: list[str]) -> np.ndarray:
+    return index.find(pack(keys)) >= 0
+
+
+def _renewed(done: KeyIndex, stale: KeyIndex, opened: Collection[str], keys: list[str]) -> list[str]:
+    keys = list(keys)
+    latest = np.flatnonzero(_known(done, keys))  # places of photos that have been published at all
+    places = latest
+    while len(places):  # photos that have a later attempt still
+        later = [retry.again(keys[place]) for place in places]
+        known = _known(done, later)
+        places = places[known]
+        for place, key in zip(places, (key for key, yes in zip(later, known, strict=True) if yes), strict=True):
+            keys[place] = key
+    some = [keys[place] for place in latest]
+    for place, key, gone in zip(latest, some, _known(stale, some), strict=True):
+        if gone or key in opened:
+            keys[place] = retry.again(key)
+    return keys
+
+
+def _stale(run: Run, out: str) -> np.ndarray:
+    """Publish keys (packed) whose file in OUT is gone or has another size."""
+    size_of = output_sizes(out)
+    found = [np.empty((0, 2), np.uint64)]
+    for table in run.store.each_part("publish", ["key", "path", "action", "out_bytes"]):
+        rows = table.filter(pc.is_in(table["action"], value_set=pa.array(WRITTEN)))
+        if rows.num_rows:
+            other = size_of(rows["path"].to_pylist()) != rows["out_bytes"].to_numpy()
+            found.append(pack(rows["key"].filter(pa.array(other))))
+    return np.unique(np.concatenate(found), axis=0)
