@@ -80,14 +80,25 @@ def _synthetic(settings: GalleryConfig) -> tuple[Iterator[CodeBatch], dict[str, 
     )
 
 
-def build_synthetic(out: str, settings: GalleryConfig) -> GalleryInfo:
+def build_synthetic(out: str, settings: GalleryConfig, stop: Callable[[], bool] = lambda: False) -> GalleryInfo:
     """A gallery without versions of people who do not exist: one W a person, which stands for all layers.
+
+    Args:
+        stop: asked before each batch of codes; where it says true, the work ends as by Ctrl-C.
 
     Raises:
         GalleryExistsError: ``out`` holds a gallery already.
+        KeyboardInterrupt: `stop`; nothing is left of the gallery.
     """
     batches, options = _synthetic(settings)
-    return build(out, batches, **options)
+
+    def until_stopped() -> Iterator[CodeBatch]:
+        for batch in batches:
+            if stop():
+                raise KeyboardInterrupt
+            yield batch
+
+    return build(out, until_stopped(), **options)
 
 
 def build_synthetic_version(out: str, settings: GalleryConfig) -> tuple[str, GalleryInfo]:
@@ -171,8 +182,13 @@ def described_for_run(url: str, info: GalleryInfo) -> dict[str, Any]:
     }
 
 
-def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tuple[str, GalleryInfo]:
+def ensure_gallery(
+    config: Config, run: Run, say: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+) -> tuple[str, GalleryInfo]:
     """The gallery of a run: the one of the configuration, checked; or a synthetic one in the run's folder, made once.
+
+    Args:
+        stop: see ``build_synthetic``.
 
     Returns:
         its URL and description.
@@ -197,7 +213,7 @@ def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tupl
     except GalleryNotFoundError:
         say(f"making a gallery of {config.gallery.synthetic} synthetic people")
         try:
-            return url, build_synthetic(url, config.gallery)
+            return url, build_synthetic(url, config.gallery, stop)
         except GalleryExistsError:  # another driver was quicker, or the answer to our own commit was lost
             return url, read_info(url)
 

@@ -73,7 +73,8 @@ def execute(
     """
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
-        url, info = gallery_jobs.patiently(lambda: gallery_jobs.ensure_gallery(config, run, say))
+        heard = stop or (lambda: False)
+        url, info = gallery_jobs.patiently(lambda: gallery_jobs.ensure_gallery(config, run, say, heard))
         described = gallery_jobs.described_for_run(url, info)
         if config.attack.enabled and config.inspect.unit == "std":
             std = gallery_jobs.gallery_std(run, url, info)
