@@ -6,6 +6,7 @@ With them a plan of any number of photos needs no list of keys in memory (`clust
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import MappingProxyType
 
@@ -18,10 +19,11 @@ from cluster.keys import KeyIndex, pack
 from pipelines import retry
 from pipelines.config import STAGES, Config
 from pipelines.manifests import Run
-from pipelines.sources import output_sizes
+from pipelines.sources import output_digest, output_sizes
 from pipelines.stages import VERSIONS
 
 WRITTEN = ("protected", "copied")  # `publish.action` of rows with a file in OUT
+_READERS = 16
 
 
 def stage_rules(
@@ -67,9 +69,9 @@ def derive(rules: Mapping[str, KeyRule], keys: list[str]) -> dict[str, list[str]
 # ---- what has to be published again ----------------------------------------------------------------------------------
 
 
-def renewal(run: Run, out: str, opened: Collection[str] = ()) -> KeyRule:
+def renewal(run: Run, out: str, opened: Collection[str] = (), verify: bool = False) -> KeyRule:
     """The rule from publish keys to those of the attempts that count: a photo whose file in OUT is gone, or has another
-    size than was written, is done again.
+    size than was written, is done again; with `verify` also one whose bytes are others, for which all of OUT is read.
 
     Parts are never changed, so such a photo gets a new key: that of the next attempt. So does one whose latest attempt
     is in ``opened`` (``retry.opened``). Looks at OUT once, now.
@@ -80,7 +82,7 @@ def renewal(run: Run, out: str, opened: Collection[str] = ()) -> KeyRule:
     done = run.store.key_index("publish")
     if not len(done):
         return lambda keys: keys
-    packed = _stale(run, out)
+    packed = _stale(run, out, verify)
     stale = KeyIndex(packed, np.zeros(len(packed), np.int32), [""])
     return partial(_renewed, done, stale, set(opened))
 
@@ -106,13 +108,21 @@ def _renewed(done: KeyIndex, stale: KeyIndex, opened: Collection[str], keys: lis
     return keys
 
 
-def _stale(run: Run, out: str) -> np.ndarray:
-    """Publish keys (packed) whose file in OUT is gone or has another size."""
+def _stale(run: Run, out: str, verify: bool) -> np.ndarray:
+    """Publish keys (packed) whose file in OUT is gone, has another size, or with `verify` other bytes."""
     size_of = output_sizes(out)
     found = [np.empty((0, 2), np.uint64)]
-    for table in run.store.each_part("publish", ["key", "path", "action", "out_bytes"]):
-        rows = table.filter(pc.is_in(table["action"], value_set=pa.array(WRITTEN)))
-        if rows.num_rows:
-            other = size_of(rows["path"].to_pylist()) != rows["out_bytes"].to_numpy()
+    with ThreadPoolExecutor(_READERS) as pool:
+        for table in run.store.each_part("publish", ["key", "path", "action", "out_bytes", "sha256"]):
+            rows = table.filter(pc.is_in(table["action"], value_set=pa.array(WRITTEN)))
+            if not rows.num_rows:
+                continue
+            paths = rows["path"].to_pylist()
+            other = size_of(paths) != rows["out_bytes"].to_numpy()
+            if verify:
+                alike = dict.fromkeys(path for path, gone in zip(paths, other, strict=True) if not gone)
+                now = dict(zip(alike, pool.map(partial(output_digest, out), alike), strict=True))
+                for row, (path, digest) in enumerate(zip(paths, rows["sha256"].to_pylist(), strict=True)):
+                    other[row] |= now.get(path, digest) != digest
             found.append(pack(rows["key"].filter(pa.array(other))))
     return np.unique(np.concatenate(found), axis=0)

@@ -53,6 +53,7 @@ def execute(
     *,
     about: Mapping[str, str] | None = None,
     out: str | None = None,
+    verify: bool = False,
     until: str = "publish",
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -64,6 +65,7 @@ def execute(
     Args:
         source: of ``source_table``, or a listing of any length.
         about: kept with the plan, see ``manifests.plan_about``.
+        verify: read what is in OUT, and publish again what has other bytes than were written.
         stop: see ``Engine``.
 
     Raises:
@@ -83,7 +85,7 @@ def execute(
     opened = retry.opened(run)
     rules = stage_rules(config, weights, out or "", opened)
     if until == "publish":
-        rules["publish"] = chain(rules["publish"], renewal(run, out, opened.get("publish", ())))
+        rules["publish"] = chain(rules["publish"], renewal(run, out, opened.get("publish", ()), verify))
     tables = [source] if isinstance(source, pa.Table) else source
     # Stages beyond `until` get their keys in the plan as well: they are what a later run would make.
     run.write_plan((planned(table, rules) for table in tables), about)
@@ -279,8 +281,8 @@ def protect(
         run_url: the run's folder; by default beside OUT.
         people_from: ``folder``: a photo's folder names its person.
         limit, sample_seed: only a random sample of so many photos.
-        verify_content: a photo has changed where its bytes have, whatever its size and modification time say; reads
-            every photo.
+        verify_content: a photo, or a file in OUT, has changed where its bytes have, whatever its size and modification
+            time say; reads all of them.
         prune: once the stages are through, remove the outputs of photos that SRC no longer has (``nightly.prune``).
         log_json: file that structured logs are appended to (``logs``).
         say: takes messages for people, one line each.
@@ -404,6 +406,7 @@ def _protect(
             config,
             about=about,
             out=out,
+            verify=verify_content,
             progress=progress,
             stop=presence.stopped,
             say=say,

@@ -837,6 +837,24 @@ def output_sizes(out: str) -> Callable[[Sequence[str]], np.ndarray]:
     return look
 
 
+def output_digest(out: str, path: str) -> str | None:
+    """SHA-256, hex, of OUT/path as it is now; None where there is no such file.
+
+    Raises OutputError UNSAFE_PATH, WRITE_FAILED (it cannot be read), NOT_WRITABLE.
+    """
+    path = _safe_output(path)
+    try:
+        if _local(out) is None:
+            fs, target = _store_target(out, path)
+            return hashlib.sha256(_patient(lambda: _get(fs, target))).hexdigest()
+        with open(output_place(out, path), "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise _out_error(e, path) from e
+
+
 def _safe_output(path: str) -> str:
     """`safe_relative` for a place in OUT: raises OutputError."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 
@@ -346,3 +347,18 @@ def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Pa
     (out / "a.jpg").write_bytes(b"1234567")
     third = renewal(run, str(out))(keys)
     assert third[0] not in (keys[0], second[0]) and third[1:] == keys[1:]
+
+
+def test_with_verify_other_bytes_of_the_same_size_are_published_again(archive: Path, tmp_path: Path) -> None:
+    run, out = Run(str(tmp_path / "run")), tmp_path / "out"
+    out.mkdir()
+    keys = [hash_key(name) for name in "abc"]
+    for key, name in zip(keys, ("a.jpg", "b.jpg", "c.jpg"), strict=True):
+        (out / name).write_bytes(name.encode())
+        row = {"key": key, "photo_id": name, "status": "ok", "path": name, "action": "protected"}
+        row |= {"out_bytes": 5, "sha256": hashlib.sha256(name.encode()).hexdigest()}
+        run.store.write_part("publish", None, to_table("publish", [row]))
+    (out / "b.jpg").write_bytes(b"B.JPG")
+    assert renewal(run, str(out))(keys) == keys, "the size is the same"
+    again = renewal(run, str(out), verify=True)(keys)
+    assert [new == old for new, old in zip(again, keys, strict=True)] == [True, False, True]
