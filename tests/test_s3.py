@@ -187,12 +187,18 @@ def protect(src: str, out: str, *more: str) -> list[str]:
     return ["protect", src, "--out", out, "--profile", "quick", "--json", *settings, *more]
 
 
+def timeless(value):
+    """Without what differs from run to run: times, and where OUT is."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not k.endswith("seconds") and k != "out_path"}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
 def rows_of(run: Run) -> dict[str, list]:
     """All rows but what differs between two places and two moments."""
     found = {}
     for stage in STAGES:
-        columns = [c for c in read_stage(run, stage).column_names if c not in ("key", "seconds", "out_path")]
-        rows = read_stage(run, stage, columns).to_pylist()
+        rows = timeless(read_stage(run, stage).drop_columns(["key"]).to_pylist())
         # as text, because NaN does not equal itself; hashed, lest a difference be explained at length
         found[stage] = [
             {name: text if len(text := repr(value)) < 100 else hash_key(text) for name, value in row.items()}
