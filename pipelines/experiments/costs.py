@@ -132,10 +132,10 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
         )
         return meter(lambda: work(ready))
 
-    step = (tuning(3, 0) - tuning(1, 0)) / 2
-    parts["tune"] = tuning(1, 0) + step * (config.tune.steps - 1)
+    first = tuning(1, 0)
+    parts["tune"] = first + (tuning(3, 0) - first) / 2 * (config.tune.steps - 1)
     refining = config.refine.steps if config.refine.identity else 0
-    parts["refine"] = (tuning(0, 3) - tuning(0, 1)) / 2 * refining
+    parts["refine"] = (tuning(0, 3) - tuning(0, 1)) / 2 * refining if refining else np.zeros(2)
     parts["attack"] = np.zeros(2)
     if config.attack.enabled:
         std = np.ones((len(inverted["code"][0]) // 512, 512), np.float32)
@@ -147,8 +147,8 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
             work = load("attack", configured(attack__steps=steps), "", std)
             return meter(lambda: work(done))
 
-        step = (attacking(3) - attacking(1)) / 2
-        parts["attack"] = attacking(1) + step * (config.attack.steps - 1)
+        first = attacking(1)
+        parts["attack"] = first + (attacking(3) - first) / 2 * (config.attack.steps - 1)
     total = np.sum(list(parts.values()), 0)
     device = models.pick_device(config.engine.device)
     return Cost(
