@@ -31,14 +31,16 @@ from gallery_index.errors import (
     NotEnoughCodesError,
     QueryError,
 )
-from gallery_index.gallery import Gallery, SearchResult
+from gallery_index.gallery import SEARCHES, Gallery, SearchResult
 from gallery_index.info import Expectation, GalleryInfo
 from gallery_index.scoring import MODES
+from gallery_index.sharded import ShardedGallery, make_part
 from gallery_index.store import Pruned, Store, Update, Version, open_gallery, read_info
 from gallery_index.synthetic import synthetic_codes
 
 __all__ = [
     "MODES",
+    "SEARCHES",
     "BadCodesError",
     "CodeBatch",
     "Expectation",
@@ -58,12 +60,14 @@ __all__ = [
     "Pruned",
     "QueryError",
     "SearchResult",
+    "ShardedGallery",
     "Store",
     "Update",
     "Version",
     "batches_of",
     "build",
     "check",
+    "make_part",
     "open_gallery",
     "read_info",
     "synthetic_codes",

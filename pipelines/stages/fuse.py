@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 
 from cluster import Operator
-from gallery_index import Gallery, QueryError
+from gallery_index import Expectation, Gallery, QueryError, ShardedGallery
 from pipelines import models
 from pipelines.config import Config
 from pipelines.manifests import OK
@@ -20,7 +20,7 @@ from scol_ops.fusion import fuse
 def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     """Loads the gallery; the result takes rows of ``invert`` with ``source.person_id``."""
     models.set_up()
-    gallery = Gallery.load(gallery_url)
+    gallery = _open(config, weights, gallery_url)
 
     def run(table: pa.Table) -> pa.Table:
         rows = list(iterate(table))
@@ -40,7 +40,18 @@ def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     return run
 
 
-def _search(gallery: Gallery, config: Config, rows: list[Row]) -> list[Row | str]:
+def _open(config: Config, weights: str, url: str) -> Gallery | ShardedGallery:
+    """The gallery that the run was planned with; its fingerprint is in ``weights`` (``models.stage_weights``)."""
+    planned = weights.removeprefix("gallery:").partition("+")[0] if weights.startswith("gallery:") else None
+    expect = Expectation(fingerprint=planned)
+    if config.gallery.shards == 1:
+        return Gallery.load(url, expect=expect, search=config.gallery.search)
+    from pipelines.gallery_service import open_sharded
+
+    return open_sharded(url, config.gallery.shards, expect=expect, address=config.engine.ray_address)
+
+
+def _search(gallery: Gallery | ShardedGallery, config: Config, rows: list[Row]) -> list[Row | str]:
     """Payload, or a reason, for every row. A query that is refused does not take its neighbours with it."""
     ceiling = config.fuse.identity_ceiling
     codes = np.concatenate([as_codes(row["code"]).numpy() for row in rows])
