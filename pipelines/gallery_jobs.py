@@ -40,7 +40,7 @@ from gallery_index.storage import INDEX
 from gallery_index.store import require_same, store_of
 from pipelines import models
 from pipelines.config import Config, GalleryConfig
-from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, SOURCE, Run, RunError, scan_stage
+from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, SOURCE, SOURCE_SCHEMA, Run, RunError, scan_stage
 from pipelines.observe import Observer
 from pipelines.presence import Presence
 from pipelines.sources import photo_id
@@ -288,10 +288,9 @@ def add_from_run(
     run, store = Run(absolute(run_url)), Store(absolute(out))
     _fits(store)
     plan = run.plan()
-    people: dict[str, str | None] = {}
-    for name in run.store.parts(SOURCE):
-        table = run.store.read_part(SOURCE, name, ["photo_id", "person_id", "key"])
-        people.update(zip(table["photo_id"].to_pylist(), table["person_id"].to_pylist(), strict=True))
+    columns = ["photo_id", "person_id"]
+    table = run.store.read_rows(SOURCE, plan[SOURCE].to_pylist(), columns, schema=SOURCE_SCHEMA)
+    people = dict(zip(*(table[column].to_pylist() for column in columns), strict=True))
     return _from_tables(run, people, store, config, f"faces of {run.url}", True, lambda count: None, plan.num_rows, say)
 
 
