@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rebuild-layers", type=int, default=4)
     parser.add_argument("--codes", help=".npy of W codes (N, 512) float32, made by the mapping network before")
     parser.add_argument("--real", help="gallery of real photos, whose codes are the first queries")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--clock",
