@@ -38,7 +38,7 @@ class Service:
     that it had are asked again, so answering must change nothing.  Ray must be connected (``ray_session``).
 
     Args:
-        factory: called with the part's number in the actor, returns the function that answers; picklable by cloudpickle.
+        factory: called in the actor with the part's number, returns the function that answers; picklable.
         parts: how many.
         resources: of one actor; ``num_cpus`` None reserves nothing.
         restarts: of one actor, after which its loss is an error; -1 for no limit.

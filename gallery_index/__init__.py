@@ -4,7 +4,7 @@ A gallery is a folder, local or on any fsspec URL::
 
     codes-NNNNN-KEY.parquet    ids and codes, as given (see ``gallery_index.table``)
     mean-KEY.npy, norms-KEY.npy
-    layer-LL-KEY.faiss         where it is compressed: one FAISS index a stored layer (``gallery_index.compressed``), and
+    layer-LL-KEY.faiss         where it is compressed: a FAISS index of each layer (``gallery_index.compressed``), and
     exact-LL-KEY.npy           that layer's codes as one array, by which candidates are scored
     index.json                 what it is, and the sha256 of every file; written last
 

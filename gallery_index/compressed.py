@@ -1,13 +1,13 @@
 """Compressed FAISS indexes, one a layer, for galleries beyond memory: candidates from the index, scores from the codes.
 
 Two steps a query and end, as in the exact search, but without its proof: FAISS gives the ``candidates`` rows that
-look best in compressed form (inverted lists of quantised vectors, or a graph), and these are scored by the codes as given,
-which are mapped into memory from the disk, in float64.  So every score returned is exact, ties are broken by id, and
+look best in compressed form (inverted lists of quantised vectors, or a graph), and these are scored in float64 by the
+codes as given, which are mapped into memory from the disk.  So every score returned is exact, ties are broken by id, and
 what may go wrong is that a code is missed.
 
 The least similar end is searched in the same index with the negated query.  That is the same as searching an index of
-negated codes: the index answers for inner products of unit vectors, ``min q . x = -max (-q) . x``, and neither quantisers
-nor lists know which of the two signs is theirs.  What is promised of this end is therefore the same, and it is measured
+negated codes: the index answers for inner products of unit vectors, ``min q . x = -max (-q) . x``, and neither
+quantisers nor lists know which of the two signs is theirs.  What is promised of this end is therefore the same, and it is measured
 on its own (``scol gallery verify``, ``docs/gallery.md``): a target of the attack is farther from all codes than
 a neighbour is, so its recall need not be equal.
 """
@@ -144,7 +144,15 @@ class CompressedLayer:
     """
 
     def __init__(
-        self, folder: Folder, index: str, exact: str, code_norms: Tensor, mean: Tensor, mode: str, rank: Tensor, plan: Plan
+        self,
+        folder: Folder,
+        index: str,
+        exact: str,
+        code_norms: Tensor,
+        mean: Tensor,
+        mode: str,
+        rank: Tensor,
+        plan: Plan,
     ) -> None:
         if not folder.local:
             raise GalleryError(f"{folder.url}: a compressed gallery is mapped from a local disk; copy it to one")
@@ -232,8 +240,9 @@ class CompressedLayer:
         value = torch.empty(found.shape, dtype=torch.float64)
         for i in range(0, len(found), 16):  # memory: 16 queries' candidates at a time
             part = slice(i, i + 16)
+            own = exact[part, None], length[part, None]
             value[part] = sign * scores(
-                exact[part, None], length[part, None], self.codes[found[part]], self.norms[found[part]], self.mean, self.mode
+                *own, self.codes[found[part]], self.norms[found[part]], self.mean, self.mode
             )
         value.masked_fill_(~usable, float("-inf"))
         order = self.rank[found].argsort(dim=1)

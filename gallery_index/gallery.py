@@ -188,7 +188,7 @@ class Searcher:
         )
 
     def rank(self, codes: np.ndarray | Tensor, k: int, k_least: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the k most and of the k_least least similar codes, without exclusions: (B, L, k), (B, L, k_least) int64.
+        """Rows of the k most, (B, L, k), and of the k_least least similar codes, (B, L, k_least), without exclusions.
 
         Raises:
             QueryError, NotEnoughCodesError: see ``search``.

@@ -1,9 +1,9 @@
 """A gallery that is spread over processes: each holds some layers of some rows, and all are asked together.
 
 This module knows the parts and how their answers become one; who runs them, and where, is the caller's affair
-(``cluster.Service`` on the nodes of a cluster).  The answers are those of the single process, to the last bit: parts give
-exact float64 scores (``gallery_index.search``), which depend on the pair of codes alone, and they are merged by score,
-then by id.
+(``cluster.Service`` on the nodes of a cluster).  The answers are those of the single process, to the last bit: parts
+give exact float64 scores (``gallery_index.search``), which depend on the pair of codes alone, and they are merged by
+score, then by id.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class _Part:
             if not count:
                 continue
             some = torch.nonzero(left.clamp(max=max(k, k_least)) == count).flatten()
-            place = torch.full((len(queries),), -1, device=device).scatter(0, some, torch.arange(len(some), device=device))
+            place = torch.full((len(queries),), -1, device=device)
+            place[some] = torch.arange(len(some), device=device)
             keep = place[hidden.query] >= 0
             part = Exclusion(place[hidden.query[keep]], hidden.row[keep])
             ends = self.exact.search(batch[some], min(k, count), min(k_least, count), part)
@@ -221,7 +222,8 @@ class ShardedGallery(Searcher):
         stored = wanted.transpose(1, 0, 2)
         if self.info.broadcast:
             stored = stored.reshape(1, stored.shape[0] * stored.shape[1], wanted.shape[2])
-        stored = np.ascontiguousarray(stored.reshape(len(stored), stored.shape[1] * wanted.shape[2]))  # (stored layers, R)
+        # (stored layers, R)
+        stored = np.ascontiguousarray(stored.reshape(len(stored), stored.shape[1] * wanted.shape[2]))
         found = np.empty((*stored.shape, self.dim), np.float32)
         answers = self._ask([{"rows": stored[e.first : e.last]} for e in self.extents])
         for extent, codes in zip(self.extents, answers, strict=True):

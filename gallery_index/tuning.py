@@ -162,7 +162,8 @@ def estimate(
             build_memory_bytes=(512 << 20) + small,
             build_seconds=2 * codes / rates.disk,
             search_seconds=_OVER_EXACT * count * layers * dim / rates.product,
-            single_seconds=_OVER_EXACT * max(codes / rates.stream, (stored < layers) * count * layers * dim / rates.product),
+            single_seconds=_OVER_EXACT
+            * max(codes / rates.stream, (stored < layers) * count * layers * dim / rates.product),
             recall=1.0,
             why=why,
         )
@@ -207,12 +208,16 @@ def words(found: Estimate) -> dict[str, str]:
     def span(value: float) -> str:
         if value < 1:
             return f"{value * 1e3:.1f} ms"
-        return f"{value:.0f} s" if value < 300 else f"{value / 60:.0f} min" if value < 18000 else f"{value / 3600:.1f} h"
+        if value < 300:
+            return f"{value:.0f} s"
+        return f"{value / 60:.0f} min" if value < 18000 else f"{value / 3600:.1f} h"
 
-    plan = found.plan
+    plan, index = found.plan, "none"
+    if plan is not None:
+        index = f"{plan.factory}, {plan.search or 'no parameters'}, {plan.candidates} candidates"
     return {
         "search": found.why,
-        "index": "none" if plan is None else f"{plan.factory}, {plan.search or 'no parameters'}, {plan.candidates} candidates",
+        "index": index,
         "recall reckoned with": f"{found.recall:.2f} at both ends",
         "disk": size(found.disk_bytes),
         "memory to search": size(found.memory_bytes),

@@ -26,13 +26,13 @@ def command(name: str, help_: str):
 
 def whom(function):
     """Options that name people, photos and faces."""
-    function = click.option("--face", "faces", metavar="ID", multiple=True, help="One face, by its id; repeatable.")(function)
-    function = click.option(
-        "--photo", "photos", metavar="PATH", multiple=True, help="Path as in the manifests, relative to SRC; repeatable."
-    )(function)
-    return click.option("--person", "people", metavar="ID", multiple=True, help="All codes of this person; repeatable.")(
-        function
-    )
+    for name, parameter, metavar, words in (
+        ("--face", "faces", "ID", "One face, by its id; repeatable."),
+        ("--photo", "photos", "PATH", "Path as in the manifests, relative to SRC; repeatable."),
+        ("--person", "people", "ID", "All codes of this person; repeatable."),
+    ):
+        function = click.option(name, parameter, metavar=metavar, multiple=True, help=words)(function)
+    return function
 
 
 def sized(function):
@@ -56,7 +56,7 @@ def sized(function):
 @click.option("--out", required=True, metavar="GALLERY", help=_STORE)
 @click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
 @click.option(
-    "--compress", metavar="INDEX", help="Compressed indexes besides: auto, or a FAISS factory string such as IVF4096,SQ8."
+    "--compress", metavar="INDEX", help="Compressed indexes besides: auto, or a FAISS factory string, e.g. IVF4096,SQ8."
 )
 @sized
 @json_option
@@ -66,8 +66,8 @@ def sized(function):
 def build(photos, synthetic, out, people_from, compress, memory, recall, as_json, load, workers, ray_address):
     """Build a version of GALLERY from the faces of PHOTOS (as for protect), or a synthetic one, and switch to it.
 
-    Nothing of earlier versions goes into it; they stay until they are pruned. Interrupted or killed, the same command goes
-    on. If GALLERY has this version already, it is switched to.
+    Nothing of earlier versions goes into it; they stay until they are pruned. Interrupted or killed, the same command
+    goes on. If GALLERY has this version already, it is switched to.
     """
     if (photos is None) == (synthetic is None):
         raise click.UsageError("give either PHOTOS or --synthetic N")
@@ -139,8 +139,8 @@ def add(gallery_url, photos, run_url, other, people_from, as_json, load, workers
 def remove(gallery_url, people, photos, faces, as_json):
     """Take people, photos or faces out of GALLERY: a new version without them, which becomes current.
 
-    They are noted (as keyed hashes), so that no later build or add brings them back. Older versions hold them until `scol
-    gallery prune` deletes these.
+    They are noted (as keyed hashes), so that no later build or add brings them back. Older versions hold them until
+    `scol gallery prune` deletes these.
     """
     if not (people or photos or faces):
         raise click.UsageError("give --person ID, --photo PATH or --face ID")

@@ -1,4 +1,4 @@
-"""Galleries for runs: synthetic ones from the mapping network, others by inverting the faces of photos; their versions."""
+"""Galleries and their versions: synthetic ones from the mapping network, others by inverting the faces of photos."""
 
 from __future__ import annotations
 
@@ -40,7 +40,17 @@ from gallery_index.storage import INDEX
 from gallery_index.store import require_same, store_of
 from pipelines import models
 from pipelines.config import Config, GalleryConfig
-from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, SOURCE, SOURCE_SCHEMA, Run, RunError, scan_stage
+from pipelines.manifests import (
+    CODE_DIM,
+    CODE_LAYERS,
+    IDENTITY_DIM,
+    OK,
+    SOURCE,
+    SOURCE_SCHEMA,
+    Run,
+    RunError,
+    scan_stage,
+)
 from pipelines.observe import Observer
 from pipelines.presence import Presence
 from pipelines.sources import photo_id
@@ -401,7 +411,8 @@ def remove(out: str, people: list[str], photos: list[str], faces: list[str]) -> 
     """Take people, photos (paths as in the manifests) and faces out: noted first, then a version without them.
 
     Raises:
-        GalleryNotFoundError, GalleryConflictError, GalleryCheckError, BadCodesError: see ``Store.update``; the note stays.
+        GalleryNotFoundError, GalleryConflictError, GalleryCheckError, BadCodesError: see ``Store.update``; what is
+            noted stays.
     """
     store = Store(out)
     _current(store)
@@ -472,7 +483,7 @@ def _vectors(table: pa.Table, column: str) -> np.ndarray:
 
 
 def compressed_info(info: GalleryInfo) -> str:
-    """What enters the keys of ``fuse`` where compressed indexes answer: their results may differ from the exact ones."""
+    """What enters the keys of ``fuse`` where compressed indexes answer, since they may answer otherwise."""
     return "" if info.compression is None else f"+{info.compression['factory']},{info.compression['search']}"
 
 

@@ -4,11 +4,11 @@
 
 Codes come from the embedded mapping network; each layer holds them in an order of its own, as mixed styles or inverted
 photos do.  Queries are codes of other people with noise at every layer, as an encoder's are, or codes of real photos
-(``--real GALLERY``, built by ``scol gallery build PHOTOS``).  Contenders take turns in one process; a ratio is the median
-over the turns of the ratio within the turn.
+(``--real GALLERY``, built by ``scol gallery build PHOTOS``).  Contenders take turns in one process; a ratio is the
+median over the turns of the ratio within the turn.
 
-- ``exact``: both ends, k = 10, against two searches of FAISS's IndexFlatIP (q and -q), against the bare product (batches),
-  and against reading the codes once from memory (one query).  16 layers of 200,000 are timed as four times four layers,
+- ``exact``: both ends, k = 10, against two searches of FAISS's IndexFlatIP (q and -q), against the bare product
+  (batches), and against reading the codes once from memory (one query).  16 layers of 200,000 are timed as four times four layers,
   and the times added, so that FAISS's copy fits beside ours.
 - ``compressed``: one layer of a million codes: build time, recall of the ten most and the ten least similar, speed and
   memory beside the exact search, for a number of lists that are probed; also as a plot.
@@ -135,7 +135,8 @@ def exact(options: argparse.Namespace, clock: Callable[[], float]) -> list[dict[
                 del gallery, indexes, codes
             for batch, times in sums.items():
                 rows.append(
-                    {"count": count, "layers": layers, "batch": batch, "threads": options.threads, "clock": options.clock}
+                    {"count": count, "layers": layers, "batch": batch}
+                    | {"threads": options.threads, "clock": options.clock}
                     | {name: statistics.median(seconds) for name, seconds in times.items()}
                     | {f"vs_{name}": ratio(times, name, "ours") for name in times if name != "ours"}
                     | {"same_ids_as_faiss": float(np.mean(same[batch]))}
@@ -185,8 +186,8 @@ def _exact_turns(
 def _exact_line(row: dict[str, Any]) -> str:
     bound = "bandwidth" if row["batch"] == 1 else "gemm"
     return (
-        f"{row['count']:>8} x {row['layers']:>2} layers, B {row['batch']:>3}: ours {row['ours'] * 1e3:>8.1f} ms, FAISS x 2 "
-        f"{row['faiss'] * 1e3:>9.1f} ms ({row['vs_faiss']:>5.1f} x), {bound} {row[bound] * 1e3:>8.1f} ms "
+        f"{row['count']:>8} x {row['layers']:>2} layers, B {row['batch']:>3}: ours {row['ours'] * 1e3:>8.1f} ms, "
+        f"FAISS x 2 {row['faiss'] * 1e3:>9.1f} ms ({row['vs_faiss']:>5.1f} x), {bound} {row[bound] * 1e3:>8.1f} ms "
         f"({row['vs_' + bound]:.2f} of it), same ids {row['same_ids_as_faiss']:.2%}"
     )
 
@@ -275,28 +276,36 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         y = height - bottom - (recall - floor) / (1.005 - floor) * (height - bottom - 20)
         return f"{x:.1f},{y:.1f}"
 
-    style = 'font-family="sans-serif" font-size="12"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"><rect width="100%" height="100%" '
-             'fill="white"/>']  # fmt: skip
+    def text(x: float, y: float, words: str, more: str = "") -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" font-family="sans-serif" font-size="12" {more}>{words}</text>'
+
+    middle = 'text-anchor="middle"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
     for recall in np.arange(np.ceil(floor * 20) / 20, 1.001, 0.05):
         (x1, y), (x2, _) = (place(10**v, recall).split(",") for v in (low, high))
-        parts.append(f'<path d="M{x1},{y}H{x2}" stroke="#ddd"/><text x="{left - 36}" y="{float(y) + 4}" {style}>{recall:.2f}</text>')
+        parts += [f'<path d="M{x1},{y}H{x2}" stroke="#ddd"/>', text(left - 36, float(y) + 4, f"{recall:.2f}")]
     for speed in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
         if low <= np.log10(speed) <= high:
             x, y = place(speed, floor).split(",")
-            parts.append(f'<path d="M{x},{y}V20" stroke="#ddd"/><text x="{x}" y="{height - bottom + 18}" '
-                         f'text-anchor="middle" {style}>{speed} x</text>')  # fmt: skip
+            parts += [f'<path d="M{x},{y}V20" stroke="#ddd"/>', text(float(x), height - 32, f"{speed} x", middle)]
     names = {"recall_most": "most similar", "recall_least": "least similar"}
-    for n, (batch, end) in enumerate((b, e) for b in ("b64", "b1") for e in names):
-        colour, dash = ("#1b6ca8", "#c0392b")[n % 2], ("", ' stroke-dasharray="5 4"')[n // 2]
+    batches = {"b64": "batches of 64", "b1": "one face alone"}
+    for n, (batch, end) in enumerate((b, e) for b in batches for e in names):
+        line = f'stroke="{("#1b6ca8", "#c0392b")[n % 2]}" stroke-width="2" fill="none"' + (
+            ' stroke-dasharray="5 4"' if n // 2 else ""
+        )
         points = [place(row[batch]["speedup"], row[end]) for row in rows]
-        parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>')
-        parts += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{colour}"/>' for p in points]
+        parts.append(f'<polyline points="{" ".join(points)}" {line}/>')
+        parts += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" {line}/>' for p in points]
         y = height - bottom - 80 + 18 * n
-        parts.append(f'<path d="M{left + 10},{y}h30" stroke="{colour}" stroke-width="2"{dash}/><text x="{left + 46}" '
-                     f'y="{y + 4}" {style}>{names[end]}, {"batches of 64" if batch == "b64" else "one face alone"}</text>')  # fmt: skip
-    parts.append(f'<text x="{width / 2}" y="{height - 10}" text-anchor="middle" {style}>speed beside the exact search</text>')
-    parts.append(f'<text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})" text-anchor="middle" {style}>recall@10</text></svg>')
+        parts.append(f'<path d="M{left + 10},{y}h30" {line}/>')
+        parts.append(text(left + 46, y + 4, f"{names[end]}, {batches[batch]}"))
+    parts.append(text(width / 2, height - 10, "speed beside the exact search", middle))
+    parts.append(text(14, height / 2, "recall@10", f'{middle} transform="rotate(-90 14 {height / 2})"'))
+    parts.append("</svg>")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts) + "\n")
 
@@ -359,7 +368,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
     parser.add_argument("--million", type=int, default=1_000_000, help="codes of the compressed layer")
     parser.add_argument("--factory", help="another FAISS index than the tuner's choice")
-    parser.add_argument("--candidates", type=int, default=100, help="with --factory: candidates that are scored exactly")
+    parser.add_argument("--candidates", type=int, default=100, help="of --factory, scored exactly")
     parser.add_argument("--people", type=int, default=200_000, help="of the nightly rebuild")
     parser.add_argument("--rebuild-layers", type=int, default=4)
     parser.add_argument("--codes", help=".npy of W codes (N, 512) float32, made by the mapping network before")

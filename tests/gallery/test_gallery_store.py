@@ -201,7 +201,8 @@ def test_galleries_of_version_1_are_read(stored):
     body["version"] = 1
     (folder / "index.json").write_bytes(_sign(body))
     found = Gallery.load(folder).search(random_codes(2, 2, 8, seed=1), 3)
-    assert np.array_equal(found.most_ids, expected.most_ids) and np.array_equal(found.least_scores, expected.least_scores)
+    assert np.array_equal(found.most_ids, expected.most_ids)
+    assert np.array_equal(found.least_scores, expected.least_scores)
     assert check(*open_gallery(folder))["codes"] == 60
     (batch,) = batches_of(*open_gallery(folder))
     assert build(folder / "again", [batch], weights=WEIGHTS).count == 60
