@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
@@ -312,6 +312,7 @@ class Gallery(Searcher):
         url: str | os.PathLike[str],
         *,
         expect: Expectation | None = None,
+        layers: int | None = None,
         search: str = "exact",
         device: str | torch.device = "cpu",
         storage_options: Mapping[str, Any] | None = None,
@@ -324,6 +325,7 @@ class Gallery(Searcher):
         Args:
             url: a gallery's folder, or a store's, of which the current version is taken; a local path or an fsspec URL.
             expect: what it has to be; nothing is read beyond ``index.json`` if it is not.
+            layers: L of the caller's codes, for a gallery of one W for all layers; None for the L that it was built with.
             search: ``exact``, or ``compressed`` where the gallery has such indexes and lies on a local disk.
             device: where the codes live and the exact search runs.
             storage_options: for fsspec.
@@ -340,6 +342,8 @@ class Gallery(Searcher):
         folder, info = open_gallery(url, storage_options)
         if expect is not None:
             expect.check(info, folder.url)
+        if layers is not None and info.broadcast:
+            info = replace(info, layers=layers)
         codes = None
         if search == "compressed":
             if info.compression is None:

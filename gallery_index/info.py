@@ -139,7 +139,7 @@ class Expectation:
 
     Attributes:
         mode: similarity.
-        layers: L.
+        layers: L; a gallery of one W for all layers fits any.
         dim: D.
         weights: fingerprint by role.  A role that the gallery records as None (not involved: the
             encoder of a synthetic gallery) fits any; a role that it does not record fits none.
@@ -160,7 +160,8 @@ class Expectation:
             f"{name} is {have!r}, {want!r} is needed"
             for name, have, want in (
                 ("mode", info.mode, self.mode),
-                ("number of layers", info.layers, self.layers),
+                # One W for all layers serves any number of them.
+                ("number of layers", info.layers, None if info.broadcast else self.layers),
                 ("code dimension", info.dim, self.dim),
                 ("fingerprint", info.fingerprint, self.fingerprint),
                 ("mean's sha256", info.files[info.mean].sha256, self.mean),

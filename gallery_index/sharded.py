@@ -9,7 +9,7 @@ score, then by id.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -161,6 +161,7 @@ class ShardedGallery(Searcher):
         start: called with the gallery's fingerprint, the URL of its folder, and the extents of the parts; returns what
             sends each part a request and gives their answers in order (``cluster.Service.ask``, say).
         expect: what the gallery has to be.
+        layers: see ``Gallery.load``.
         storage_options: for fsspec.
 
     Raises:
@@ -175,11 +176,14 @@ class ShardedGallery(Searcher):
         start: Callable[[str, str, list[Extent]], Ask],
         *,
         expect: Expectation | None = None,
+        layers: int | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         folder, info = open_gallery(url, storage_options)
         if expect is not None:
             expect.check(info, folder.url)
+        if layers is not None and info.broadcast:
+            info = replace(info, layers=layers)
         self.extents = extents(info.stored_layers, info.count, parts)
         names: tuple[list[str], list[str], list[str | None]] = ([], [], [])
         embeddings = None if info.embedding_dim is None else np.empty((info.count, info.embedding_dim), np.float32)

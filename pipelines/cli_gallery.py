@@ -258,12 +258,13 @@ def prune(gallery_url, keep, as_json):
 
 @command("estimate", "What a gallery of N codes takes: disk, memory, time.")
 @click.argument("count", metavar="N", type=click.IntRange(min=1))
+@click.option("--layers", type=click.IntRange(min=1), default=16, help="L: layers of a code.")
 @click.option("--one-w", is_flag=True, help="One W a person for all layers, as synthetic galleries have.")
 @click.option("--compress", metavar="INDEX", help="This kind of index: auto, or a FAISS factory string.")
 @sized
 @json_option
 @guarded
-def estimate(count, one_w, compress, memory, recall, as_json):
+def estimate(count, layers, one_w, compress, memory, recall, as_json):
     """What a gallery of N codes takes on this machine, and which search suits it. Builds nothing.
 
     Rates are measured now, in a second or two; a machine that others use too gives larger times.
@@ -272,7 +273,7 @@ def estimate(count, one_w, compress, memory, recall, as_json):
     from pipelines import gallery_jobs
 
     found = gallery_jobs.estimate(
-        count, broadcast=one_w, memory=memory and memory * 1e9, recall=recall, factory=compress
+        count, broadcast=one_w, memory=memory and memory * 1e9, recall=recall, factory=compress, layers=layers
     )
     _show(found.as_json() if as_json else tuning.words(found), as_json)
 

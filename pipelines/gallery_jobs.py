@@ -488,7 +488,13 @@ def compressed_info(info: GalleryInfo) -> str:
 
 
 def estimate(
-    count: int, *, broadcast: bool, memory: float | None, recall: float, factory: str | None = None
+    count: int,
+    *,
+    broadcast: bool,
+    memory: float | None,
+    recall: float,
+    factory: str | None = None,
+    layers: int = CODE_LAYERS,
 ) -> tuning.Estimate:
     """What a gallery of so many codes takes on this machine, before anything is built.
 
@@ -497,6 +503,7 @@ def estimate(
         broadcast: one W a person for all layers, as synthetic galleries have.
         memory: bytes that the search may take; None: no limit, so it is exact.
         recall: wanted at both ends where it is compressed.
+        layers: L.
         factory: this FAISS index rather than the tuner's choice (the rest of the plan is the tuner's).
 
     Raises:
@@ -509,9 +516,9 @@ def estimate(
             if factory != "auto":
                 plan = replace(plan, factory=factory, search=plan.search if "IVF" in factory else "")
                 faiss.index_factory(CODE_DIM, factory, faiss.METRIC_INNER_PRODUCT)
-        stored = 1 if broadcast else CODE_LAYERS
+        stored = 1 if broadcast else layers
         return tuning.estimate(
-            count, CODE_LAYERS, CODE_DIM, memory=memory and int(memory), recall=recall, stored_layers=stored, plan=plan
+            count, layers, CODE_DIM, memory=memory and int(memory), recall=recall, stored_layers=stored, plan=plan
         )
     except (ValueError, RuntimeError) as error:
         raise GalleryError(str(error).splitlines()[0]) from error

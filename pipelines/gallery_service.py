@@ -18,7 +18,13 @@ def _answerer(url: str, fingerprint: str, extents: list[Any], threads: int, numb
 
 
 def open_sharded(
-    url: str, shards: int, *, expect: Expectation | None = None, address: str | None = None, threads: int = 1
+    url: str,
+    shards: int,
+    *,
+    expect: Expectation | None = None,
+    layers: int | None = None,
+    address: str | None = None,
+    threads: int = 1,
 ) -> ShardedGallery:
     """A gallery whose layers and rows are spread over ``shards`` actors; they end with the process that opened it.
 
@@ -26,7 +32,7 @@ def open_sharded(
 
     Args:
         url: of the gallery or store, such that all nodes reach it.
-        expect: see ``Gallery.load``.
+        expect, layers: see ``Gallery.load``.
         address: of the cluster; see ``cluster.Service``.
         threads: of one actor.
 
@@ -40,4 +46,4 @@ def open_sharded(
         service = Service(factory, len(extents), resources=Resources(threads=threads), address=address)
         return service.ask
 
-    return ShardedGallery(url, shards, start, expect=expect)
+    return ShardedGallery(url, shards, start, expect=expect, layers=layers)

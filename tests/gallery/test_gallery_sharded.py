@@ -74,6 +74,10 @@ def test_broadcast_and_embeddings(tmp_path, small_files):
     whole, split = Gallery.load(tmp_path), in_process(tmp_path, 3)
     options = dict(identity_embeddings=faces[:3], identity_ceiling=0.3)
     same(split.search(queries, 4, **options), whole.search(queries, 4, **options))
+    # one W serves any number of layers
+    whole, split = Gallery.load(tmp_path, layers=7), in_process(tmp_path, 2, layers=7)
+    queries = random_codes(2, 7, 16, seed=2)
+    same(split.search(queries, 4), whole.search(queries, 4))
 
 
 def test_extents_and_expectations(tmp_path):
