@@ -20,6 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pipelines import public_models
 
 STAGES = ("align", "invert", "fuse", "tune", "attack", "publish")
+# Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
+VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "1", "attack": "1", "publish": "1"}
 RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
 ENCODER = "encoder"
 ENCODER_TRUNK = "mobilefacenet"  # the recogniser whose features the encoder reads (scol_ops.models.encoder)

@@ -18,10 +18,9 @@ from cluster import KeyRule, hash_key, hash_keys
 from cluster.digest import scan_digest
 from cluster.keys import KeyIndex, pack
 from pipelines import retry
-from pipelines.config import STAGES, Config
+from pipelines.config import STAGES, VERSIONS, Config
 from pipelines.manifests import LIGHT, Run
 from pipelines.sources import output_digest, output_sizes
-from pipelines.stages import VERSIONS
 
 WRITTEN = ("protected", "copied")  # `publish.action` of rows with a file in OUT
 _READERS = 16

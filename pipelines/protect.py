@@ -21,7 +21,7 @@ import pyarrow as pa
 from cluster import Engine, KeyRule, Pool, Progress, Resources, RunInterrupted, RunSummary
 from cluster.digest import read_digest
 from pipelines import gallery_jobs, models, nightly, retry
-from pipelines.config import STAGES, Config
+from pipelines.config import STAGES, VERSIONS, Config
 from pipelines.keys import chain, derive, renewal, stage_rules
 from pipelines.listing import Listing, ProtectError, list_source, source_table
 from pipelines.machine import machine
@@ -30,7 +30,7 @@ from pipelines.logs import JsonLog
 from pipelines.observe import Observer
 from pipelines.presence import Presence
 from pipelines.sources import OutputError, check_out
-from pipelines.stages import VERSIONS, make_stages
+from pipelines.stages import make_stages
 
 __all__ = ["ProtectError", "execute", "list_source", "protect", "source_table"]
 

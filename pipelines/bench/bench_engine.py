@@ -216,8 +216,7 @@ def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table
 
 def planning_part(folder: str, photos: str, done: str) -> None:
     """Prints a JSON object: seconds, by how much the resident size grew at most, and its peak."""
-    from pipelines.config import STAGES
-    from pipelines.stages import VERSIONS
+    from pipelines.config import STAGES, VERSIONS
 
     rules = {stage: partial(hash_keys, [hash_key(stage, VERSIONS[stage], "configuration")]) for stage in STAGES}
     store = PartStore(folder)
@@ -395,7 +394,7 @@ def main() -> None:
             print(
                 f"planning {found['photos']} photos: {found['seconds']:.1f} s, "
                 f"{found['planning_bytes'] / 2**30:.2f} GiB "
-                f"(the whole process, with PyTorch loaded, {found['process_bytes'] / 2**30:.2f} GiB)"
+                f"(the whole process {found['process_bytes'] / 2**30:.2f} GiB)"
             )
         elif part == "efficiency":
             found = measure_efficiency(

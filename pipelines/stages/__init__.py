@@ -9,14 +9,11 @@ from functools import partial
 import numpy as np
 
 from cluster import Operator, Stage
-from pipelines.config import STAGES, Config
+from pipelines.config import STAGES, VERSIONS, Config
 from pipelines.manifests import stage_schema
 from pipelines.stages.common import error_rows
 
-# Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
-VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "1", "attack": "1", "publish": "1"}
-
-__all__ = ["STAGES", "VERSIONS", "make_stages"]
+__all__ = ["STAGES", "make_stages"]
 
 
 def load(stage: str, *arguments) -> Operator:
