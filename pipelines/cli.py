@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from pipelines import cli_evaluate
+from pipelines import cli_evaluate, cli_experiment
 
 _PROFILES = ("quick", "standard", "paper")  # pipelines.config.PROFILES, which costs half a second to import
 
@@ -30,6 +30,8 @@ def _known_errors() -> tuple[type[BaseException], ...]:
         "gallery_index.errors": ("GalleryError",),
         "scol_ops.models.weights": ("WeightsError",),
         "pipelines.evaluate.errors": ("EvaluateError",),
+        "pipelines.experiments.datasets": ("DatasetError",),
+        "pipelines.experiments.tables": ("ExperimentError",),
     }
     found: list[type[BaseException]] = [OSError]
     for module, names in wanted.items():
@@ -514,6 +516,7 @@ def demo(folder, load):
 
 
 cli_evaluate.register(main, guarded, json_option, _say)
+cli_experiment.register(main, guarded, _say)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,12 @@ def recognisers_inside(protected: str) -> tuple[str, ...]:
 
 
 def inside_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Recognisers that a configuration of `scol protect` works through, the encoder's trunk among them."""
+    """Recognisers that a configuration of `scol protect` works through, the embedded encoder's trunk among them."""
     used = list(config["tune"]["identity"]) if config["tune"]["steps"] else []
     used += config["refine"]["identity"] if config["refine"]["steps"] else []
     used += [ENCODER] if config["attack"]["enabled"] else []
-    return tuple(sorted({ENCODER_TRUNK if name == ENCODER else name for name in used}))
+    trunk = {ENCODER_TRUNK} if config.get("encoder", "embedded") == "embedded" else set()  # other encoders are no recognisers
+    return tuple(sorted({name for name in used if name != ENCODER} | (trunk if ENCODER in used else set())))
 
 
 def check_settings(recognisers: Sequence[str], distortions: Sequence[str]) -> None:

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
+from PIL import Image
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster import Operator
 from pipelines import models
-from pipelines.config import ENCODER, Config, load_config
-from pipelines.stages.tune import settings_of
-from scol_ops.attack import AttackSettings, attack
-from scol_ops.metrics import to_uint8
-from scol_ops.models.recognisers import ffhq_mean_geometry
-from scol_ops.paste import face_mask
-from scol_ops.refinement import RefineSettings, refine
-from scol_ops.tuning import TuneSettings, tune
+from pipelines.config import load_config
+from pipelines.demo import draw_person
+from pipelines.manifests import OK
+from pipelines.protect import list_source, source_table
+from pipelines.stages import load
+
+_GEOMETRY = ("crop", "landmarks", "box", "quad")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`gflops`: 10^9 floating point operations of a face, a multiply-add being two, as PyTorch's counter counts convolutions and
-    matrix products. `mparams`: 10^6 parameters of all networks involved. `seconds`: on `device`, all steps.
+    """`gflops`: 10^9 floating point operations of a face, a multiply-add being two, as PyTorch counts convolutions and matrix
+    products, backward passes included. `mparams`: 10^6 parameters of the networks that took part. `seconds`: on `device`.
     `parts`: GFLOPs by stage."""
 
     gflops: float
@@ -32,71 +40,90 @@ class Cost:
     parts: dict[str, float]
 
 
-def _counted(work) -> tuple[float, float]:
-    """GFLOPs and seconds of a call (timed without the counter)."""
-    begin = time.monotonic()
-    work()
-    seconds = time.monotonic() - begin
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops() / 1e9, seconds
+class _Meter:
+    """Counts calls' operations and seconds, and remembers the parameters of every module that ran."""
 
+    def __init__(self) -> None:
+        self.parameters: dict[int, int] = {}
 
-def _by_steps(work, steps: int) -> tuple[float, float]:
-    """GFLOPs and seconds of `steps` steps, from one and three of them: every step costs the same."""
-    if not steps:
-        return 0.0, 0.0
-    work(1)  # the first call of all pays for what PyTorch sets up
-    (one, short), (three, longer) = (_counted(lambda n=n: work(n)) for n in (1, 3))
-    return one + (three - one) / 2 * (steps - 1), short + max(0.0, longer - short) / 2 * (steps - 1)
+    def __call__(self, work: Callable[[], pa.Table]) -> np.ndarray:
+        """(GFLOPs, seconds); seconds of a call without the counter. Raises RuntimeError where a face fails."""
+        begin = time.monotonic()
+        table = work()
+        seconds = time.monotonic() - begin
+        bad = [r for r, s in zip(table["reason"].to_pylist(), table["status"].to_pylist(), strict=True) if s != OK]
+        if bad:
+            raise RuntimeError(f"the face failed: {bad[0]}")
+        hook = register_module_forward_hook(self._remember)
+        try:
+            with FlopCounterMode(display=False) as counter:
+                work()
+        finally:
+            hook.remove()
+        return np.array([counter.get_total_flops() / 1e9, seconds])
+
+    def _remember(self, module: torch.nn.Module, inputs, output) -> None:
+        for parameter in module.parameters(recurse=False):
+            self.parameters[id(parameter)] = parameter.numel()
 
 
 def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
-    """Cost of inversion, tuning, refinement and attack of one generated face; search and fusion are matrix products of
-    16 x N x 512 numbers, and detection depends on the photo: neither is in it."""
-    config = load_config(profile, sets=sets)
+    """Cost of one generated face, from inversion to attack, by the stages' own operators.
+
+    Steps are alike, so a few are counted and the profile's number of them is what is told.  Not in it: detection, whose cost is
+    the photo's, and search and fusion, which are matrix products of 16 x N x 512 numbers.
+    """
+
+    def configured(**values: float):
+        return load_config(profile, sets=(*sets, *(f"{k.replace('__', '.')}={v}" for k, v in values.items())))
+
+    config = configured()
+    meter = _Meter()
+    with tempfile.TemporaryDirectory() as folder:
+        face = Image.fromarray(draw_person(15, 0, 256)).resize((512, 512), Image.Resampling.BICUBIC)
+        out = io.BytesIO()
+        face.save(out, "PNG")
+        (Path(folder) / "face.png").write_bytes(out.getvalue())
+        source = source_table(list_source(folder).photos)
+        aligned = load("align", config, "")(source)
+    geometry = {f"align.{name}": aligned[name] for name in _GEOMETRY}
+    common = aligned.select(["key", "photo_id", "face_id", "status", "reason", "failed_stage", "seed"])
+
+    def columns(**more) -> pa.Table:
+        table = common
+        for name, column in {**geometry, **more}.items():
+            table = table.append_column(name.replace("__", "."), column)
+        return table
+
+    parts: dict[str, np.ndarray] = {}
+    invert = load("invert", config, "")
+    invert(aligned)  # the first call of all pays for what PyTorch sets up
+    inverted = invert(aligned)
+    parts["invert"] = meter(lambda: invert(aligned))
+    ready = columns(fused=inverted["code"])
+
+    def tuning(tune_steps: int, refine_steps: int) -> np.ndarray:
+        work: Operator = load("tune", configured(tune__steps=tune_steps, refine__steps=refine_steps, tune__target_psnr=100), "")
+        return meter(lambda: work(ready))
+
+    step = (tuning(3, 0) - tuning(1, 0)) / 2
+    parts["tune"] = tuning(1, 0) + step * (config.tune.steps - 1)
+    refining = config.refine.steps if config.refine.identity else 0
+    parts["refine"] = (tuning(0, 3) - tuning(0, 1)) / 2 * refining
+    parts["attack"] = np.zeros(2)
+    if config.attack.enabled:
+        std = np.ones((len(inverted["code"][0]) // 512, 512), np.float32)
+        done = columns(tuned=aligned["crop"], refined=aligned["crop"], invert__code=inverted["code"], fuse__target=inverted["code"])
+
+        def attacking(steps: int) -> np.ndarray:
+            work = load("attack", configured(attack__steps=steps), "", std)
+            return meter(lambda: work(done))
+
+        step = (attacking(3) - attacking(1)) / 2
+        parts["attack"] = attacking(1) + step * (config.attack.steps - 1)
+    total = np.sum(list(parts.values()), 0)
     device = models.pick_device(config.engine.device)
-    generator, encoder = models.generator(config.generator, device), models.encoder(device)
-    used = {name for name in (*config.tune.identity, *(config.refine.identity if config.refine.steps else ())) if name != ENCODER}
-    networks = [generator, encoder, *(models.recogniser(name, device) for name in sorted(used))]
-    with torch.no_grad():
-        z = torch.randn(2, 512, generator=torch.Generator().manual_seed(3))
-        first, other = (generator.mapping(z.to(device))[i : i + 1, None].expand(1, 16, -1) for i in (0, 1))
-        face = generator(first).clamp(-1, 1)
-    face = torch.from_numpy(to_uint8(face[0])).permute(2, 0, 1)[None].float().to(device) / 127.5 - 1
-    landmarks, box = (t.to(device) for t in ffhq_mean_geometry(1, config.crop_size))
-    mask = face_mask(landmarks, config.crop_size)
-    parts = _parts(config, generator, encoder, face, other, mask, landmarks, box, device)
-    unique = {id(p): p.numel() for network in networks for p in network.parameters()}
     return Cost(
-        sum(g for g, _ in parts.values()), sum(unique.values()) / 1e6, sum(s for _, s in parts.values()),
+        float(total[0]), sum(meter.parameters.values()) / 1e6, float(max(0.0, total[1])),
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",
-        {name: g for name, (g, _) in parts.items()})
-
-
-def _parts(config: Config, generator, encoder, face, other, mask, landmarks, box, device) -> dict[str, tuple[float, float]]:
-    def features(names):
-        return [models.identity_feature(name, device, landmarks, box) for name in names]
-
-    def invert():
-        with torch.no_grad():
-            return encoder(models.at_encoder_size(face))
-
-    def tuning(steps: int):
-        tune(generator, other, face, mask, features(config.tune.identity), config.tune.margin_of_each(),
-             TuneSettings(**(vars(settings_of(TuneSettings, config.tune)) | {"steps": steps, "target_psnr": 200.0})))
-
-    def refining(steps: int):
-        refine(face * 0.9, face, mask, features(config.refine.identity), config.refine.margin_of_each(), None,
-               RefineSettings(**(vars(settings_of(RefineSettings, config.refine)) | {"steps": steps})))
-
-    def attacking(steps: int):
-        settings = AttackSettings(**(vars(settings_of(AttackSettings, config.attack)) | {"steps": steps}))
-        target = torch.zeros(1, 16, 512, device=device)
-        attack(lambda x: encoder(models.at_encoder_size(x)), face, target, torch.ones_like(target, dtype=torch.bool), mask, settings)
-
-    return {
-        "invert": _counted(invert), "tune": _by_steps(tuning, config.tune.steps),
-        "refine": _by_steps(refining, config.refine.steps if config.refine.identity else 0),
-        "attack": _by_steps(attacking, config.attack.steps if config.attack.enabled else 0),
-    }
+        {name: float(value[0]) for name, value in parts.items()})

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Progress, ray_session
+from pipelines.config import load_config
 from pipelines.evaluate import judges
 from pipelines.evaluate.page import plain_table
 from pipelines.evaluate.summary import AVERAGE
@@ -83,17 +84,33 @@ _WITHOUT = "-judged-by-"
 
 
 def leave_one_out(options: Options) -> list[Method]:
-    """For each recogniser: the attacks and ours, working on all others, to be judged by it; and folders of other defences."""
+    """Unprotected; the attacks and ours; folders of other defences.
+
+    Attacks and ours work on the profile's recognisers (on the first two, where it uses the encoder alone).  For a recogniser
+    among these there is a line of its own, in which another takes its place, so that it can judge.
+    """
     names = judges.available()
+    config = load_config(options.profile, sets=options.sets)
+    own = tuple(name for name in config.tune.identity if name in names)
+    base = own or names[:2]
     lines = [UNPROTECTED]
-    for judge in names:
-        inside = tuple(n for n in names if n != judge)
-        lines += [Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=inside) for attack in ATTACKS]
-        features = ",".join(inside)
+    for attack in ATTACKS:
+        lines.append(Method(attack, "attack", attack=attack, surrogates=base))
+        lines += [Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=features)
+                  for judge, features in replaced(base, names).items()]
+    lines.append(Method(_SCOL, "ours", profile=options.profile, sets=(*options.sets, "attack.enabled=false")))
+    for judge, features in replaced(own, names).items():
+        joined = ",".join(features)
         lines.append(Method(f"{_SCOL}{_WITHOUT}{judge}", "ours", profile=options.profile, sets=(
-            *options.sets, f"tune.identity={features}", f"refine.identity={features}", f"publish.judge={judge}",
-            "attack.enabled=false")))
+            *options.sets, f"tune.identity={joined}", f"refine.identity={joined}", f"publish.judge={judge}", "attack.enabled=false")))
+    lines.append(Method(f"{_SCOL}-attacked", "ours", profile=options.profile, sets=(*options.sets, "attack.enabled=true")))
     return [*lines, *(Method(name, "folder", folder=str(Path(folder).resolve())) for name, folder in (options.others or {}).items())]
+
+
+def replaced(inside: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Judge -> the features without it: the first recogniser that is not among them takes its place, where there is one."""
+    spare = [name for name in names if name not in inside][:1]
+    return {judge: tuple(n for n in inside if n != judge) + tuple(spare) for judge in inside}
 
 
 def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
@@ -105,11 +122,11 @@ def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
         method, _, judge = line.method.name.partition(_WITHOUT)
         groups.setdefault(method, {})[judge] = line
     for method, found in groups.items():
-        own = [(found.get(n) or found.get("")) for n in names]
+        own = [found.get(n) or found[""] for n in names]
         cells = [line.cell(n) for line, n in zip(own, names, strict=True)]
         later = [line.cell(n, DISTORTION) for line, n in zip(own, names, strict=True)]
         paper = PAPER_1.get(method, (None,) * len(_COLUMNS))
-        quality = [_mean([line.picture(m) for line in dict.fromkeys(own)]) for m in ("psnr", "ssim", "flip")]
+        quality = [_mean([line.picture(m) for line in {id(line): line for line in own}.values()]) for m in ("psnr", "ssim", "flip")]
         rows.append((method, *(percent(c and c["rank1_u"]) for c in cells), _plain(_mean_rank(cells), 1),
                      *("-" if p is None else f"{p:.1f}" for p in paper),
                      *(_plain(q, d) for q, d in zip(quality, (2, 3, 3), strict=True)), _plain(_mean_rank(later), 1)))
