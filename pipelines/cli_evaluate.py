@@ -31,13 +31,14 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
     @click.option("--seed", type=int, default=0, help="Of that sample, and of the gallery's.")
     @click.option("--references", type=click.IntRange(min=2), default=1000, help="Most people in the gallery.")
     @click.option("--no-photo", is_flag=True, help="Leave out the measures over whole photos, which are slow on large ones.")
+    @click.option("--models", "store", metavar="STORE", help="Model store whose recognisers and LPIPS take part (scol models).")
     @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: as the machine has cores]")
     @click.option("--ray-address", metavar="HOST:PORT", help="Join this Ray cluster.")
     @json_option
     @guarded
     def evaluate(
         originals, protected, out, gallery, people_from, recognisers, distortions, no_distortions, inside, drop, limit, seed,
-        references, no_photo, workers, ray_address, as_json,
+        references, no_photo, store, workers, ray_address, as_json,
     ):
         """Compare the photos of PROTECTED, ours or another tool's, with those of ORIGINALS, as face recognisers and eyes do.
 
@@ -60,7 +61,7 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
                 originals, protected, out=out, gallery=gallery, people_from=people_from,
                 recognisers=recognisers or None,
                 distortions=() if no_distortions else distortions or STANDARD, inside=inside or None, limit=limit, seed=seed,
-                references=references, drop=drop, photo=not no_photo, workers=workers, ray_address=ray_address, say=say,
+                references=references, drop=drop, photo=not no_photo, store=store, workers=workers, ray_address=ray_address, say=say,
                 progress=reporter)
         finally:
             reporter.close()

@@ -180,6 +180,7 @@ def distortion_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def picture_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Head and lines: what the pictures lost."""
     names = {"psnr": "PSNR of the face crop, dB", "ssim": "SSIM of the face crop", "flip": "FLIP of the face crop",
+             "lpips": "LPIPS of the face crop", "photo_lpips": "LPIPS of the photo",
              "face_psnr": "PSNR of the face alone, dB", "face_flip": "FLIP of the face alone",
              "mean_change": "mean change of the crop, levels of 255", "max_change": "largest change of the crop, levels",
              "photo_psnr": "PSNR of the photo, dB", "photo_ssim": "SSIM of the photo", "photo_flip": "FLIP of the photo",
