@@ -7,64 +7,103 @@ know are opened. It can be deleted at any time; two drivers may overwrite each o
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from cluster.store import DIGEST, PartStore
 
-log = logging.getLogger("cluster")
-
 _PAYS = 64  # parts that may have to be opened before the file is written anew
 _PART = "cluster.part"
+_ROWS = 65536  # in a piece
 
 
-def read_digest(
+def scan_digest(
     store: PartStore, stage: str, columns: Sequence[str], light: Sequence[str], save: bool = False
-) -> pa.Table:
-    """Some columns of all rows of a stage, one set of rows for each item key (see `PartStore.scan`).
+) -> Iterator[pa.Table]:
+    """Go through some columns of all rows of a stage, in pieces; a key that two parts hold comes twice.
 
     Args:
         store, stage: whose.
         columns: wanted, of `light`.
         light: columns that the file keeps, `key` among them; with others than before it is made anew.
-        save: write the file anew if many parts had to be opened. Only for who may write to the store, while nobody
+        save: write the file anew if many parts have to be opened. Only for who may write to the store, while nobody
             takes rows out of it (`PartStore.replace_part`), which would come back.
-
-    Returns:
-        Table with `columns`, rows in the order of part names and within a part as they were written; without columns
-        where the stage has no part.
 
     Raises:
         StoreError: unreadable parts, or the file cannot be written.
     """
-    names = store.parts(stage)
-    saved = store.read_table(stage, DIGEST)
-    if saved is not None and set(saved.column_names) != {_PART, *light}:
-        saved = None
-    tables, known = [], set()
-    if saved is not None:
-        saved = saved.filter(pc.is_in(saved[_PART].cast(pa.string()), value_set=pa.array(names, pa.string())))
-        tables.append(saved)
-        known = set(pc.unique(saved[_PART].cast(pa.string())).to_pylist())
-    new = [name for name in names if name not in known]
-    for name, table in zip(new, store.read_parts(stage, new, list(light)), strict=True):
-        tables.append(table.append_column(_PART, pa.array([name] * len(table), pa.string()).dictionary_encode()))
+    for table in _scan(store, stage, columns, light, save):
+        yield table.select(list(columns))
+
+
+def read_digest(
+    store: PartStore, stage: str, columns: Sequence[str], light: Sequence[str], save: bool = False
+) -> pa.Table:
+    """The same as one table, with one set of rows for each item key (see `PartStore.scan`).
+
+    Returns:
+        Table with `columns`, rows in the order of part names and within a part as they were written; without columns
+        where the stage has no part.
+    """
+    tables = list(_scan(store, stage, list(dict.fromkeys(["key", *columns])), light, save))
     if not tables:
         return pa.table({})
-    table = pa.concat_tables([t.select([*light, _PART]) for t in tables], promote_options="permissive")
-    table = table.unify_dictionaries().combine_chunks()
+    return _one_part_each(pa.concat_tables(tables)).select(list(columns))
+
+
+def _scan(store: PartStore, stage: str, columns: Sequence[str], light: Sequence[str], save: bool) -> Iterator[pa.Table]:
+    """As `scan_digest`, with the parts' names."""
+    names = store.parts(stage)
+    file = _saved(store, stage, light)
+    new = _unknown(file, names)
     if save and len(new) >= _PAYS:
-        store.save_table(stage, DIGEST, table)
-    return _one_part_each(table).select(list(columns))
+        store.save_table(stage, DIGEST, _pieces(store, stage, light, names, file, new))
+        file, new = _saved(store, stage, light), []
+    yield from _pieces(store, stage, columns, names, file, new)
+
+
+def _saved(store: PartStore, stage: str, light: Sequence[str]) -> pq.ParquetFile | None:
+    file = store.open_table(stage, DIGEST)
+    return file if file is not None and set(file.schema_arrow.names) == {_PART, *light} else None
+
+
+def _unknown(file: pq.ParquetFile | None, names: list[str]) -> list[str]:
+    """Those of the parts that the file does not have."""
+    if file is None:
+        return names
+    known: set[str] = set()
+    for group in range(file.num_row_groups):
+        known.update(pc.unique(file.read_row_group(group, [_PART])[_PART]).to_pylist())
+    return [name for name in names if name not in known]
+
+
+def _pieces(
+    store: PartStore, stage: str, columns: Sequence[str], names: list[str], file: pq.ParquetFile | None, new: list[str]
+) -> Iterator[pa.Table]:
+    columns = [*columns, _PART]
+    if file is not None:
+        there = pa.array(names, pa.string())
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns, use_threads=False).select(columns)
+            yield table.filter(pc.is_in(table[_PART], value_set=there))
+    some, rows = [], 0
+    for name, table in zip(new, store.each_part(stage, columns[:-1], new), strict=True):
+        some.append(table.select(columns[:-1]).append_column(_PART, pa.array([name] * len(table), pa.string())))
+        rows += len(table)
+        if rows >= _ROWS:
+            yield pa.concat_tables(some).combine_chunks()
+            some, rows = [], 0
+    if some:
+        yield pa.concat_tables(some).combine_chunks()
 
 
 def _one_part_each(table: pa.Table) -> pa.Table:
     """In the order of part names; of a key that is in several parts the rows of the smallest name."""
-    part = table[_PART].combine_chunks()
+    part = table[_PART].combine_chunks().dictionary_encode()
     order = np.argsort(np.argsort(part.dictionary.to_pylist(), kind="stable"), kind="stable")
     rank = order[part.indices.to_numpy()]
     rows = pa.table({"key": table["key"], "rank": rank})

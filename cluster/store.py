@@ -32,9 +32,10 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +47,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from cluster.errors import SchemaVersionError, StoreError, UnsafeStoreError
 from cluster.keys import KeyIndex, hash_key, pack, part_key, unpack
 from cluster.remote import OBJECT_STORES, open_fs, protocols
-from cluster.retries import PERMANENT, http_status, is_transient
+from cluster.retries import PERMANENT, http_status, is_transient, with_retries
+
+T = TypeVar("T")
 
 VERSION_FIELD = b"cluster.schema_version"
 STAGE_FIELD = b"cluster.stage"
@@ -124,12 +127,14 @@ class PartStore:
 
     def stages(self) -> list[str]:
         """Names of the stages that have a folder, sorted."""
-        return sorted(name for name, is_dir in self._list(self._root) if is_dir and _STAGE.fullmatch(name))
+        found = self._patient(lambda: list(self._list(self._root)))
+        return sorted(name for name, is_dir in found if is_dir and _STAGE.fullmatch(name))
 
     def parts(self, stage: str) -> list[str]:
         """Names of the committed parts of a stage, sorted (32 hex digits each); empty where the stage has none."""
         names = []
-        for name, is_dir in self._list(self._dir(stage)):
+        folder = self._dir(stage)
+        for name, is_dir in self._patient(lambda: list(self._list(folder))):
             if not is_dir and name.endswith(SUFFIX) and _NAME.fullmatch(name[: -len(SUFFIX)]):
                 names.append(name[: -len(SUFFIX)])
         return sorted(names)
@@ -145,9 +150,16 @@ class PartStore:
             if self._local:
                 return os.path.exists(path)
             self._fs.invalidate_cache(os.path.dirname(path))
-            return self._fs.exists(path)
+            self._fs.info(path)  # not `exists`, which takes every failure for a no
+            return True
+        except FileNotFoundError:
+            return False
         except Exception as error:
             raise self._error(path, error) from error
+
+    def _patient(self, action: Callable[[], T]) -> T:
+        """What `action` reads; on a store behind a network again where a fault may pass."""
+        return action() if self._local or self._memory else with_retries(action)
 
     def _list(self, folder: str) -> Iterator[tuple[str, bool]]:
         try:
@@ -372,6 +384,9 @@ class PartStore:
             StoreError: missing, unreadable, torn, or without one of `columns`.
         """
         path = self.path(stage, name)
+        return self._patient(lambda: self._read_part(path, columns))
+
+    def _read_part(self, path: str, columns: Sequence[str] | None) -> pa.Table:
         try:
             with self._fs.open(path, "rb") if not self._local else open(path, "rb") as source:
                 file = pq.ParquetFile(source, pre_buffer=not self._local)
@@ -416,13 +431,31 @@ class PartStore:
                 path, f"written with schema version {version}, this program reads up to {self.schema_version}"
             )
 
-    def read_parts(self, stage: str, names: Sequence[str], columns: Sequence[str]) -> Iterator[pa.Table]:
-        """As `read_part`, of several, in their order, by threads."""
+    def each_part(self, stage: str, columns: Sequence[str], names: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Go through a stage part by part as they are, so that a key that two parts hold comes twice (see `scan`).
+
+        Some parts are read ahead by threads.
+
+        Args:
+            columns: to read.
+            names: of the parts; None for all.
+
+        Raises:
+            StoreError: as for `read_part`.
+        """
+        names = self.parts(stage) if names is None else names
         if len(names) < 2:
             yield from (self.read_part(stage, name, columns) for name in names)
             return
-        with ThreadPoolExecutor(4 if self._local else 16) as pool:
-            yield from pool.map(lambda name: self.read_part(stage, name, columns), names)
+        threads = 4 if self._local else 16
+        with ThreadPoolExecutor(threads) as pool:
+            ahead: deque = deque()
+            for name in names:
+                ahead.append(pool.submit(self.read_part, stage, name, columns))
+                if len(ahead) >= 4 * threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
 
     def key_index(self, stage: str) -> KeyIndex:
         """Where each finished item is: from the saved index, and the key columns of the parts that it does not know.
@@ -442,7 +475,7 @@ class PartStore:
             codes.append(saved[here])
             for code in known[known >= 0].tolist():
                 place.pop(names[code])
-        for name, table in zip(place, self.read_parts(stage, list(place), ["key"]), strict=True):
+        for name, table in zip(place, self.each_part(stage, ["key"], list(place)), strict=True):
             try:
                 keys.append(pack(pc.unique(table["key"])))
             except ValueError as error:
@@ -454,47 +487,63 @@ class PartStore:
 
     def _saved_index(self, stage: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Names of parts, packed keys, and for each key its part's position; empty where there is none or it is bad."""
-        table = self.read_table(stage, INDEX)
-        if table is None:
+        file = self.open_table(stage, INDEX)
+        if file is None:
             return [], np.empty((0, 2), np.uint64), np.empty(0, np.int32)
+        table = file.read(use_threads=False)
         names = table.unify_dictionaries()["name"].combine_chunks()
         key = np.stack([table[half].to_numpy() for half in ("high", "low")], axis=1)
         return names.dictionary.to_pylist(), key, names.indices.to_numpy()
 
-    def read_table(self, stage: str, name: str) -> pa.Table | None:
+    def open_table(self, stage: str, name: str) -> pq.ParquetFile | None:
         """One of the tables about all parts (`INDEX`, `DIGEST`); None where there is none or it cannot be read."""
         path = f"{self._dir(stage)}/{name}"
         try:
-            with self._fs.open(path, "rb") if not self._local else open(path, "rb") as source:
-                return pq.ParquetFile(source).read(use_threads=False)
+            data = pa.memory_map(path) if self._local else pa.BufferReader(self._fs.cat_file(path))
+            return pq.ParquetFile(data)
         except FileNotFoundError:
             return None
         except Exception as error:
             log.warning("%s cannot be read, all parts are opened: %s", path, error)
             return None
 
-    def save_table(self, stage: str, name: str, table: pa.Table, compression: str = "zstd") -> None:
-        """Write one of these tables, whole or not at all.
+    def save_table(self, stage: str, name: str, tables: Iterable[pa.Table], compression: str = "zstd") -> None:
+        """Write one of these tables, whole or not at all; it comes in pieces of one schema, at least one.
 
         Raises:
             StoreError: not writable.
         """
         path = f"{self._dir(stage)}/{name}"
-        words = [f.name for f in table.schema if pa.types.is_dictionary(f.type)]
+
+        def write(sink) -> None:
+            writer = None
+            try:
+                for table in tables:
+                    words = [f.name for f in table.schema if not pa.types.is_uint64(f.type) and f.name != "key"]
+                    writer = writer or pq.ParquetWriter(
+                        sink, table.schema, compression=compression, use_dictionary=words
+                    )
+                    writer.write_table(table)
+            finally:
+                if writer is not None:
+                    writer.close()
+
         try:
             if self._local:
                 temp = f"{self._dir(stage)}/.{'0' * 32}.{uuid.uuid4().hex}.tmp"
                 try:
                     with open(temp, "xb") as file:
-                        pq.write_table(table, file, compression=compression, use_dictionary=words)
+                        write(file)
                     os.replace(temp, path)
                 finally:
                     if os.path.exists(temp):
                         os.unlink(temp)
             else:
                 buffer = pa.BufferOutputStream()
-                pq.write_table(table, buffer, compression=compression, use_dictionary=words)
+                write(buffer)
                 self._fs.pipe_file(path, buffer.getvalue().to_pybytes())
+        except StoreError:
+            raise
         except Exception as error:
             raise self._error(path, error) from error
 
@@ -532,7 +581,7 @@ class PartStore:
             return False
         name = pa.DictionaryArray.from_arrays(pa.array(index.codes), pa.array(index.names, pa.string()))
         table = pa.table({"high": index.high, "low": index.low, "name": name})
-        self.save_table(stage, INDEX, table, compression="none")
+        self.save_table(stage, INDEX, [table], compression="none")
         return True
 
     def index(self, stage: str) -> pa.Table:

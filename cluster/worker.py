@@ -138,6 +138,9 @@ class Worker:
             items = itertools.pairwise(starts)
             tables = [failed_rows(stage, rows.slice(a, b - a), shard.verdict) for a, b in items]
         else:
+            ahead = getattr(self._operators[shard.stage], "ahead", None)
+            if ahead is not None:
+                ahead(rows)
             for first in range(0, len(starts) - 1, stage.batch_items):
                 ends = starts[first : first + stage.batch_items + 1]
                 start = time.perf_counter()

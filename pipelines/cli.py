@@ -326,8 +326,8 @@ def cancel(run, wait):
     from pipelines.manifests import Run
 
     place = Run(run)
-    if not place.has("plan.parquet") and not presence.drivers(place):
-        place.plan([])  # says that this is no run
+    if not presence.drivers(place):
+        place.require()
     asked = presence.request_cancel(place)
     if not asked:
         _say("nobody is at work on this run")

@@ -7,18 +7,21 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from cluster import Progress
+from cluster.retries import is_transient, with_retries
 from gallery_index import (
     CodeBatch,
     Expectation,
     Gallery,
     GalleryBuilder,
+    GalleryError,
+    GalleryExistsError,
     GalleryInfo,
     GalleryMismatchError,
     GalleryNotFoundError,
@@ -41,6 +44,8 @@ from pipelines.observe import Observer
 from pipelines.presence import Presence
 from pipelines.sources import photo_id
 from scol_ops.models.weights import load_mobilestylegan
+
+T = TypeVar("T")
 
 
 def expectation(config: Config) -> Expectation:
@@ -80,14 +85,25 @@ def _synthetic(config: Config) -> tuple[Iterator[CodeBatch], dict[str, Any]]:
     )
 
 
-def build_synthetic(out: str, config: Config) -> GalleryInfo:
+def build_synthetic(out: str, config: Config, stop: Callable[[], bool] = lambda: False) -> GalleryInfo:
     """A gallery without versions of people who do not exist: one W a person, which stands for all layers.
+
+    Args:
+        stop: asked before each batch of codes; where it says true, the work ends as by Ctrl-C.
 
     Raises:
         GalleryExistsError: ``out`` holds a gallery already.
+        KeyboardInterrupt: `stop`; nothing is left of the gallery.
     """
     batches, options = _synthetic(config)
-    return build(out, batches, **options)
+
+    def until_stopped() -> Iterator[CodeBatch]:
+        for batch in batches:
+            if stop():
+                raise KeyboardInterrupt
+            yield batch
+
+    return build(out, until_stopped(), **options)
 
 
 def build_synthetic_version(out: str, config: Config) -> tuple[str, GalleryInfo]:
@@ -148,6 +164,11 @@ def _version_for(config: Config, run: Run) -> str:
     return store.version(current if wanted == "current" else wanted).url
 
 
+def patiently(action: Callable[[], T]) -> T:
+    """What `action` does with a gallery, begun again where the store below it failed in a way that may pass."""
+    return with_retries(action, transient=lambda e: not isinstance(e, GalleryError) and is_transient(e))
+
+
 def reading(url: str) -> AbstractContextManager[None]:
     """While the block lasts, a version of a store is not pruned (on local disks)."""
     found = store_of(url)
@@ -168,8 +189,13 @@ def described_for_run(url: str, info: GalleryInfo) -> dict[str, Any]:
     }
 
 
-def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tuple[str, GalleryInfo]:
+def ensure_gallery(
+    config: Config, run: Run, say: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+) -> tuple[str, GalleryInfo]:
     """The gallery of a run: the one of the configuration, checked; or a synthetic one in the run's folder, made once.
+
+    Args:
+        stop: see ``build_synthetic``.
 
     Returns:
         its URL and description.
@@ -193,7 +219,10 @@ def ensure_gallery(config: Config, run: Run, say: Callable[[str], None]) -> tupl
         return url, read_info(url)
     except GalleryNotFoundError:
         say(f"making a gallery of {config.gallery.synthetic} synthetic people")
-        return url, build_synthetic(url, config)
+        try:
+            return url, build_synthetic(url, config, stop)
+        except GalleryExistsError:  # another driver was quicker, or the answer to our own commit was lost
+            return url, read_info(url)
 
 
 def gallery_std(run: Run, url: str, info: GalleryInfo, layers: int = CODE_LAYERS) -> np.ndarray:
@@ -202,7 +231,7 @@ def gallery_std(run: Run, url: str, info: GalleryInfo, layers: int = CODE_LAYERS
     try:
         return np.load(io.BytesIO(run.read(name)), allow_pickle=False)
     except ValueError:
-        std = np.ascontiguousarray(Gallery.load(url, layers=layers).component_std())
+        std = np.ascontiguousarray(patiently(lambda: Gallery.load(url, layers=layers)).component_std())
         buffer = io.BytesIO()
         np.save(buffer, std)
         run.write(name, buffer.getvalue())
@@ -240,7 +269,7 @@ def build_from_photos(
         GalleryExistsError: ``out`` holds a gallery without versions.
         GalleryConflictError, GalleryCheckError: see ``Store``.
     """
-    from pipelines.protect import absolute, execute, list_source, source_table
+    from pipelines.protect import absolute, execute, list_source
 
     config = models.resolve(config, say)
     out = absolute(out)
@@ -258,10 +287,9 @@ def build_from_photos(
 
     with Presence(run, "gallery build", observer.tell, observer.work) as presence:
         listing = list_source(src, people_from=people_from, stop=presence.stopped)
-        source = source_table(listing.photos)
-        execute(run, source, config, about=about, until="invert", progress=heard, stop=presence.stopped)
-    people = {row.photo_id: row.person_id for row in listing.photos}
-    return _from_tables(run, people, store, config, f"faces of {src}", add, len(listing.photos), say)
+        execute(run, listing, config, about=about, until="invert", progress=heard, stop=presence.stopped)
+    people = {row.photo_id: row.person_id for row in listing.rows()}
+    return _from_tables(run, people, store, config, f"faces of {src}", add, len(listing), say)
 
 
 def add_from_run(

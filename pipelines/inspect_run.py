@@ -151,13 +151,17 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
     from pipelines.sources import SourceError, read_bytes
 
     listing = list_source(src)
-    good = [row for row in listing.photos if row.error is None]
-    size = sum(row.size or 0 for row in good)
+    good, size = len(listing) - len(listing.failed), 0
+    places = set(random.Random(seed).sample(range(good), min(sample, good)))
+    chosen = []
+    for place, row in enumerate(row for row in listing.rows() if row.error is None):
+        size += row.size or 0
+        if place in places:
+            chosen.append(row)
     device = models.pick_device(config.engine.device)
     detector = models.detector(
         device, config.align.min_face_size, config.align.min_confidence, config.align.max_side, 1
     )
-    chosen = random.Random(seed).sample(good, min(sample, len(good)))
     counts, unreadable = [], 0
     for row in chosen:
         try:
@@ -167,9 +171,9 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
             unreadable += 1
     mean = sum(counts) / len(counts) if counts else 0.0
     spread = (sum((c - mean) ** 2 for c in counts) / max(1, len(counts) - 1)) ** 0.5 if counts else 0.0
-    readable = len(good) * len(counts) / max(1, len(chosen))
+    readable = good * len(counts) / max(1, len(chosen))
     faces = mean * readable
-    error = spread / math.sqrt(len(counts)) * readable if len(chosen) < len(good) and counts else 0.0
+    error = spread / math.sqrt(len(counts)) * readable if len(chosen) < good and counts else 0.0
 
     if run_url is not None:
         earlier = Run(run_url).read_json("summary.json")
@@ -185,8 +189,7 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
     seconds = faces * per_face / workers
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     words = {
-        "photos": f"{len(listing.photos)}"
-        + (f", {len(listing.photos) - len(good)} of them unusable" if len(good) < len(listing.photos) else ""),
+        "photos": f"{len(listing)}" + (f", {len(listing) - good} of them unusable" if good < len(listing) else ""),
         "bytes": f"{size / 1e6:.1f} MB",
         "faces": f"about {faces:.0f} +- {error:.0f} ({mean:.2f} a photo in a sample of {len(chosen)}, "
         f"{unreadable} unreadable)",
@@ -196,8 +199,8 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
         "memory": f"about {peak / 2**30:.1f} GiB a worker (measured now)" if run_url is None else "not measured",
     }
     return {
-        "photos": len(listing.photos),
-        "unusable": len(listing.photos) - len(good),
+        "photos": len(listing),
+        "unusable": len(listing) - good,
         "bytes": size,
         "skipped": listing.skipped,
         "sampled": len(chosen),

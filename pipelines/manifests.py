@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import io
 import json
 import math
 import os
 import statistics
+import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -267,6 +269,18 @@ class Run:
         except (OSError, ValueError) as error:
             raise RunError(f"{self.url}: {name} cannot be read: {error}") from error
 
+    def sha256(self, name: str) -> str:
+        """Of a file of the run's folder, hex. Raises RunError where the run has no such file."""
+        fs, path = open_fs(self.path(name))
+        digest = hashlib.sha256()
+        try:
+            with fs.open(path, "rb") as file:
+                while piece := file.read(1 << 22):
+                    digest.update(piece)
+        except OSError as error:
+            raise RunError(f"{self.url}: {name} cannot be read: {error}") from error
+        return digest.hexdigest()
+
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (to_json(value) + "\n").encode())
 
@@ -313,33 +327,95 @@ class Run:
         self._do(name, drop)
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        self.write(name, sink.getvalue().to_pybytes())
+        self.write_tables(name, table.schema, [table])
 
-    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Raises RunError where the run has no such file, or it is not a table with these columns."""
+    def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+        """Write a table that comes in pieces, as `write` does: from a temporary file, so that it need not fit the memory.
+
+        Raises:
+            OSError, or what the store's client raises: it cannot be written.
+        """
+        fs, path = open_fs(self.path(name))
+        local = "file" in protocols(fs)
+        if local:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temp = f"{path}.{uuid.uuid4().hex}.tmp"
+        else:
+            handle, temp = tempfile.mkstemp(prefix="scol-")
+            os.close(handle)
         try:
-            file = pq.ParquetFile(pa.BufferReader(self.read(name)))
-            absent = [column for column in columns or () if column not in file.schema_arrow.names]
-            if absent:
-                raise RunError(f"{self.path(name)}: no column {', '.join(absent)}")
-            return file.read(columns=None if columns is None else list(columns), use_threads=False)
+            with pq.ParquetWriter(temp, schema, compression="zstd") as writer:
+                for table in tables:
+                    writer.write_table(table.cast(schema))
+            if local:
+                os.replace(temp, path)
+            else:
+                self._do(name, lambda fs, path: _send(fs, temp, path))
+        finally:
+            if os.path.exists(temp):
+                os.unlink(temp)
+
+    @contextmanager
+    def _open_table(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
+        """Raises RunError where the run has no such file, or it is not a table with these columns."""
+        fs, path = open_fs(self.path(name))
+        try:
+            if "file" in protocols(fs):
+                source = open(path, "rb")
+            else:
+                source = io.BytesIO(self.read(name))
+            with source:
+                file = pq.ParquetFile(source)
+                absent = [column for column in columns or () if column not in file.schema_arrow.names]
+                if absent:
+                    raise RunError(f"{self.path(name)}: no column {', '.join(absent)}")
+                yield file
+        except OSError as error:
+            raise RunError(f"{self.url}: no run of scol, or an unfinished one: {name} cannot be read") from error
         except pa.ArrowInvalid as error:
             raise RunError(f"{self.path(name)}: {error}") from error
 
-    def write_plan(self, plan: pa.Table, about: Mapping[str, str] | None = None) -> None:
+    def read_table(self, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Raises RunError where the run has no such file, or it is not a table with these columns."""
+        with self._open_table(name, columns) as file:
+            return file.read(columns=None if columns is None else list(columns), use_threads=False)
+
+    def read_tables(self, name: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+        """The same in pieces of some thousand rows."""
+        with self._open_table(name, columns) as file:
+            for batch in file.iter_batches(16_384, columns=list(columns), use_threads=False):
+                yield pa.Table.from_batches([batch])
+
+    def write_plan(self, plan: pa.Table | Iterable[pa.Table], about: Mapping[str, str] | None = None) -> None:
         """Args: about: kept in the file's own metadata, see `plan_about`."""
-        self.write_table("plan.parquet", plan.cast(PLAN_SCHEMA).replace_schema_metadata(dict(about or {})))
+        schema = PLAN_SCHEMA.with_metadata(dict(about or {}))
+        self.write_tables("plan.parquet", schema, [plan] if isinstance(plan, pa.Table) else plan)
+
+    def require(self) -> None:
+        """Raises RunError where this is no run's folder: it has neither a plan nor rows."""
+        if not self.has("plan.parquet") and not self.store.stages():
+            raise RunError(f"{self.url}: no run of scol (neither a plan nor rows of a stage are there)")
 
     def plan(self, columns: Sequence[str] | None = None) -> pa.Table:
         """One row a photo of the latest run, by path: photo_id, path, and its key at every stage."""
         return self.read_table("plan.parquet", columns)
 
+    def plan_schema(self) -> pa.Schema:
+        """The plan's columns and what it says about itself, without its rows."""
+        with self._open_table("plan.parquet") as file:
+            return file.schema_arrow
 
-def plan_about(plan: pa.Table) -> dict[str, str]:
+
+def _send(fs: fsspec.AbstractFileSystem, local: str, path: str) -> None:
+    if OBJECT_STORES.isdisjoint(protocols(fs)):
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    fs.put_file(local, path)
+
+
+def plan_about(plan: pa.Table | pa.Schema) -> dict[str, str]:
     """What a plan says about itself: `source`, SRC made absolute; `evidence`, `stat` or `content`."""
-    return {name.decode(): value.decode() for name, value in (plan.schema.metadata or {}).items()}
+    metadata = (plan if isinstance(plan, pa.Schema) else plan.schema).metadata or {}
+    return {name.decode(): value.decode() for name, value in metadata.items() if name != b"ARROW:schema"}
 
 
 def utc() -> str:

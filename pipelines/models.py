@@ -67,7 +67,7 @@ def open_store(url: str | None) -> ModelStore:
 def _from_store(name: str, device: torch.device, store: str | None) -> nn.Module:
     """A public network. On GPUs its convolutions are channels-last, which is what their fast kernels take."""
     network = open_store(store).load(name).network.to(device)
-    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+    return runtime.channels_last(network) if device.type == "cuda" else network
 
 
 @lru_cache(4)

@@ -11,9 +11,12 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cluster.keys import pack
+from pipelines.listing import packed_ids
 from pipelines.manifests import SOURCE, Run, plan_about
 from pipelines.sources import output_place, remove_output
 
@@ -66,48 +69,74 @@ class Changes:
         }
 
 
-def compare(run: Run, src: str, source: pa.Table, listed: pa.Array, failed: Iterable[str], evidence: str) -> Changes:
+def compare(
+    run: Run, src: str, source: Iterable[pa.Table], listed: np.ndarray, failed: Iterable[str], evidence: str
+) -> Changes:
     """Compare a listing with the last run's plan, and note what has been deleted in RUN/deleted.parquet.
 
     Args:
         src: SRC, absolute.
-        source: the new source table.
-        listed: ids of all photos of the listing, also of those that `--limit` leaves out.
+        source: the new source table, in pieces.
+        listed: uint64 (n,), ids of all photos of the listing, also of those that `--limit` leaves out.
         failed: paths of entries that could not be used; they may be folders.
         evidence: `stat` or `content`, what the keys of `source` go by.
 
     Raises:
         RunError: the plan, or the record of deleted photos, is unreadable.
     """
-    changes = Changes(new=source.num_rows)
+    changes = Changes()
     noted = run.read_table(DELETED) if run.has(DELETED) else DELETED_SCHEMA.empty_table()
+    listed = np.sort(listed)
     if run.has("plan.parquet"):
-        old = run.plan(["photo_id", "path", SOURCE])
-        about = plan_about(old)
+        about = plan_about(run.plan_schema())
         changes.compared = about.get("source") == src
         changes.evidence_changed = about.get("evidence", evidence) != evidence
-    if changes.compared:
-        place = pc.index_in(source["photo_id"], value_set=old["photo_id"].combine_chunks())
-        same = pc.equal(source["key"], old[SOURCE].combine_chunks().take(place.combine_chunks()))
-        changes.new = place.null_count
-        changes.unchanged = pc.sum(same).as_py() or 0
-        changes.changed = source.num_rows - changes.new - changes.unchanged
-        gone = old.filter(pc.invert(pc.is_in(old["photo_id"], value_set=listed)))
+    old, keys = _last_plan(run) if changes.compared else (np.empty(0, np.uint64), np.empty((0, 2), np.uint64))
+    for table in source:
+        ids = packed_ids(table["photo_id"])
+        known = _among(ids, old)
+        place = np.searchsorted(old, ids[known])
+        same = int((keys[place] == pack(table["key"])[known]).all(axis=1).sum())
+        changes.new += len(ids) - int(known.sum())
+        changes.unchanged += same
+        changes.changed += int(known.sum()) - same
+    if changes.compared and not _among(old, listed).all():
         blocked = set(failed)
         rows = []
-        for photo_id, path in zip(gone["photo_id"].to_pylist(), gone["path"].to_pylist(), strict=True):
-            if blocked and any(path[:i] in blocked for i, c in enumerate(path) if c == "/"):
-                changes.unlisted += 1
-            else:
-                rows.append({"photo_id": photo_id, "path": path, "source": src})
+        for table in run.read_tables("plan.parquet", ["photo_id", "path"]):
+            for row in table.filter(pa.array(~_among(packed_ids(table["photo_id"]), listed))).to_pylist():
+                if blocked and any(row["path"][:i] in blocked for i, c in enumerate(row["path"]) if c == "/"):
+                    changes.unlisted += 1
+                else:
+                    rows.append(row | {"source": src})
         changes.deleted = [row["path"] for row in rows]
         noted = pa.concat_tables([noted, pa.Table.from_pylist(rows, DELETED_SCHEMA)])
-    back = pc.and_(pc.equal(noted["source"], src), pc.is_in(noted["photo_id"], value_set=listed))
-    noted = noted.filter(pc.invert(back)).group_by(DELETED_SCHEMA.names, use_threads=False).aggregate([])
+    if noted.num_rows:
+        here = pa.array(_among(packed_ids(noted["photo_id"]), listed))
+        noted = noted.filter(pc.invert(pc.and_(pc.equal(noted["source"], src), here)))
+        noted = noted.group_by(DELETED_SCHEMA.names, use_threads=False).aggregate([])
     if noted.num_rows or run.has(DELETED):
         run.write_table(DELETED, noted.select(DELETED_SCHEMA.names))
     changes.waiting = noted.filter(pc.equal(noted["source"], src))["path"].to_pylist()
     return changes
+
+
+def _last_plan(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the photos of the last run, ascending, and their keys at the source (n, 2)."""
+    ids, keys = [np.empty(0, np.uint64)], [np.empty((0, 2), np.uint64)]
+    for table in run.read_tables("plan.parquet", ["photo_id", SOURCE]):
+        ids.append(packed_ids(table["photo_id"]))
+        keys.append(pack(table[SOURCE]))
+    found = np.concatenate(ids)
+    order = np.argsort(found, kind="stable")
+    return found[order], np.concatenate(keys)[order]
+
+
+def _among(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Which ids are among `known`, which is sorted."""
+    if not len(known):
+        return np.zeros(len(ids), bool)
+    return known[np.minimum(np.searchsorted(known, ids), len(known) - 1)] == ids
 
 
 @dataclass
@@ -134,14 +163,14 @@ def written_files(run: Run, out: str, wanted: Callable[[pa.Table], pa.Array]) ->
         StoreError: unreadable parts.
     """
     found: dict[str, set[str]] = {}
-    for table in run.store.scan("publish", None, ["photo_id", "path", "action", "out_path", "sha256"]):
+    for table in run.store.each_part("publish", ["photo_id", "path", "action", "out_path", "sha256"]):
         for row in table.filter(wanted(table)).to_pylist():
             if row["action"] in ("protected", "copied") and row["out_path"] == output_place(out, row["path"]):
                 found.setdefault(row["path"], set()).add(row["sha256"])
     return found
 
 
-def prune(run: Run, src: str, out: str, live: pa.ChunkedArray) -> Pruned:
+def prune(run: Run, src: str, out: str, live: Iterable[pa.Array]) -> Pruned:
     """Remove the outputs of photos that SRC no longer has: files that this run wrote and nobody has changed since.
 
     A file stays where its bytes are none that the manifests know, where something else has taken its place, or where a
@@ -149,7 +178,7 @@ def prune(run: Run, src: str, out: str, live: pa.ChunkedArray) -> Pruned:
 
     Args:
         src, out: absolute.
-        live: paths of the photos that SRC has.
+        live: paths of the photos that SRC has, in pieces.
 
     Raises:
         StoreError: unreadable parts.  OutputError: OUT cannot be written to.
@@ -179,7 +208,7 @@ def prune(run: Run, src: str, out: str, live: pa.ChunkedArray) -> Pruned:
     return done
 
 
-def _alike(paths: list[str], live: pa.ChunkedArray) -> dict[str, list[str]]:
+def _alike(paths: list[str], live: Iterable[pa.Array]) -> dict[str, list[str]]:
     """By path, the live paths that a file system may take for the same: equal but for case and Unicode form."""
 
     def plain(values):
@@ -187,10 +216,11 @@ def _alike(paths: list[str], live: pa.ChunkedArray) -> dict[str, list[str]]:
 
     found: dict[str, list[str]] = {}
     keys = plain(pa.array(paths, pa.string()))
-    same = live.filter(pc.is_in(plain(live), value_set=keys))
     by_key: dict[str, list[str]] = {}
-    for path, key in zip(same.to_pylist(), plain(same).to_pylist(), strict=True):
-        by_key.setdefault(key, []).append(path)
+    for piece in live:
+        same = piece.filter(pc.is_in(plain(piece), value_set=keys))
+        for path, key in zip(same.to_pylist(), plain(same).to_pylist(), strict=True):
+            by_key.setdefault(key, []).append(path)
     for path, key in zip(paths, keys.to_pylist(), strict=True):
         if key in by_key:
             found[path] = by_key[key]

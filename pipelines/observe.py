@@ -8,7 +8,7 @@ import time
 from collections import deque
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 
 from cluster import Progress
 from pipelines.logs import JsonLog
@@ -25,13 +25,13 @@ class Observer:
 
     Attributes:
         log: where events go; None for nowhere.
-        photos: ids of the run's photos, in the order of the source table; needed where there is a log.
+        photos: ids of the run's photos as uint64, in the order of the source table; needed where there is a log.
     """
 
     def __init__(self, run: Run) -> None:
         self.store = run.store
         self.log: JsonLog | None = None
-        self.photos: pa.ChunkedArray | None = None
+        self.photos: np.ndarray | None = None
         self._metrics = Metrics()
         self._lock = threading.Lock()
         self._stages: dict[str, Progress] = {}
@@ -72,7 +72,7 @@ class Observer:
                 "shard",
                 stage=stage,
                 part=shard.part,
-                photos=self.photos.take(pa.array(progress.items)).to_pylist(),
+                photos=[f"{photo:016x}" for photo in self.photos[list(progress.items)].tolist()],
                 rows=shard.statuses,
                 seconds=round(shard.seconds, 3),
                 operator_seconds=round(shard.operator_seconds, 3),

@@ -7,239 +7,32 @@ import importlib.metadata
 import math
 import os
 import platform
-import random
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any, TextIO
 
 import fsspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from cluster import Engine, Pool, Progress, Resources, RunInterrupted, RunSummary, hash_key
+from cluster import Engine, KeyRule, Pool, Progress, Resources, RunInterrupted, RunSummary
 from cluster.digest import read_digest
 from pipelines import gallery_jobs, models, nightly, retry
 from pipelines.config import STAGES, Config
+from pipelines.keys import chain, derive, renewal, stage_rules
+from pipelines.listing import Listing, ProtectError, list_source, source_table
 from pipelines.machine import machine
-from pipelines.manifests import ERROR, LIGHT, OK, PLAN_SCHEMA, SOURCE, SOURCE_SCHEMA, Run, duration, summary, utc
+from pipelines.manifests import ERROR, LIGHT, PLAN_SCHEMA, SOURCE, Run, duration, summary, utc
 from pipelines.logs import JsonLog
 from pipelines.observe import Observer
 from pipelines.presence import Presence
-from pipelines.sources import OutputError, SourceError, SourceRow, check_out, content_digest, list_photos
+from pipelines.sources import OutputError, check_out
 from pipelines.stages import VERSIONS, make_stages
 
-
-class ProtectError(ValueError):
-    """Something about a run as a whole. `str()` is `CODE: words`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-
-
-# ---- the source ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Listing:
-    """What SRC holds: photos (with those that cannot be used, `error` set), and what was skipped, by code.
-
-    `everything`: also the photos that ``--limit`` leaves out.
-    """
-
-    photos: list[SourceRow]
-    skipped: dict[str, int] = field(default_factory=dict)
-    everything: list[SourceRow] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        return len(self.everything)
-
-
-def list_source(
-    src: str,
-    *,
-    out: str | None = None,
-    people_from: str | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    verify_content: bool = False,
-    stop: Callable[[], bool] = lambda: False,
-) -> Listing:
-    """List SRC; with ``limit`` a random sample of so many photos, the same for the same seed, in order of paths.
-
-    Args:
-        verify_content: read every photo of the sample and set its row's `content`.
-        stop: asked now and then; where it says true, the listing ends as by Ctrl-C (KeyboardInterrupt).
-
-    Raises:
-        SourceError: see ``sources.list_photos``.
-        ProtectError: EMPTY, no photo there.
-    """
-    photos, skipped = [], Counter()
-    for row in list_photos(src, people_from=people_from, out=out):
-        if stop():
-            raise KeyboardInterrupt
-        if row.skipped:
-            skipped[row.code] += 1
-        else:
-            photos.append(row)
-    if not photos:
-        raise ProtectError(
-            "EMPTY", f"no photo at {src}" + (f" ({sum(skipped.values())} other files)" if skipped else "")
-        )
-    everything = photos
-    if limit is not None and limit < len(photos):
-        photos = sorted(random.Random(seed).sample(photos, limit), key=lambda row: row.path)
-    if verify_content:
-        photos = with_content(photos, stop)
-    return Listing(photos, dict(skipped), everything)
-
-
-def with_content(photos: Sequence[SourceRow], stop: Callable[[], bool], readers: int = 16) -> list[SourceRow]:
-    """The rows with `content` set; a photo that cannot be read gets `error`. Every file is read once."""
-
-    def hashed(row: SourceRow) -> SourceRow:
-        if row.error is not None:
-            return row
-        try:
-            return replace(row, content=content_digest(row.url))
-        except SourceError as error:
-            return replace(row, error=str(error))
-
-    out: list[SourceRow] = []
-    with ThreadPoolExecutor(readers) as pool:
-        for first in range(0, len(photos), 256):  # `map` would queue all of them at once
-            if stop():
-                raise KeyboardInterrupt
-            out.extend(pool.map(hashed, photos[first : first + 256]))
-    return out
-
-
-def source_key(row: SourceRow) -> str:
-    """Key of a photo at the source: where it is, and which version of it.
-
-    The version is the content where it is known, else size and modification time (or etag).
-    """
-    version = (row.size, row.modified) if row.content is None else ("content", row.content)
-    fields = (row.path, row.url, *version, row.person_id, row.error)
-    return hash_key(SOURCE, *("" if value is None else value for value in fields))
-
-
-def source_table(photos: Sequence[SourceRow]) -> pa.Table:
-    """Rows of the source table (``manifests.SOURCE_SCHEMA``)."""
-    return pa.Table.from_pylist(
-        [
-            {
-                "key": source_key(row),
-                "photo_id": row.photo_id,
-                "path": row.path,
-                "url": row.url,
-                "size": row.size,
-                "modified": row.modified,
-                "content": row.content,
-                "person_id": row.person_id,
-                "status": ERROR if row.error else OK,
-                "reason": row.error,
-            }
-            for row in photos
-        ],
-        SOURCE_SCHEMA,
-    )
-
-
-# ---- keys ------------------------------------------------------------------------------------------------------------
-
-
-def stage_keys(
-    source: pa.Table,
-    config: Config,
-    weights: dict[str, str],
-    out: str = "",
-    opened: Mapping[str, Collection[str]] = MappingProxyType({}),
-) -> dict[str, list[str]]:
-    """The photos' keys at every stage, all known before anything runs (docs/design.md).
-
-    Args:
-        opened: of ``retry.opened``.
-    """
-    keys, before = {}, source["key"].to_pylist()
-    for stage in STAGES:
-        # What is the same for all photos is hashed once.
-        common = hash_key(
-            stage, VERSIONS[stage], config.canonical(stage), weights[stage], out if stage == "publish" else ""
-        )
-        before = keys[stage] = [hash_key(common, key) for key in before]
-        if opened.get(stage):
-            before = keys[stage] = [retry.current(key, opened[stage]) for key in before]
-    return keys
-
-
-def _output_sizes(out: str, paths: Sequence[str]) -> list[int | None]:
-    """Sizes in bytes of files in OUT; None where there is none."""
-    fs, root = fsspec.core.url_to_fs(out)
-    if isinstance(fs.protocol, tuple | str) and "file" in fs.protocol:
-
-        def size(path: str) -> int | None:
-            try:
-                return os.stat(os.path.join(root, path)).st_size
-            except OSError:
-                return None
-
-        return [size(path) for path in paths]
-    fs.invalidate_cache()
-    root = root.rstrip("/")
-    try:
-        found = {name[len(root) + 1 :]: info["size"] for name, info in fs.find(root, detail=True).items()}
-    except FileNotFoundError:
-        found = {}
-    return [found.get(path) for path in paths]
-
-
-def renew_missing(
-    run: Run, out: str, source: pa.Table, keys: list[str], opened: Collection[str] = ()
-) -> list[str]:
-    """Publish keys such that a photo whose file in OUT is gone, or has another size than was written, is done again.
-
-    Parts are never changed, so such a photo gets a new key: that of the next attempt. So does one whose latest attempt
-    is in ``opened`` (``retry.opened``).
-    """
-    store = run.store
-    done = store.done_keys("publish")
-    if not done:
-        return keys
-    attempts: list[list[str]] = []
-    for key in keys:
-        chain = [key]
-        while chain[-1] in done:
-            chain.append(retry.again(chain[-1]))
-        attempts.append(chain)
-    latest = [chain[-2] for chain in attempts if len(chain) > 1]
-    if not latest:
-        return keys
-    written: dict[str, int | None] = {}
-    rows = read_digest(store, "publish", ["key", "action", "out_bytes"], LIGHT["publish"], save=True)
-    rows = rows.filter(pc.is_in(rows["action"], value_set=pa.array(["protected", "copied"])))
-    wanted = set(latest)
-    for key, size in zip(rows["key"].to_pylist(), rows["out_bytes"].to_pylist(), strict=True):
-        if key in wanted:
-            written[key] = size
-    sizes = _output_sizes(out, source["path"].to_pylist())
-    return [
-        chain[0]
-        if len(chain) == 1
-        else chain[-2]
-        if chain[-2] not in opened and (chain[-2] not in written or written[chain[-2]] == size)
-        else chain[-1]
-        for chain, size in zip(attempts, sizes, strict=True)
-    ]
+__all__ = ["ProtectError", "execute", "list_source", "protect", "source_table"]
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -256,11 +49,12 @@ class Setting:
 
 def execute(
     run: Run,
-    source: pa.Table,
+    source: pa.Table | Listing,
     config: Config,
     *,
     about: Mapping[str, str] | None = None,
     out: str | None = None,
+    verify: bool = False,
     until: str = "publish",
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -270,8 +64,9 @@ def execute(
     """Plan and run the stages up to ``until`` over these photos; what is done already is not done again.
 
     Args:
-        source: of ``source_table``.
+        source: of ``source_table``, or a listing of any length.
         about: kept with the plan, see ``manifests.plan_about``.
+        verify: read what is in OUT, and publish again what has other bytes than were written.
         stop: see ``Engine``.
 
     Raises:
@@ -281,24 +76,24 @@ def execute(
     """
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
-        url, info = gallery_jobs.ensure_gallery(config, run, say)
+        heard = stop or (lambda: False)
+        url, info = gallery_jobs.patiently(lambda: gallery_jobs.ensure_gallery(config, run, say, heard))
         described = gallery_jobs.described_for_run(url, info)
         if config.attack.enabled and config.inspect.unit == "std":
             std = gallery_jobs.gallery_std(run, url, info, config.num_codes)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
     weights = models.stage_weights(config, described.get("fingerprint", ""), std_digest)
     opened = retry.opened(run)
-    keys = stage_keys(source, config, weights, out or "", opened)
+    rules = stage_rules(config, weights, out or "", opened)
     if until == "publish":
-        keys["publish"] = renew_missing(run, out, source, keys["publish"], opened.get("publish", ()))
+        rules["publish"] = chain(rules["publish"], renewal(run, out, opened.get("publish", ()), verify))
+    tables = [source] if isinstance(source, pa.Table) else source
     # Stages beyond `until` get their keys in the plan as well: they are what a later run would make.
-    run.write_plan(
-        pa.table([source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)], PLAN_SCHEMA), about
-    )
+    run.write_plan((planned(table, rules) for table in tables), about)
     setting = Setting(weights, url, described)
     if on_start is not None:
         on_start(setting)
-    stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=source.num_rows, until=until)
+    stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=len(source), until=until)
     engine = Engine(
         run.store,
         stages,
@@ -310,7 +105,13 @@ def execute(
         stop=stop,
     )
     with gallery_jobs.reading(url):
-        return engine.run(source, keys), setting
+        return engine.run(source, rules), setting
+
+
+def planned(table: pa.Table, rules: Mapping[str, KeyRule]) -> pa.Table:
+    """Rows of the plan, of photos of the source table."""
+    keys = derive(rules, table["key"].to_pylist())
+    return pa.table([table["photo_id"], table["path"], table["key"], *keys.values()], PLAN_SCHEMA)
 
 
 # A generator, an encoder and two recognisers with their gradients: 1.5 GB at 256 px, more at 1024 px.
@@ -483,8 +284,8 @@ def protect(
         run_url: the run's folder; by default beside OUT.
         people_from: ``folder``: a photo's folder names its person.
         limit, sample_seed: only a random sample of so many photos.
-        verify_content: a photo has changed where its bytes have, whatever its size and modification time say; reads
-            every photo.
+        verify_content: a photo, or a file in OUT, has changed where its bytes have, whatever its size and modification
+            time say; reads all of them.
         prune: once the stages are through, remove the outputs of photos that SRC no longer has (``nightly.prune``).
         log_json: file that structured logs are appended to (``logs``).
         say: takes messages for people, one line each.
@@ -559,16 +360,11 @@ def _protect(
         verify_content=verify_content,
         stop=presence.stopped,
     )
-    some = f", of {listing.total}" if len(listing.photos) < listing.total else ""
-    say(f"{len(listing.photos)} photos at {src}{some}" + _skipped_words(listing.skipped))
-    source = source_table(listing.photos)
-    observer.photos = source["photo_id"]
+    some = f", of {listing.total}" if len(listing) < listing.total else ""
+    say(f"{len(listing)} photos at {src}{some}" + _skipped_words(listing.skipped))
+    observer.photos = listing.ids
     about = {"source": absolute(src), "evidence": "content" if verify_content else "stat"}
-    listed = source["photo_id"].combine_chunks()
-    if len(listing.photos) < listing.total:
-        listed = pa.array([row.photo_id for row in listing.everything], pa.string())
-    failed = [row.path for row in listing.everything if row.error is not None]
-    changes = nightly.compare(run, about["source"], source, listed, failed, about["evidence"])
+    changes = nightly.compare(run, about["source"], listing, listing.all_ids, listing.failed, about["evidence"])
     if changes.compared:
         say(changes.words())
     if changes.evidence_changed:
@@ -610,10 +406,11 @@ def _protect(
     try:
         done, _ = execute(
             run,
-            source,
+            listing,
             config,
             about=about,
             out=out,
+            verify=verify_content,
             progress=progress,
             stop=presence.stopped,
             say=say,
@@ -628,8 +425,7 @@ def _protect(
     result["skipped"] = listing.skipped
     result["changes"] = changes.to_dict()
     if prune and interrupted is None:
-        live = pa.chunked_array([pa.array([row.path for row in listing.everything], pa.string())])
-        pruned = nightly.prune(run, about["source"], out, live)
+        pruned = nightly.prune(run, about["source"], out, listing.all_paths())
         result["changes"]["pruned"] = pruned.to_dict()
         say(f"pruned: {len(pruned.removed)} output(s) removed")
         for path, why in pruned.kept.items():
@@ -659,7 +455,7 @@ def _protect(
 def _totals(run: Run, done: RunSummary) -> tuple[dict[str, Any], bool]:
     """The run's totals, and whether they, and so the report, are still those of the last run: the same photos with the
     same keys, and nothing that this run did."""
-    plan = hashlib.sha256(run.read("plan.parquet")).hexdigest()
+    plan = run.sha256("plan.parquet")
     if run.has("summary.json") and run.has("report.html") and not any(s.done for s in done.stages.values()):
         before = run.read_json("summary.json")
         if before.get("plan") == plan and not before["interrupted"]:

@@ -88,8 +88,7 @@ def purge(
         StoreError, OutputError: something cannot be written or removed; the same purge again goes on.
     """
     run = Run(url)
-    if not run.store.stages():
-        run.plan([])  # says that this is no run
+    run.require()
     with Presence(run, "purge"):
         ids = _find(run, photos, people)
         done = Purged(sorted(ids.values()))

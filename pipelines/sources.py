@@ -23,6 +23,7 @@ could leave OUT, or name something else there, is refused (`safe_relative`).
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import itertools
 import os
@@ -30,13 +31,15 @@ import re
 import stat
 import unicodedata
 import uuid
+from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -588,10 +591,19 @@ def list_photos(
     else:
         rows = iter(_list_rows(src, (_read_list if kind == "list" else _read_table)(src)))
 
+    @functools.lru_cache(4096)
+    def folder_in_out(folder: str) -> bool:
+        return _relation(folder, out) in ("same", "inside")
+
+    def in_out(url: str) -> bool:
+        if _local(url) is not None and os.path.islink(_local(url)):
+            return _relation(url, out) in ("same", "inside")
+        return folder_in_out(os.path.dirname(url))  # resolving every path by itself would be most of the listing's time
+
     for row in rows:
         if people_from == "folder" and row.person_id is None and "/" in row.path:
             row = replace(row, person_id=row.path.split("/")[-2])
-        if out is not None and row.error is None and _relation(row.url, out) in ("same", "inside"):
+        if out is not None and row.error is None and in_out(row.url):
             row = replace(row, error=str(SourceError("IN_OUT", "the photo lies inside OUT")))
         yield row
 
@@ -787,6 +799,70 @@ def output_place(out: str, path: str) -> str:
         return os.path.join(os.path.realpath(local), *path.split("/"))
     fs, target = _store_target(out, path)
     return fs.unstrip_protocol(target)
+
+
+def output_sizes(out: str) -> Callable[[Sequence[str]], np.ndarray]:
+    """How large files in OUT are: paths in OUT -> int64 (n,), bytes, -1 where there is none.
+
+    On a disk each file is asked for; another store is listed, now, which keeps 16 bytes for each file that is there.
+
+    Raises:
+        OutputError: the store cannot be listed.
+    """
+    local = _local(out)
+    if local is not None:
+
+        def size(path: str) -> int:
+            try:
+                return os.stat(os.path.join(local, path)).st_size
+            except OSError:
+                return -1
+
+        return lambda paths: np.array([size(path) for path in paths], np.int64)
+
+    def hashed(path: str) -> int:
+        return int(photo_id(path), 16)
+
+    fs, root = _fs(out, OutputError)
+    ids, sizes = array("Q"), array("q")
+    try:
+        fs.invalidate_cache()
+        for row in _walk_store(fs, root, hidden=True, depth=None):
+            if row.size is not None:
+                ids.append(hashed(row.path))
+                sizes.append(row.size)
+    except SourceError as e:
+        if e.code != "NOT_FOUND":  # nothing was written yet
+            raise OutputError("WRITE_FAILED", f"{out} cannot be listed: {e.message}") from e
+    order = np.argsort(np.frombuffer(ids, np.uint64), kind="stable")
+    there, length = np.frombuffer(ids, np.uint64)[order], np.frombuffer(sizes, np.int64)[order]
+
+    def look(paths: Sequence[str]) -> np.ndarray:
+        wanted = np.array([hashed(path) for path in paths], np.uint64)
+        if not len(there):
+            return np.full(len(wanted), -1, np.int64)
+        place = np.minimum(np.searchsorted(there, wanted), len(there) - 1)
+        return np.where(there[place] == wanted, length[place], -1)
+
+    return look
+
+
+def output_digest(out: str, path: str) -> str | None:
+    """SHA-256, hex, of OUT/path as it is now; None where there is no such file.
+
+    Raises OutputError UNSAFE_PATH, WRITE_FAILED (it cannot be read), NOT_WRITABLE.
+    """
+    path = _safe_output(path)
+    try:
+        if _local(out) is None:
+            fs, target = _store_target(out, path)
+            return hashlib.sha256(_patient(lambda: _get(fs, target))).hexdigest()
+        with open(output_place(out, path), "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as e:
+        raise _out_error(e, path) from e
 
 
 def _safe_output(path: str) -> str:

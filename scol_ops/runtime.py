@@ -6,6 +6,7 @@ import ctypes
 import sys
 
 import torch
+from torch import nn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -27,6 +28,20 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """Kernels of convolutions in the order that GPUs' tensor cores take without rearranging; the results' bits may differ.
+
+    ``Module.to(memory_format=...)`` would do for all but StyleGAN2, whose published kernels have five dimensions: there the
+    feature maps alone are rearranged, and the convolutions follow them.
+    """
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    if hasattr(network, "memory_format"):
+        network.memory_format = torch.channels_last
+    return network
 
 
 def set_up(threads: int | None = None) -> None:

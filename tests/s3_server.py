@@ -43,6 +43,7 @@ class Fault:
             be silent for `seconds`, then close it; `mute`: do what is asked, then never answer; `cut`: send half of the
             body and close; `short`: send half of the body as if it were all.
         method, part: requests concerned: HTTP method, and what their path or query holds.
+        avoid: what their path or query must not hold; empty for nothing.
         times: so many requests at most; None for all.
         share: of the requests concerned, at random by `seed`.
         seen: how many were failed.
@@ -51,6 +52,7 @@ class Fault:
     kind: str
     method: str = ""
     part: str = ""
+    avoid: str = ""
     times: int | None = 1
     share: float = 1.0
     seconds: float = 3.0
@@ -64,7 +66,9 @@ class Fault:
     def hits(self, method: str, target: str) -> bool:
         if self.times is not None and self.seen >= self.times:
             return False
-        if self.method not in ("", method) or self.part not in target or self.dice.random() >= self.share:
+        if self.method not in ("", method) or self.part not in target or (self.avoid and self.avoid in target):
+            return False
+        if self.dice.random() >= self.share:
             return False
         self.seen += 1
         return True

@@ -187,12 +187,18 @@ def protect(src: str, out: str, *more: str) -> list[str]:
     return ["protect", src, "--out", out, "--profile", "quick", "--json", *settings, *more]
 
 
+def timeless(value):
+    """Without what differs from run to run: times, and where OUT is."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if not k.endswith("seconds") and k != "out_path"}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
 def rows_of(run: Run) -> dict[str, list]:
     """All rows but what differs between two places and two moments."""
     found = {}
     for stage in STAGES:
-        columns = [c for c in read_stage(run, stage).column_names if c not in ("key", "seconds", "out_path")]
-        rows = read_stage(run, stage, columns).to_pylist()
+        rows = timeless(read_stage(run, stage).drop_columns(["key"]).to_pylist())
         # as text, because NaN does not equal itself; hashed, lest a difference be explained at length
         found[stage] = [
             {name: text if len(text := repr(value)) < 100 else hash_key(text) for name, value in row.items()}
@@ -216,17 +222,19 @@ def test_the_whole_job_on_s3_under_faults_ends_as_an_undisturbed_one(s3, draw_ph
     src, out, run = f"{s3.root}/in", f"{s3.root}/out", Run(f"{s3.root}/out.run")
 
     kinds = ["internal", "slow_down", "reset", "lost", "throttled", "cut", "short"]
-    faults = [Fault(kind, times=None, share=0.03, seed=n) for n, kind in enumerate(kinds)]
+    # A gallery whose file is too short is damaged, and says so: not what is tried here.
+    faults = [Fault(kind, avoid="gallery", times=None, share=0.02, seed=n) for n, kind in enumerate(kinds)]
     with s3.failing(*faults):
         first, status, errors, retry, again = scol(
             s3,
             protect(src, out),
             ["status", run.url, "--json"],
-            ["errors", run.url, "--json"],
+            ["errors", run.url, "--no-weak", "--json"],
             ["retry", run.url, "--json"],
             protect(src, out),
         )
-    assert sum(fault.seen for fault in faults) > 10, "there were faults"
+    assert first["status"] == 1, first["err"]  # a photo failed
+    assert sum(fault.seen for fault in faults) > 5, "there were faults"
     rows, photos = rows_of(run), read_photos(run).to_pylist()
     published = {row["path"]: read_bytes(row["out_path"]) for row in photos if row["out_path"] is not None}
 
@@ -238,8 +246,8 @@ def test_the_whole_job_on_s3_under_faults_ends_as_an_undisturbed_one(s3, draw_ph
         protect(src, out, "--prune"),
         ["purge", run.url, "--photo", "one.png", "--json"],
     )
-    for found in (first, again, local):
-        assert found["status"] == 1, found["err"]  # a photo failed
+    for found in (again, local, night):
+        assert found["status"] == 1, found["err"]
     totals = {"photos": 3, "faces": 1, "no_face": 1, "error": 1, "pending": 0, "published": 1, "copied": 1}
     assert {name: json.loads(first["out"])[name] for name in totals} == totals
     assert json.loads(status["out"])["stages"]["publish"]["done"] == 3

@@ -30,7 +30,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -38,11 +37,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import Engine, PartStore, Pool, Resources, Stage, hash_key, hash_keys, ray_session
+from pipelines.bench.memory import MemoryWatch
 
 ROOT = Path(__file__).parents[2]
 BENCH_PYTHON = ROOT / "build" / "bench-venv" / "bin" / "python"
@@ -185,7 +184,7 @@ def run_watched(command: list[str]) -> tuple[float, int]:
     """Run a job that prints `SECONDS x`. Returns x, and the largest sum of its processes' resident sizes in bytes."""
     with tempfile.TemporaryFile("w+") as output:
         job = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        watch = _Memory(job.pid)
+        watch = MemoryWatch(job.pid)
         watch.start()
         status = job.wait()
         watch.stopped.set()
@@ -198,33 +197,12 @@ def run_watched(command: list[str]) -> tuple[float, int]:
     return float(lines[-1].split()[1]), watch.peak
 
 
-class _Memory(threading.Thread):
-    """Samples the resident sizes of a process and all that descend from it."""
-
-    def __init__(self, pid: int):
-        super().__init__(daemon=True)
-        self.process, self.peak, self.stopped = psutil.Process(pid), 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.stopped.wait(0.2):
-            total = 0
-            try:
-                for process in [self.process, *self.process.children(recursive=True)]:
-                    try:
-                        total += process.memory_info().rss
-                    except (psutil.NoSuchProcess, psutil.AccessDenied):
-                        continue
-            except psutil.NoSuchProcess:
-                return
-            self.peak = max(self.peak, total)
-
-
 # ---- planning --------------------------------------------------------------------------------------------------------
 
 
 def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table]:
     """Source keys of a synthetic listing, made from `SourceRow`s as `scol protect` does."""
-    from pipelines.protect import source_key
+    from pipelines.listing import source_key
     from pipelines.sources import SourceRow
 
     for first in range(0, photos, window):

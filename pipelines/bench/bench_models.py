@@ -91,7 +91,7 @@ def measure(name: str, repeat: int, device: torch.device) -> dict[str, Any]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     network = build(name).to(device)
     if device.type == "cuda":
-        network = network.to(memory_format=torch.channels_last)
+        runtime.channels_last(network)
         torch.cuda.reset_peak_memory_stats()
     run, side = call(network, 256, device)
 
@@ -114,7 +114,7 @@ def measure(name: str, repeat: int, device: torch.device) -> dict[str, Any]:
         run().square().sum().backward()
 
     with FlopCounterMode(display=False) as counter:
-        forward()
+        run()  # the counter does not work without gradients
     once = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
         both()

@@ -16,14 +16,13 @@ import argparse
 import io
 import json
 import tempfile
-import threading
 import time
 from pathlib import Path
 
-import psutil
 import torch
 from PIL import Image
 
+from pipelines.bench.memory import MemoryWatch, is_ray_worker
 from pipelines.config import PROFILES, STAGES, load_config
 from pipelines.machine import machine
 from pipelines.manifests import Run, read_stage
@@ -46,32 +45,11 @@ def make_photos(folder: Path, count: int) -> None:
             (folder / f"{i:03d}.jpg").write_bytes(stream.getvalue())
 
 
-class MemoryWatch(threading.Thread):
-    """Largest resident size of all Ray workers that descend from this process together, in bytes."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.together = 0
-        self.stopped = threading.Event()
-
-    def run(self) -> None:
-        me = psutil.Process()
-        while not self.stopped.wait(0.2):
-            sizes = []
-            for process in me.children(recursive=True):
-                try:
-                    if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
-                        sizes.append(process.memory_info().rss)
-                except (psutil.NoSuchProcess, psutil.AccessDenied):
-                    continue
-            self.together = max(self.together, sum(sizes))
-
-
 def measure(faces: int, profile: str, workers: int) -> dict[str, object]:
     config = load_config(profile, sets=[f"engine.workers={workers}", "gallery.synthetic=5000"])
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as folder:
         make_photos(Path(folder) / "photos", faces)
-        watch = MemoryWatch()
+        watch = MemoryWatch(counts=is_ray_worker)
         watch.start()
         begin = time.monotonic()
         summary = protect(f"{folder}/photos", f"{folder}/out", config, say=lambda text: None)
@@ -88,7 +66,7 @@ def measure(faces: int, profile: str, workers: int) -> dict[str, object]:
         "faces": faces, "profile": profile, "workers": workers, "wall_seconds": wall, "stages": stages,
         "operator_seconds": sum(s["seconds"] for s in stages.values()),
         "tuning_steps_per_second": config.tune.steps * stages["tune"]["faces"] / max(stages["tune"]["seconds"], 1e-9),
-        "all_workers_bytes": watch.together,
+        "all_workers_bytes": watch.peak,
         "summary": {k: summary[k] for k in ("photos", "faces", "ok", "weak", "error")},
     }
 

@@ -13,8 +13,9 @@ from pipelines import models
 from pipelines.config import Config
 from pipelines.manifests import NO_FACE, OK, SOURCE, face_id, row_seed
 from pipelines.photo import Limits, Photo, PhotoError, decode
-from pipelines.sources import SourceError, read_bytes
+from pipelines.sources import SourceError
 from pipelines.stages.common import FaceError, Row, encode_png, failed, iterate, reason_of, to_table
+from pipelines.stages.reading import Reader
 from scol_ops.alignment import align_crops, ffhq_quads
 from scol_ops.detection import Face, FaceDetector
 from scol_ops.warp import GeometryError
@@ -32,6 +33,11 @@ def operator(config: Config, weights: str) -> Operator:
         device, settings.min_face_size, settings.min_confidence, settings.max_side, config.engine.align_batch
     )
     limits = Limits(settings.max_pixels, settings.max_bytes)
+    reader = Reader(limits.max_bytes)
+
+    def ahead(table: pa.Table) -> None:
+        rows = table.select(["url", "size", "status"]).to_pylist()
+        reader.ahead([(row["url"], row["size"]) for row in rows if row["status"] == OK])
 
     def run(table: pa.Table) -> pa.Table:
         answers: dict[int, list[Row]] = {}
@@ -43,7 +49,7 @@ def operator(config: Config, weights: str) -> Operator:
                 continue
             begin = time.monotonic()
             try:
-                photo = decode(read_bytes(row["url"], limits.max_bytes), limits)
+                photo = decode(reader.read(row["url"]), limits)
             except (PhotoError, SourceError) as error:
                 answers[i] = [failed(row, "align", reason_of(error), weights, time.monotonic() - begin)]
                 continue
@@ -54,6 +60,7 @@ def operator(config: Config, weights: str) -> Operator:
         answers |= _detect(detector, waiting, config, weights)
         return to_table("align", [row for i in sorted(answers) for row in answers[i]])
 
+    run.ahead = ahead
     return run
 
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import torch
 
 from cluster import Operator
-from gallery_index import Gallery, QueryError
+from cluster.retries import is_transient, with_retries
+from gallery_index import Gallery, GalleryError, QueryError
 from pipelines import models
 from pipelines.config import Config
 from pipelines.manifests import OK
@@ -20,7 +21,9 @@ from scol_ops.fusion import fuse
 def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     """Loads the gallery; the result takes rows of ``invert`` with ``source.person_id``."""
     models.set_up()
-    gallery = Gallery.load(gallery_url, layers=config.num_codes)
+    gallery = with_retries(
+        lambda: Gallery.load(gallery_url, layers=config.num_codes), transient=lambda e: not isinstance(e, GalleryError) and is_transient(e)
+    )
 
     def run(table: pa.Table) -> pa.Table:
         rows = list(iterate(table))

@@ -30,6 +30,7 @@ from pipelines.stages.common import (
     to_table,
     to_tensor,
 )
+from pipelines.stages.reading import Reader
 from scol_ops.alignment import align_crops
 from scol_ops.metrics import flip, ism, psnr, ssim, to_uint8
 from scol_ops.paste import face_mask, paste_back
@@ -46,6 +47,11 @@ def operator(config: Config, weights: str, out: str) -> Operator:
     judge = networks[config.publish.judge]
     limit = judge.threshold if config.publish.max_ism is None else config.publish.max_ism
     limits = Limits(config.align.max_pixels, config.align.max_bytes)
+    reader = Reader(limits.max_bytes)
+
+    def ahead(table: pa.Table) -> None:
+        # a photo has a row for each of its faces
+        reader.ahead([(url, None) for url in dict.fromkeys(table["source.url"].to_pylist())])
 
     def run(table: pa.Table) -> pa.Table:
         rows = list(iterate(table))
@@ -98,7 +104,7 @@ def operator(config: Config, weights: str, out: str) -> Operator:
         return answers
 
     def _copy(row: Row) -> Row:
-        data = read_bytes(row["source.url"], limits.max_bytes)
+        data = reader.read(row["source.url"])
         return _written(row, data, "copied", None)
 
     def _written(row: Row, data: bytes, action: str, notes: str | None) -> Row:
@@ -112,7 +118,7 @@ def operator(config: Config, weights: str, out: str) -> Operator:
         }
 
     def _save(rows: list[Row]) -> tuple[Photo, Photo, Row]:
-        photo = decode(read_bytes(rows[0]["source.url"], limits.max_bytes), limits)
+        photo = decode(reader.read(rows[0]["source.url"]), limits)
         size = config.crop_size
         if (photo.width, photo.height) != (rows[0]["align.width"], rows[0]["align.height"]):
             raise SourceError("CHANGED", "the photo has changed since its faces were found")
@@ -158,6 +164,7 @@ def operator(config: Config, weights: str, out: str) -> Operator:
             return found | {"status": OK}
         return found | {"status": WEAK, "reason": reason, "failed_stage": "publish"}
 
+    run.ahead = ahead
     return run
 
 

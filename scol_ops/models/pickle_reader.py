@@ -177,7 +177,8 @@ def _read_zip(content: bytes, skipped: Counter[str]) -> Any:
                 raise UnreadableFile(f"the archive has an entry that points out of it: {name!r}")
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise UnreadableFile(f"the archive's entry {name!r} is compressed, PyTorch's are not")
-        if len(set(names)) < len(names):
+        known = set(names)
+        if len(known) < len(names):
             raise UnreadableFile("the archive has two entries of one name")
         if sum(entry.file_size for entry in entries) > len(content):
             raise UnreadableFile("the archive's entries are larger than the archive")
@@ -185,12 +186,12 @@ def _read_zip(content: bytes, skipped: Counter[str]) -> Any:
         if len(pickles) != 1:
             raise UnreadableFile("the archive is not of torch.save: it has not one data.pkl")
         root = pickles[0].split("/")[0]
-        if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder").strip() != b"little":
+        if f"{root}/byteorder" in known and archive.read(f"{root}/byteorder").strip() != b"little":
             raise UnreadableFile("the archive's numbers are big-endian")
 
         def load(storage: Storage, key: str) -> None:
             name = f"{root}/data/{key}"
-            if name not in names:
+            if name not in known:
                 raise UnreadableFile(f"the archive lacks {name!r}")
             if archive.getinfo(name).file_size != storage.bytes_wanted:
                 raise UnreadableFile(

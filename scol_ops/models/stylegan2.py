@@ -194,6 +194,7 @@ class StyleGAN2(nn.Module):
     Attributes:
         num_codes: L.
         resolution: ``size``.
+        memory_format: of the feature maps; ``runtime.channels_last`` sets it.
         mean_code: (512,), the mean of W (``latent_avg``, ``w_avg``); a buffer, and no entry of rosinality's ``g_ema``.
     """
 
@@ -205,6 +206,7 @@ class StyleGAN2(nn.Module):
             raise ValueError(f"no StyleGAN2 has {mapping_layers} mapping layers and multiplier {multiplier}")
         self.num_codes, self.resolution = num_codes(size), size
         self.multiplier, self.mapping_layers, self.layout = multiplier, mapping_layers, layout
+        self.memory_format = torch.contiguous_format
         self.style = nn.Sequential(
             PixelNorm(), *(EqualLinear(CODE_DIM, CODE_DIM, 0.01, activate=True) for _ in range(mapping_layers))
         )
@@ -242,7 +244,7 @@ class StyleGAN2(nn.Module):
         if codes.ndim != 3 or codes.shape[1:] != (self.num_codes, CODE_DIM):
             raise ValueError(f"codes must be (B, {self.num_codes}, {CODE_DIM}), got {tuple(codes.shape)}")
         noise = [getattr(self.noises, f"noise_{k}") for k in range(self.num_codes - 1)]
-        x = self.input.input.expand(len(codes), -1, -1, -1)
+        x = self.input.input.expand(len(codes), -1, -1, -1).contiguous(memory_format=self.memory_format)
         x = self.conv1(x, codes[:, 0], noise[0])
         picture = self.to_rgb1(x, codes[:, 1], None)
         for i, to_rgb in enumerate(self.to_rgbs):

@@ -198,7 +198,9 @@ def test_golden_keys(name: str) -> None:
     """Names and shapes of the published layout, of a network without numbers."""
     spec, (family, facts) = load_spec(name), family_of(name.removesuffix("_keys"))
     shapes = {n: tuple(shape) for n, shape, _ in spec["state_dict"]}
-    facts |= {"multiplier": 2, "mapping_layers": 8, "affine": "output_layer.4.weight" in shapes}
+    at64 = shapes.get("convs.6.activate.bias") or shapes.get("synthesis.b64.conv0.bias") or (512,)
+    mapping = [n for n in shapes if re.fullmatch(r"(style\.|mapping\.fc)\d+\.weight", n)]
+    facts |= {"multiplier": at64[0] // 256, "mapping_layers": len(mapping), "affine": "output_layer.4.weight" in shapes}
     facts["positions"] = shapes.get("output_layer.3.weight", (0, 512 * 49))[1] // 512
     facts["classes"] = shapes["logits.weight"][0] if "logits.weight" in shapes else None
     with torch.device("meta"):

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import pickle
+import random
 import struct
 import time
 import tracemalloc
@@ -275,3 +276,27 @@ def test_a_module_of_endless_modules_ends() -> None:
     with pytest.raises(CheckpointError, match="more than 20000 modules"):
         load_public("stylegan2", content.value)
     assert len(repr(content.value)) < 1000
+
+
+def test_damaged_files_end_in_errors_of_ours() -> None:
+    """Seeded damage to files of each form: read, or refused by ``CheckpointError``, and nothing else."""
+    state = {"input.input": torch.zeros(1, 8, 4, 4), "b": torch.arange(6.0).reshape(2, 3).T, "flag": torch.tensor([True])}
+    options = argparse.Namespace(size=8)
+    files = [torch_file({"g_ema": state, "opts": options}), torch_file({"g_ema": state}, old=True), nvidia_pickle(state)]
+    rng, refused = random.Random(0), 0
+    for _ in range(400):
+        content = bytearray(rng.choice(files))
+        for _ in range(rng.choice((1, 1, 2, 4, 16))):
+            place, kind = rng.randrange(len(content)), rng.random()
+            if kind < 0.6:
+                content[place] = rng.randrange(256)
+            elif kind < 0.8:
+                del content[place : place + rng.randrange(1, 9)]
+            else:
+                content[place:place] = rng.randbytes(rng.randrange(1, 9))
+        try:
+            value = read_checkpoint(bytes(content)).value
+            load_public("stylegan2", value)
+        except CheckpointError:
+            refused += 1
+    assert refused == 400, "not one of them is a StyleGAN2"

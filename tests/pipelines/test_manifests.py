@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from cluster import hash_key
 from pipelines import manifests
-from pipelines.config import STAGES, load_config
+from pipelines.config import STAGES, Config, load_config
 from pipelines.manifests import (
     CODE_DIM,
     CODE_LAYERS,
@@ -24,7 +25,8 @@ from pipelines.manifests import (
     read_stage,
     row_seed,
 )
-from pipelines.protect import list_source, renew_missing, source_table, stage_keys
+from pipelines.keys import derive, renewal, stage_rules
+from pipelines.listing import list_source, source_table
 from pipelines.stages.common import (
     FaceError,
     as_codes,
@@ -279,6 +281,10 @@ def archive(tmp_path: Path) -> Path:
     return folder
 
 
+def stage_keys(source: pa.Table, config: Config, *more) -> dict[str, list[str]]:
+    return derive(stage_rules(config, *more), source["key"].to_pylist())
+
+
 def test_keys_change_from_the_stage_concerned_on(archive: Path) -> None:
     source = source_table(list_source(str(archive)).photos)
     base = stage_keys(source, load_config(), WEIGHTS, "/out")
@@ -309,7 +315,8 @@ def test_samples_are_seeded_and_other_files_are_counted(archive: Path) -> None:
     assert [p.path for p in listing.photos] == ["a.jpg", "b.jpg", "c.jpg"] and listing.skipped == {"NOT_A_PHOTO": 1}
     samples = {tuple(p.path for p in list_source(str(archive), limit=2, seed=seed).photos) for seed in range(20)}
     assert len(samples) == 3 and all(list(s) == sorted(s) for s in samples)
-    assert list_source(str(archive), limit=2, seed=5) == list_source(str(archive), limit=2, seed=5)
+    one, two = (list_source(str(archive), limit=2, seed=5) for _ in range(2))
+    assert one.photos == two.photos and len(one) == 2 and one.total == 3 and one.all_ids.tolist() == listing.ids.tolist()
 
 
 def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Path) -> None:
@@ -317,7 +324,7 @@ def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Pa
     out.mkdir()
     source = source_table(list_source(str(archive)).photos)
     keys = stage_keys(source, load_config(), WEIGHTS, str(out))["publish"]
-    assert renew_missing(run, str(out), source, keys) == keys
+    assert renewal(run, str(out))(keys) == keys
 
     def publish(key: str, path: str, action: str) -> None:
         size = 5 if action != "none" else None
@@ -328,15 +335,30 @@ def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Pa
 
     publish(keys[0], "a.jpg", "protected")
     publish(keys[1], "b.jpg", "none")
-    assert renew_missing(run, str(out), source, keys) == keys, (
+    assert renewal(run, str(out))(keys) == keys, (
         "a.jpg is there, b.jpg was never meant to be, c.jpg is to do"
     )
 
     (out / "a.jpg").unlink()
-    second = renew_missing(run, str(out), source, keys)
+    second = renewal(run, str(out))(keys)
     assert second[0] != keys[0] and second[1:] == keys[1:]
     publish(second[0], "a.jpg", "protected")
-    assert renew_missing(run, str(out), source, keys) == second
+    assert renewal(run, str(out))(keys) == second
     (out / "a.jpg").write_bytes(b"1234567")
-    third = renew_missing(run, str(out), source, keys)
+    third = renewal(run, str(out))(keys)
     assert third[0] not in (keys[0], second[0]) and third[1:] == keys[1:]
+
+
+def test_with_verify_other_bytes_of_the_same_size_are_published_again(archive: Path, tmp_path: Path) -> None:
+    run, out = Run(str(tmp_path / "run")), tmp_path / "out"
+    out.mkdir()
+    keys = [hash_key(name) for name in "abc"]
+    for key, name in zip(keys, ("a.jpg", "b.jpg", "c.jpg"), strict=True):
+        (out / name).write_bytes(name.encode())
+        row = {"key": key, "photo_id": name, "status": "ok", "path": name, "action": "protected"}
+        row |= {"out_bytes": 5, "sha256": hashlib.sha256(name.encode()).hexdigest()}
+        run.store.write_part("publish", None, to_table("publish", [row]))
+    (out / "b.jpg").write_bytes(b"B.JPG")
+    assert renewal(run, str(out))(keys) == keys, "the size is the same"
+    again = renewal(run, str(out), verify=True)(keys)
+    assert [new == old for new, old in zip(again, keys, strict=True)] == [True, False, True]

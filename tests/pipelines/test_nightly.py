@@ -20,6 +20,7 @@ from PIL import Image
 from cluster import ray_session
 from pipelines import nightly
 from pipelines.config import STAGES, load_config
+from pipelines.listing import packed_ids
 from pipelines.manifests import PLAN_SCHEMA, Run, RunError, read_photos
 from pipelines.protect import list_source, protect, source_table
 from pipelines.sources import OutputError, photo_id
@@ -40,9 +41,7 @@ def night(run: Run, src: Path, *, name: str = "", **options) -> nightly.Changes:
     evidence = "content" if options.get("verify_content") else "stat"
     listing = list_source(str(src), **options)
     source = source_table(listing.photos)
-    listed = pa.array([row.photo_id for row in listing.everything])
-    failed = [row.path for row in listing.everything if row.error]
-    changes = nightly.compare(run, name or str(src), source, listed, failed, evidence)
+    changes = nightly.compare(run, name or str(src), listing, listing.all_ids, listing.failed, evidence)
     plan = pa.table([source["photo_id"], source["path"], *[source["key"]] * (1 + len(STAGES))], PLAN_SCHEMA)
     run.write_plan(plan, {"source": name or str(src), "evidence": evidence})
     return changes
@@ -99,7 +98,7 @@ def test_what_lies_in_a_folder_that_cannot_be_listed_is_not_deleted(archive: Pat
     listing = [row for row in list_source(str(archive)).photos if not row.path.startswith("deep/")]
     (archive / "a.jpg").unlink()
     source = source_table([row for row in listing if row.path != "a.jpg"])
-    changes = nightly.compare(run, str(archive), source, source["photo_id"].combine_chunks(), ["deep"], "stat")
+    changes = nightly.compare(run, str(archive), [source], packed_ids(source["photo_id"]), ["deep"], "stat")
     assert changes.deleted == ["a.jpg"] and changes.unlisted == 2
 
 
@@ -165,7 +164,7 @@ def pruned(tmp_path: Path):
     os.link(out / "Case.jpg", out / "case.jpg")  # as on a file system that takes one for the other
     table = [{"photo_id": photo_id(path), "path": path, "source": "/src"} for path in paths]
     run.write_table(nightly.DELETED, pa.Table.from_pylist(table, nightly.DELETED_SCHEMA))
-    return lambda src="/src": nightly.prune(run, src, str(out), pa.chunked_array([["case.jpg", "live.jpg"]]))
+    return lambda src="/src": nightly.prune(run, src, str(out), [pa.array(["case.jpg"]), pa.array(["live.jpg"])])
 
 
 def test_prune_removes_only_what_scol_wrote_and_nobody_changed(pruned, tmp_path: Path) -> None:

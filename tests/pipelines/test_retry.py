@@ -13,7 +13,8 @@ from pipelines import retry
 from pipelines.cli import main
 from pipelines.config import STAGES, load_config
 from pipelines.manifests import PLAN_SCHEMA, Run, RunError
-from pipelines.protect import list_source, renew_missing, source_table, stage_keys
+from pipelines.keys import chain, derive, renewal, stage_rules
+from pipelines.listing import list_source, source_table
 from pipelines.stages.common import to_table
 
 WEIGHTS = {stage: f"{stage}:1" for stage in STAGES}
@@ -33,9 +34,9 @@ class Job:
     def plan(self) -> dict[str, list[str]]:
         source = source_table(list_source(str(self.src)).photos)
         opened = retry.opened(self.run)
-        keys = stage_keys(source, load_config(), WEIGHTS, str(self.out), opened)
-        published = renew_missing(self.run, str(self.out), source, keys["publish"], opened.get("publish", ()))
-        keys["publish"] = published
+        rules = stage_rules(load_config(), WEIGHTS, str(self.out), opened)
+        rules["publish"] = chain(rules["publish"], renewal(self.run, str(self.out), opened.get("publish", ())))
+        keys = derive(rules, source["key"].to_pylist())
         self.ids = source["photo_id"].to_pylist()
         columns = [source["photo_id"], source["path"], source["key"], *(keys[s] for s in STAGES)]
         self.run.write_plan(pa.table(columns, PLAN_SCHEMA))
@@ -127,7 +128,8 @@ def test_other_versions_of_the_photo_and_of_the_settings_are_not_concerned(job: 
     retry.retry(job.run, ["TIMEOUT"])
     source = source_table(list_source(str(job.src)).photos)
     opened, config = retry.opened(job.run), load_config(sets=["tune.steps=1"])
-    assert stage_keys(source, config, WEIGHTS, "o", opened) == stage_keys(source, config, WEIGHTS, "o")
+    source = source["key"].to_pylist()
+    assert derive(stage_rules(config, WEIGHTS, "o", opened), source) == derive(stage_rules(config, WEIGHTS, "o"), source)
 
 
 def test_a_face_that_only_follows_another_one(job: Job) -> None:
