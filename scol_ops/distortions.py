@@ -41,7 +41,8 @@ class Placement:
     def then(self, later: Placement) -> Placement:
         """The placement of both, one after the other."""
         scale = tuple(a * b for a, b in zip(self.scale, later.scale, strict=True))
-        origin = tuple(o + l / s for o, l, s in zip(self.origin, later.origin, self.scale, strict=True))
+        parts = zip(self.origin, later.origin, self.scale, strict=True)
+        origin = tuple(first + second / s for first, second, s in parts)
         return Placement(scale, origin)
 
 
@@ -109,8 +110,8 @@ class Distortion:
     """A chain of steps, by its name: ``jpeg75``, ``jpeg75+half``; ``none`` changes nothing.
 
     ``jpegQ``, ``webpQ``: through that codec at quality Q (chroma at half size, as most encoders do).  ``half``: to half
-    size and back, bicubic.  ``resizeP``: the same with P %.  ``blurS``: Gaussian of sigma S px.  ``screenshot``: 3 % cut off at
-    each edge and the rest shown at 80 %, bilinear.  A chain runs from left to right.
+    size and back, bicubic.  ``resizeP``: the same with P %.  ``blurS``: Gaussian of sigma S px.  ``screenshot``: 3 %
+    cut off at each edge and the rest shown at 80 %, bilinear.  A chain runs from left to right.
 
     Raises:
         ValueError: a step that is not known, or a number out of range.

@@ -2,10 +2,10 @@
 
     python -m pipelines.bench.bench_protection --photos LFW [--people 128] [--profiles standard] [--workers 2]
 
-People with two or more photos are drawn by a seed; the gallery has one other photo of each and one photo of each of 1,000 others.
-The attacks work on the recognisers that the profile works on (`--surrogates` for others), so that all know the same,
-and are scored with it on the others alone.  Resumable: what lies in --folder is not made again; a larger --people goes on
-from a smaller one.  Writes build/bench/protection.json and .md.
+People with two or more photos are drawn by a seed; the gallery has one other photo of each and one photo of each of
+1,000 others. The attacks work on the recognisers that the profile works on (`--surrogates` for others), so that all
+know the same, and are scored with it on the others alone.  Resumable: what lies in --folder is not made again; a
+larger --people goes on from a smaller one.  Writes build/bench/protection.json and .md.
 """
 
 from __future__ import annotations
@@ -39,13 +39,17 @@ def methods(profiles: list[str], attacks: list[str], surrogates: tuple[str, ...]
 
 def main(argv: list[str] | None = None) -> int:
     """The command; exit status 0, or 2 where there are no photos."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.bench.bench_protection", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.bench.bench_protection", description=__doc__.split("\n")[0]
+    )
     default = next((p for p in PHOTOS if Path(p).is_dir()), PHOTOS[0])
     parser.add_argument("--photos", default=default, help=f"LFW [default: {default}]")
     parser.add_argument("--dataset", default="lfw", help="its layout: lfw, celeba-hq, vggface2-hq [default: lfw]")
     parser.add_argument("--people", type=int, default=128, help="[default: 128]")
     parser.add_argument("--distractors", type=int, default=1000, help="[default: 1000]")
-    parser.add_argument("--profiles", default="standard", help=f"of {', '.join(PROFILES)}, joined by commas; may be empty")
+    parser.add_argument(
+        "--profiles", default="standard", help=f"of {', '.join(PROFILES)}, joined by commas; may be empty"
+    )
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="[default: all three]; may be empty")
     parser.add_argument("--surrogates", default="", help="of the attacks [default: what the first profile works on]")
     parser.add_argument("--eps", type=float, default=8.0, help="bound of the attacks, levels of 255 [default: 8]")
@@ -63,24 +67,44 @@ def main(argv: list[str] | None = None) -> int:
 
     begin = time.monotonic()
     try:
-        protocol = choose(read_dataset(options.dataset, options.photos), options.people, options.distractors, options.seed)
+        protocol = choose(
+            read_dataset(options.dataset, options.photos), options.people, options.distractors, options.seed
+        )
     except DatasetError as error:
         say(f"error: {error}")
         return 2
     originals, gallery = lay_out(protocol, options.photos, options.folder)
     lines = []
-    chosen = methods(split(options.profiles), split(options.attacks), tuple(split(options.surrogates)), options.eps / 255)
+    chosen = methods(
+        split(options.profiles), split(options.attacks), tuple(split(options.surrogates)), options.eps / 255
+    )
     with ray_session():
         lines = compare(
-            chosen, originals.resolve(), gallery.resolve(), Path(options.folder).resolve(), recognisers=judges.available(),
-            distortions=(DISTORTION,), references=options.people + options.distractors, workers=options.workers, say=say,
-            progress=lambda: Reporter(sys.stderr))
+            chosen,
+            originals.resolve(),
+            gallery.resolve(),
+            Path(options.folder).resolve(),
+            recognisers=judges.available(),
+            distortions=(DISTORTION,),
+            references=options.people + options.distractors,
+            workers=options.workers,
+            say=say,
+            progress=lambda: Reporter(sys.stderr),
+        )
     text = protection_table(lines, judges.available(), (NONE, DISTORTION))
     print(text)
     path = Path(options.json)
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = record(lines, bench="protection", people=options.people, distractors=len(protocol.distractors), seed=options.seed,
-                    dataset=options.dataset, eps=options.eps, seconds=round(time.monotonic() - begin, 1))
+    result = record(
+        lines,
+        bench="protection",
+        people=options.people,
+        distractors=len(protocol.distractors),
+        seed=options.seed,
+        dataset=options.dataset,
+        eps=options.eps,
+        seconds=round(time.monotonic() - begin, 1),
+    )
     path.write_text(to_json(result) + "\n", encoding="utf-8")
     path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
     say(f"written: {path} and {path.with_suffix('.md')}")

@@ -1,4 +1,5 @@
-"""`scol evaluate`: lists, embeds the gallery, measures, adds up, writes. Resumable: the engine's parts lie in OUT/work."""
+"""`scol evaluate`: lists, embeds the gallery, measures, adds up, writes. Resumable: the engine's parts lie in
+OUT/work."""
 
 from __future__ import annotations
 
@@ -69,7 +70,9 @@ def inside_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     used = list(config["tune"]["identity"]) if config["tune"]["steps"] else []
     used += config["refine"]["identity"] if config["refine"]["steps"] else []
     used += [ENCODER] if config["attack"]["enabled"] else []
-    trunk = {ENCODER_TRUNK} if config.get("encoder", EMBEDDED) == EMBEDDED else set()  # other encoders are no recognisers
+    trunk = (
+        {ENCODER_TRUNK} if config.get("encoder", EMBEDDED) == EMBEDDED else set()
+    )  # other encoders are no recognisers
     return tuple(sorted({name for name in used if name != ENCODER} | (trunk if ENCODER in used else set())))
 
 
@@ -142,63 +145,138 @@ def evaluate(
     out = absolute(out or default_out(protected))
     for tree in (originals, protected, *(() if gallery is None else (gallery,))):
         check_out(tree, out)
-    inside = recognisers_inside(protected) if inside is None else tuple(inside)
-    check_settings([*recognisers, *(name for name in inside if name not in recognisers)], (), store)
+    if inside is None:
+        inside = recognisers_inside(protected)
+    else:
+        check_settings([*recognisers, *(name for name in inside if name not in recognisers)], (), store)
     settings = Settings(
-        tuple(recognisers), tuple(distortions), photo, recogniser_list.lpips_name(store), seed,
-        None if store is None else absolute(store), device)
+        tuple(recognisers),
+        tuple(distortions),
+        photo,
+        recogniser_list.lpips_name(store),
+        seed,
+        None if store is None else absolute(store),
+        device,
+    )
     run, parts = Run(out), Run(absolute(work) if work is not None else f"{out.rstrip('/')}/work")
     with tempfile.TemporaryDirectory(prefix="scol-evaluate-") as folder:
         say("listing")
         pairing = Pairing(
-            absolute(originals), absolute(protected), gallery=None if gallery is None else absolute(gallery),
-            people_from=people_from, folder=Path(folder), limit=limit, seed=seed, references=references, drop=drop,
-            stop=stop or (lambda: False))
+            absolute(originals),
+            absolute(protected),
+            gallery=None if gallery is None else absolute(gallery),
+            people_from=people_from,
+            folder=Path(folder),
+            limit=limit,
+            seed=seed,
+            references=references,
+            drop=drop,
+            stop=stop or (lambda: False),
+        )
         c = pairing.counts
         say(f"{c.photos} photos of {c.people} people to measure; gallery of {len(pairing.references)} people")
         engine = partial(_engine, workers=workers, address=ray_address, progress=progress, stop=stop)
         where, people = embed_gallery(parts, pairing, settings, engine)
-        say(f"gallery: {len(people.people)} people embedded, {len(pairing.references) - len(people.people)} have no usable photo")
+        say(
+            f"gallery: {len(people.people)} people embedded, "
+            f"{len(pairing.references) - len(people.people)} have no usable photo"
+        )
         rule = measure_rule(settings, where)
         schema = face_schema(settings)
         measured = PartStore(parts.path("faces"), schema_version=SCHEMA_VERSION)
         stage = Stage(
-            name="measure", version=measure.MEASURE_VERSION, schema=schema,
+            name="measure",
+            version=measure.MEASURE_VERSION,
+            schema=schema,
             factory=partial(measure.measure_operator, settings, schema, where),
-            error_rows=partial(measure.error_rows, schema), row_id="face_id", pool="eyes",
-            resources=Resources(num_gpus=0.2, threads=1, memory=_WORKER_BYTES), item_seconds=_PHOTO_SECONDS)
+            error_rows=partial(measure.error_rows, schema),
+            row_id="face_id",
+            pool="eyes",
+            resources=Resources(num_gpus=0.2, threads=1, memory=_WORKER_BYTES),
+            item_seconds=_PHOTO_SECONDS,
+        )
         engine(measured, [stage], c.photos).run(pairing.tables(), {"measure": rule})
-        return _collect(run, measured, pairing, rule, settings, people, {
-            "version": SCHEMA_VERSION, "written": utc(), "originals": absolute(originals), "protected": absolute(protected),
-            "gallery": gallery, "people_from": people_from, "limit": limit, "seed": seed, "references": references,
-            "settings": settings.to_dict(), "inside": list(inside), "versions": versions(), "machine": machine(),
-        }, begin)
+        return _collect(
+            run,
+            measured,
+            pairing,
+            rule,
+            settings,
+            people,
+            {
+                "version": SCHEMA_VERSION,
+                "written": utc(),
+                "originals": absolute(originals),
+                "protected": absolute(protected),
+                "gallery": gallery,
+                "people_from": people_from,
+                "limit": limit,
+                "seed": seed,
+                "references": references,
+                "settings": settings.to_dict(),
+                "inside": list(inside),
+                "versions": versions(),
+                "machine": machine(),
+            },
+            begin,
+        )
 
 
 def _engine(
-    store: PartStore, stages: Sequence[Stage], items: int, *, workers: int | None, address: str | None,
-    progress: Callable[[Progress], None] | None, stop: Callable[[], bool] | None,
+    store: PartStore,
+    stages: Sequence[Stage],
+    items: int,
+    *,
+    workers: int | None,
+    address: str | None,
+    progress: Callable[[Progress], None] | None,
+    stop: Callable[[], bool] | None,
 ) -> Engine:
     pools = {} if workers is None else {stages[0].pool: Pool(actors=workers)}
-    # What is in hand is lost when a run is stopped, so parts of small trees are small; those of large ones are not many.
-    return Engine(store, stages, pools=pools, shard_items=max(1, min(128, items // 100)), address=address, progress=progress,
-                  stop=stop)
+    # What is in hand is lost when a run is stopped, so parts of small trees are small; those of large ones are not
+    # many.
+    return Engine(
+        store,
+        stages,
+        pools=pools,
+        shard_items=max(1, min(128, items // 100)),
+        address=address,
+        progress=progress,
+        stop=stop,
+    )
 
 
-def embed_gallery(parts: Run, pairing: Pairing, settings: Settings, engine: Callable[..., Engine]) -> tuple[str, Gallery]:
+def embed_gallery(
+    parts: Run, pairing: Pairing, settings: Settings, engine: Callable[..., Engine]
+) -> tuple[str, Gallery]:
     """Embed the people of the gallery; returns where the result is, and the result."""
     dims = {name: recogniser_list.load(name, store=settings.store).dim for name in settings.recognisers}
     schema = reference_schema(settings.recognisers, dims)
-    rows = [{"key": hash_key("reference", r.person, *(f for photo in r.photos for f in photo)), "person_id": r.person,
-             "photos": [url for url, _ in r.photos], "status": OK, "reason": None} for r in pairing.references]
+    rows = [
+        {
+            "key": hash_key("reference", r.person, *(f for photo in r.photos for f in photo)),
+            "person_id": r.person,
+            "photos": [url for url, _ in r.photos],
+            "status": OK,
+            "reason": None,
+        }
+        for r in pairing.references
+    ]
     source = pa.Table.from_pylist(rows, reference_source_schema())
     weights = _fingerprints(settings)
     keys = hash_keys(("embed", measure.EMBED_VERSION, weights), source["key"].to_pylist())
     store = PartStore(parts.path("gallery"), schema_version=SCHEMA_VERSION)
     stage = Stage(
-        name="embed", version=measure.EMBED_VERSION, schema=schema,
-        factory=partial(measure.embed_operator, settings, schema), error_rows=partial(_no_reference, schema), pool="eyes",
-        resources=Resources(num_gpus=0.2, threads=1, memory=_WORKER_BYTES), batch_items=1, item_seconds=_PHOTO_SECONDS)
+        name="embed",
+        version=measure.EMBED_VERSION,
+        schema=schema,
+        factory=partial(measure.embed_operator, settings, schema),
+        error_rows=partial(_no_reference, schema),
+        pool="eyes",
+        resources=Resources(num_gpus=0.2, threads=1, memory=_WORKER_BYTES),
+        batch_items=1,
+        item_seconds=_PHOTO_SECONDS,
+    )
     if rows:
         engine(store, [stage], len(rows)).run(source, {"embed": keys})
     found = store.read_rows("embed", keys, schema=schema) if rows else schema.empty_table()
@@ -209,7 +287,9 @@ def embed_gallery(parts: Run, pairing: Pairing, settings: Settings, engine: Call
 
 
 def _no_reference(schema: pa.Schema, table: pa.Table, reason: str) -> pa.Table:
-    rows = [{"key": r["key"], "person_id": r["person_id"], "status": "error", "reason": reason} for r in table.to_pylist()]
+    rows = [
+        {"key": r["key"], "person_id": r["person_id"], "status": "error", "reason": reason} for r in table.to_pylist()
+    ]
     return pa.Table.from_pylist(rows, schema)
 
 
@@ -254,7 +334,13 @@ def _people(store: PartStore, pairing: Pairing, rule: KeyRule, schema: pa.Schema
 
 
 def _collect(
-    run: Run, store: PartStore, pairing: Pairing, rule: KeyRule, settings: Settings, people: Gallery, about: dict[str, Any],
+    run: Run,
+    store: PartStore,
+    pairing: Pairing,
+    rule: KeyRule,
+    settings: Settings,
+    people: Gallery,
+    about: dict[str, Any],
     begin: float,
 ) -> Result:
     schema = face_schema(settings)
@@ -273,13 +359,22 @@ def _collect(
     summary = collector.summary()
     c = pairing.counts
     counts = {
-        "originals": c.originals, "protected": c.protected, "photos": c.photos, "people": c.people, **summary.counts,
-        "protected_without_original": c.extra, "photos_without_person": c.unnamed, "other_files": c.skipped,
-        "gallery_people": len(people.people), "gallery_people_without_face": len(pairing.references) - len(people.people),
+        "originals": c.originals,
+        "protected": c.protected,
+        "photos": c.photos,
+        "people": c.people,
+        **summary.counts,
+        "protected_without_original": c.extra,
+        "photos_without_person": c.unnamed,
+        "other_files": c.skipped,
+        "gallery_people": len(people.people),
+        "gallery_people_without_face": len(pairing.references) - len(people.people),
     }
     figures = about | {
-        "counts": counts, "protected_without_original_examples": c.extra_examples,
-        "recognisers": [_judge_words(j) for j in judges], **figures_of(summary),
+        "counts": counts,
+        "protected_without_original_examples": c.extra_examples,
+        "recognisers": [_judge_words(j) for j in judges],
+        **figures_of(summary),
         "seconds": round(time.monotonic() - begin, 1),
     }
     run.write("evaluation.json", (to_json(figures) + "\n").encode())
@@ -288,9 +383,14 @@ def _collect(
 
 
 def _judge_words(judge: Judge) -> dict[str, Any]:
-    return {"name": judge.name, "fingerprint": judge.fingerprint, "inside": judge.inside,
-            "card_threshold": judge.card_threshold, "impostor_pairs": judge.pairs,
-            "thresholds": {f"{far:.0e}".replace("e-0", "e-"): judge.thresholds[far] for far in FARS}}
+    return {
+        "name": judge.name,
+        "fingerprint": judge.fingerprint,
+        "inside": judge.inside,
+        "card_threshold": judge.card_threshold,
+        "impostor_pairs": judge.pairs,
+        "thresholds": {f"{far:.0e}".replace("e-0", "e-"): judge.thresholds[far] for far in FARS},
+    }
 
 
 def figures_of(summary: Summary) -> dict[str, Any]:
@@ -301,8 +401,11 @@ def figures_of(summary: Summary) -> dict[str, Any]:
             return {k: plain(v) for k, v in value.items()}
         return None if value is None else value.to_dict()
 
-    return {"identity": plain(summary.identity), "picture": plain(summary.picture),
-            "distributions": {k: v.to_dict() for k, v in summary.distributions.items()}}
+    return {
+        "identity": plain(summary.identity),
+        "picture": plain(summary.picture),
+        "distributions": {k: v.to_dict() for k, v in summary.distributions.items()},
+    }
 
 
 class _TableWriter:

@@ -1,10 +1,11 @@
 """The stages that look at photos: embed the people of the gallery; measure an original and its protected photo.
 
 What is measured of a face (columns: `face_schema`): cosines of its recognised features to the original's and to another
-photo's of the same person, and the rank of that person among all people of the gallery; for the protected photo as it is and
-after each distortion, for the unprotected one likewise (what a distortion does by itself), and for the photo of somebody
-else (what perfect protection would give).  The face is detected anew in the protected file, as anybody would who wants to
-know who it is; after a distortion it is taken where it must lie then, which does the protection no favour.
+photo's of the same person, and the rank of that person among all people of the gallery; for the protected photo as it
+is and after each distortion, for the unprotected one likewise (what a distortion does by itself), and for the photo
+of somebody else (what perfect protection would give).  The face is detected anew in the protected file, as anybody
+would who wants to know who it is; after a distortion it is taken where it must lie then, which does the protection no
+favour.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ class Settings:
 
 
 def column(measure: str, recogniser: str = "", variant: str = NONE, subject: str = "") -> str:
-    """Name of a column of the faces: `ism_faceres`, `rank_faceres@jpeg75`, `unprotected_rank_faceres@jpeg75`, `psnr@jpeg75`."""
+    """Name of a column of the faces: `ism_faceres`, `rank_faceres@jpeg75`, `unprotected_rank_faceres@jpeg75`,
+    `psnr@jpeg75`."""
     name = "_".join(part for part in (subject, measure, recogniser) if part)
     return name if variant == NONE else f"{name}@{variant}"
 
@@ -110,13 +112,23 @@ WHOLE = ("photo_psnr", "photo_ssim", "photo_flip", "photo_mean_change", "photo_m
 def face_schema(settings: Settings) -> pa.Schema:
     """Columns of the faces' table; documented in docs/evaluate.md."""
     fields = [
-        pa.field("key", pa.string(), False), pa.field("photo_id", pa.string(), False), pa.field("face_id", pa.string()),
-        pa.field("path", pa.string(), False), pa.field("url", pa.string(), False), pa.field("protected_path", pa.string()),
-        pa.field("protected_url", pa.string()), pa.field("person_id", pa.string()),
-        pa.field("status", pa.string(), False), pa.field("reason", pa.string()),
-        pa.field("central", pa.bool_()), pa.field("detected", pa.bool_()), pa.field("has_mate", pa.bool_()),
-        pa.field("same_size", pa.bool_()), pa.field("same_bytes", pa.bool_()),
-        pa.field("box", pa.list_(pa.float32(), 4)), pa.field("landmarks", pa.list_(pa.float32(), 10)),
+        pa.field("key", pa.string(), False),
+        pa.field("photo_id", pa.string(), False),
+        pa.field("face_id", pa.string()),
+        pa.field("path", pa.string(), False),
+        pa.field("url", pa.string(), False),
+        pa.field("protected_path", pa.string()),
+        pa.field("protected_url", pa.string()),
+        pa.field("person_id", pa.string()),
+        pa.field("status", pa.string(), False),
+        pa.field("reason", pa.string()),
+        pa.field("central", pa.bool_()),
+        pa.field("detected", pa.bool_()),
+        pa.field("has_mate", pa.bool_()),
+        pa.field("same_size", pa.bool_()),
+        pa.field("same_bytes", pa.bool_()),
+        pa.field("box", pa.list_(pa.float32(), 4)),
+        pa.field("landmarks", pa.list_(pa.float32(), 10)),
         pa.field("seconds", pa.float32()),
     ]
     names = [column(m, "", v) for v in settings.variants for m in settings.picture] + list(CROP_ONLY)
@@ -201,7 +213,8 @@ class Eyes:
         self.networks: list[Recogniser] = [judges.load(name, self.device, store) for name in recognisers]
         self.lpips = None if lpips is None else judges.load_lpips(lpips, self.device, store)
         self.detector = models.detector(
-            self.device, DETECTOR["min_face_size"], DETECTOR["min_confidence"], DETECTOR["max_side"], 4)
+            self.device, DETECTOR["min_face_size"], DETECTOR["min_confidence"], DETECTOR["max_side"], 4
+        )
 
     def faces(self, pixels: Pixels) -> list[Spot]:
         return [Spot.of(face) for face in self.detector.detect([np.ascontiguousarray(pixels)])[0]]
@@ -218,8 +231,10 @@ class Eyes:
             for network in self.networks:
                 aligned = [
                     network.align(
-                        to_tensor(w.pixels, self.device), torch.from_numpy(w.spot.landmarks)[None].float(),
-                        torch.from_numpy(w.spot.box)[None].float())
+                        to_tensor(w.pixels, self.device),
+                        torch.from_numpy(w.spot.landmarks)[None].float(),
+                        torch.from_numpy(w.spot.box)[None].float(),
+                    )
                     for w in windows
                 ]
                 out.append(network.embed_aligned(torch.cat(aligned)).float().cpu().numpy())
@@ -235,17 +250,28 @@ def _eyes(settings: Settings) -> Eyes:
 
 
 def reference_source_schema() -> pa.Schema:
-    return pa.schema([pa.field("key", pa.string(), False), pa.field("person_id", pa.string(), False),
-                      pa.field("photos", pa.list_(pa.string()), False), pa.field("status", pa.string(), False),
-                      pa.field("reason", pa.string())])
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), False),
+            pa.field("person_id", pa.string(), False),
+            pa.field("photos", pa.list_(pa.string()), False),
+            pa.field("status", pa.string(), False),
+            pa.field("reason", pa.string()),
+        ]
+    )
 
 
 def reference_schema(recognisers: Sequence[str], dims: Mapping[str, int]) -> pa.Schema:
-    return pa.schema([
-        pa.field("key", pa.string(), False), pa.field("person_id", pa.string(), False), pa.field("url", pa.string()),
-        pa.field("status", pa.string(), False), pa.field("reason", pa.string()),
-        *(pa.field(f"embedding_{name}", pa.list_(pa.float32(), dims[name])) for name in recognisers),
-    ])
+    return pa.schema(
+        [
+            pa.field("key", pa.string(), False),
+            pa.field("person_id", pa.string(), False),
+            pa.field("url", pa.string()),
+            pa.field("status", pa.string(), False),
+            pa.field("reason", pa.string()),
+            *(pa.field(f"embedding_{name}", pa.list_(pa.float32(), dims[name])) for name in recognisers),
+        ]
+    )
 
 
 def central_window(eyes: Eyes, url: str, not_this: bytes = b"") -> tuple[Window | None, str | None]:
@@ -265,13 +291,19 @@ def central_window(eyes: Eyes, url: str, not_this: bytes = b"") -> tuple[Window 
 
 
 def embed_operator(settings: Settings, schema: pa.Schema) -> Operator:
-    """Rows of `reference_source_schema` to rows of `reference_schema`: of each person the first photo that shows a face."""
+    """Rows of `reference_source_schema` to rows of `reference_schema`: of each person the first photo that shows a
+    face."""
     eyes = _eyes(settings)
 
     def run(table: pa.Table) -> pa.Table:
         rows = []
         for row in table.to_pylist():
-            answer = {"key": row["key"], "person_id": row["person_id"], "status": ERROR, "reason": "NO_PHOTO: none was offered"}
+            answer = {
+                "key": row["key"],
+                "person_id": row["person_id"],
+                "status": ERROR,
+                "reason": "NO_PHOTO: none was offered",
+            }
             for url in row["photos"]:
                 window, answer["reason"] = central_window(eyes, url)
                 if window is not None:
@@ -281,7 +313,8 @@ def embed_operator(settings: Settings, schema: pa.Schema) -> Operator:
                         answer["reason"] = f"GEOMETRY: {error}"
                         continue
                     answer |= {"status": OK, "url": url} | {
-                        f"embedding_{name}": e[0] for name, e in zip(settings.recognisers, found, strict=True)}
+                        f"embedding_{name}": e[0] for name, e in zip(settings.recognisers, found, strict=True)
+                    }
                     break
             rows.append(answer)
         return pa.Table.from_pylist(rows, schema)
@@ -291,7 +324,8 @@ def embed_operator(settings: Settings, schema: pa.Schema) -> Operator:
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """People to be mistaken for: for each recogniser (N, dim) unit embeddings; N people, one photo each, and its URL."""
+    """People to be mistaken for: for each recogniser (N, dim) unit embeddings; N people, one photo each, and its
+    URL."""
 
     people: list[str]
     urls: list[str]
@@ -355,14 +389,22 @@ class Measurer:
         original, protected = (photo.pixels for photo in photos)
         spots = self.eyes.faces(original)
         if not spots:
-            return [base(row) | {"status": NO_FACE, "reason": "NO_FACE: no face was found in the original",
-                                 "seconds": time.monotonic() - begin}]
+            return [
+                base(row)
+                | {
+                    "status": NO_FACE,
+                    "reason": "NO_FACE: no face was found in the original",
+                    "seconds": time.monotonic() - begin,
+                }
+            ]
         (height, width), (high, wide) = original.shape[:2], protected.shape[:2]
         if abs(high / height * width / wide - 1) > max(0.02, 1.5 / min(high, wide)):
             reason = f"SHAPE_DIFFERS: {width} x {height} and {wide} x {high} are not the same picture"
             return [base(row) | {"status": SHAPE, "reason": reason, "seconds": time.monotonic() - begin}]
         common: dict[str, Any] = base(row) | {
-            "same_size": (high, wide) == (height, width), "same_bytes": photos[0].source == photos[1].source}
+            "same_size": (high, wide) == (height, width),
+            "same_bytes": photos[0].source == photos[1].source,
+        }
         if common["same_size"] and self.settings.photo and min(high, wide) >= 11:
             difference = photo_difference(original, protected)
             common |= {f"photo_{name}": value for name, value in vars(difference).items()}
@@ -376,15 +418,28 @@ class Measurer:
         for index, spot in enumerate(spots):
             name = face_id(row["photo_id"], index)
             named = row["person_id"] if index == middle else None
-            answer = common | {"face_id": name, "central": index == middle, "person_id": named, "has_mate": False,
-                               "box": spot.box.astype(np.float32), "landmarks": spot.landmarks.reshape(-1).astype(np.float32)}
+            answer = common | {
+                "face_id": name,
+                "central": index == middle,
+                "person_id": named,
+                "has_mate": False,
+                "box": spot.box.astype(np.float32),
+                "landmarks": spot.landmarks.reshape(-1).astype(np.float32),
+            }
             expected = spot.moved(lambda p: (p + 0.5) * scale - 0.5)
             near = max(found, key=lambda s: overlap(s.box, expected.box), default=None)
             answer["detected"] = near is not None and overlap(near.box, expected.box) >= 0.2
             try:
                 answer |= self._face(
-                    original, protected, spot, near if answer["detected"] else expected, expected, named,
-                    mate if named is not None else None, row_seed(self.settings.seed, name))
+                    original,
+                    protected,
+                    spot,
+                    near if answer["detected"] else expected,
+                    expected,
+                    named,
+                    mate if named is not None else None,
+                    row_seed(self.settings.seed, name),
+                )
             except GeometryError as error:
                 answer |= {"status": ERROR, "reason": f"GEOMETRY: {error}"}
             rows.append(answer)
@@ -404,8 +459,15 @@ class Measurer:
         return None
 
     def _face(
-        self, original: Pixels, protected: Pixels, spot: Spot, seen: Spot, expected: Spot, person: str | None,
-        mate: list[NDArray[np.float32]] | None, seed: int,
+        self,
+        original: Pixels,
+        protected: Pixels,
+        spot: Spot,
+        seen: Spot,
+        expected: Spot,
+        person: str | None,
+        mate: list[NDArray[np.float32]] | None,
+        seed: int,
     ) -> dict[str, Any]:
         before, after = Window.about(original, spot), Window.about(protected, seen)
         # The picture's measures compare the same place of both, wherever the detector sees the face now.
@@ -424,8 +486,14 @@ class Measurer:
         return out
 
     def _identity(
-        self, number: int, recogniser: str, probes: Mapping[tuple[str, str], NDArray[np.float32]], own: NDArray[np.float32],
-        person: str | None, mate: NDArray[np.float32] | None, seed: int,
+        self,
+        number: int,
+        recogniser: str,
+        probes: Mapping[tuple[str, str], NDArray[np.float32]],
+        own: NDArray[np.float32],
+        person: str | None,
+        mate: NDArray[np.float32] | None,
+        seed: int,
     ) -> dict[str, Any]:
         out: dict[str, Any] = {}
         gallery = self.gallery.embeddings[number]
@@ -456,8 +524,11 @@ class Measurer:
         out: dict[str, Any] = {}
         for variant, (one, two) in zip(self.settings.variants, pairs, strict=True):
             a, b = (to_uint8(align_crops(w.pixels, w.spot.quad, CROP)[0]) for w in (one, two))
-            out |= {column("psnr", "", variant): psnr(a, b), column("ssim", "", variant): ssim(a, b),
-                    column("flip", "", variant): flip(a, b)}
+            out |= {
+                column("psnr", "", variant): psnr(a, b),
+                column("ssim", "", variant): ssim(a, b),
+                column("flip", "", variant): flip(a, b),
+            }
             if self.eyes.lpips is not None:
                 out[column(LPIPS, "", variant)] = self.eyes.distance(a, b)
             if variant == NONE:

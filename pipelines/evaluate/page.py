@@ -14,7 +14,17 @@ import torch
 
 from pipelines.evaluate.measure import CROP, OTHER, UNPROTECTED, Spot, column
 from pipelines.evaluate.summary import AVERAGE, PROTECTED, Judge, Summary, far_name
-from pipelines.html_page import Budget, Pixels, data_url, document, escape, histogram_svg, name_html, number, ticks_between
+from pipelines.html_page import (
+    Budget,
+    Pixels,
+    data_url,
+    document,
+    escape,
+    histogram_svg,
+    name_html,
+    number,
+    ticks_between,
+)
 from pipelines.manifests import Run
 from pipelines.photo import PhotoError, decode
 from pipelines.sources import SourceError, read_bytes
@@ -100,7 +110,9 @@ def _crops(row: Mapping[str, Any]) -> tuple[Pixels, Pixels] | None:
 
 def _figure(example: Example, judges: Sequence[Judge], budget: Budget) -> str:
     row = example.row
-    who = row["path"] + ("" if row["face_id"].endswith("-00") else f", face {int(row['face_id'].rsplit('-', 1)[1]) + 1}")
+    who = row["path"] + (
+        "" if row["face_id"].endswith("-00") else f", face {int(row['face_id'].rsplit('-', 1)[1]) + 1}"
+    )
     crops = _crops(row)
     images = ""
     if crops is not None:
@@ -108,18 +120,29 @@ def _figure(example: Example, judges: Sequence[Judge], budget: Budget) -> str:
         urls = [data_url(p) for p in (*crops, difference)]
         if budget.take(urls):
             labels = ("original", "protected", f"difference × {AMPLIFICATION}")
-            cells = "".join(f'<div><img loading=lazy width=256 height=256 alt="{label}: {escape(who)}" src="{url}">'
-                            f"<span>{label}</span></div>" for url, label in zip(urls, labels, strict=True))
+            cells = "".join(
+                f'<div><img loading=lazy width=256 height=256 alt="{label}: {escape(who)}" src="{url}">'
+                f"<span>{label}</span></div>"
+                for url, label in zip(urls, labels, strict=True)
+            )
             images = f"<div class=triple>{cells}</div>"
     words = [f"{j.name} {number(row[column('ism', j.name)], 3)}" for j in judges]
-    words += [f"PSNR {number(row['psnr'], 1, 'dB')}", f"SSIM {number(row['ssim'], 3)}", f"FLIP {number(row['flip'], 3)}"]
+    words += [
+        f"PSNR {number(row['psnr'], 1, 'dB')}",
+        f"SSIM {number(row['ssim'], 3)}",
+        f"FLIP {number(row['flip'], 3)}",
+    ]
     blink = " <button type=button data-do=blink aria-pressed=false>blink</button>" if images else ""
-    return f"<li><figure>{images}<figcaption>{name_html(who)}<br>{escape(' · '.join(words))}{blink}</figcaption></figure></li>"
+    caption = f"<figcaption>{name_html(who)}<br>{escape(' · '.join(words))}{blink}</figcaption>"
+    return f"<li><figure>{images}{caption}</figure></li>"
 
 
 def _examples_html(examples: Sequence[Example], judges: Sequence[Judge]) -> str:
     budget = Budget(PICTURE_BYTES)
-    titles = {"hidden": "Ordered by how well the identity is hidden", "seen": "Ordered by how little can be seen (FLIP)"}
+    titles = {
+        "hidden": "Ordered by how well the identity is hidden",
+        "seen": "Ordered by how little can be seen (FLIP)",
+    }
     text = ""
     for order, title in titles.items():
         text += f"<h3>{title}</h3>"
@@ -145,14 +168,28 @@ def _interval(estimate: Mapping[str, Any] | None, scale: float = 1, digits: int 
     return f"{text} [{number(estimate['low'] * scale, digits)}, {number(estimate['high'] * scale, digits)}]"
 
 
-IDENTITY_HEAD = ("recogniser", "photos", "Rank-1-U, %", "Rank-5-U, %", "cosine to the original (ISM)",
-                 "accepted as the original at FAR 1e-2, %", "at FAR 1e-3, %", "accepted as another photo of the person at FAR "
-                 "1e-2, %", "at FAR 1e-3, %")
+IDENTITY_HEAD = (
+    "recogniser",
+    "photos",
+    "Rank-1-U, %",
+    "Rank-5-U, %",
+    "cosine to the original (ISM)",
+    "accepted as the original at FAR 1e-2, %",
+    "at FAR 1e-3, %",
+    "accepted as another photo of the person at FAR 1e-2, %",
+    "at FAR 1e-3, %",
+)
 
 
 def _line(name: str, words: str, cell: Mapping[str, Any]) -> tuple[str, ...]:
-    return (name, words, _percent(cell["rank1_u"]), _percent(cell["rank5_u"]), _interval(cell["ism"]),
-            *(_percent(cell[far_name(m, far)]) for m in ("own", "mate") for far in (1e-2, 1e-3)))
+    return (
+        name,
+        words,
+        _percent(cell["rank1_u"]),
+        _percent(cell["rank5_u"]),
+        _interval(cell["ism"]),
+        *(_percent(cell[far_name(m, far)]) for m in ("own", "mate") for far in (1e-2, 1e-3)),
+    )
 
 
 def identity_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -168,31 +205,64 @@ def identity_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def distortion_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Head and lines: what is left after each distortion, and what the distortion does by itself."""
-    rows = [("recogniser", "distortion", "Rank-1-U, %", "of unprotected photos, %", "Rank-5-U, %", "ISM",
-             "accepted as the original at FAR 1e-2, %")]
+    rows = [
+        (
+            "recogniser",
+            "distortion",
+            "Rank-1-U, %",
+            "of unprotected photos, %",
+            "Rank-5-U, %",
+            "ISM",
+            "accepted as the original at FAR 1e-2, %",
+        )
+    ]
     for name, subjects in figures["identity"].items():
         for variant, cell in subjects[PROTECTED].items():
-            rows.append((name, variant, _percent(cell["rank1_u"]), _percent(subjects[UNPROTECTED][variant]["rank1_u"]),
-                         _percent(cell["rank5_u"]), _interval(cell["ism"]), _percent(cell[far_name("own", 1e-2)])))
+            rows.append(
+                (
+                    name,
+                    variant,
+                    _percent(cell["rank1_u"]),
+                    _percent(subjects[UNPROTECTED][variant]["rank1_u"]),
+                    _percent(cell["rank5_u"]),
+                    _interval(cell["ism"]),
+                    _percent(cell[far_name("own", 1e-2)]),
+                )
+            )
     return rows
 
 
 def picture_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Head and lines: what the pictures lost."""
-    names = {"psnr": "PSNR of the face crop, dB", "ssim": "SSIM of the face crop", "flip": "FLIP of the face crop",
-             "lpips": "LPIPS of the face crop", "photo_lpips": "LPIPS of the photo",
-             "face_psnr": "PSNR of the face alone, dB", "face_flip": "FLIP of the face alone",
-             "mean_change": "mean change of the crop, levels of 255", "max_change": "largest change of the crop, levels",
-             "photo_psnr": "PSNR of the photo, dB", "photo_ssim": "SSIM of the photo", "photo_flip": "FLIP of the photo",
-             "photo_mean_change": "mean change of the photo, levels of 255",
-             "photo_max_change": "largest change of the photo, levels"}
+    names = {
+        "psnr": "PSNR of the face crop, dB",
+        "ssim": "SSIM of the face crop",
+        "flip": "FLIP of the face crop",
+        "lpips": "LPIPS of the face crop",
+        "photo_lpips": "LPIPS of the photo",
+        "face_psnr": "PSNR of the face alone, dB",
+        "face_flip": "FLIP of the face alone",
+        "mean_change": "mean change of the crop, levels of 255",
+        "max_change": "largest change of the crop, levels",
+        "photo_psnr": "PSNR of the photo, dB",
+        "photo_ssim": "SSIM of the photo",
+        "photo_flip": "FLIP of the photo",
+        "photo_mean_change": "mean change of the photo, levels of 255",
+        "photo_max_change": "largest change of the photo, levels",
+    }
     rows = [("measure", "mean [95 % interval]", "5 %", "median", "95 %", "faces or photos")]
     for measure, variants in figures["picture"].items():
         estimate = variants[NONE]
         spread = figures["distributions"].get(measure, {})
         digits = 2 if "psnr" in measure or "change" in measure else 3
-        rows.append((names.get(measure, measure), _interval(estimate, 1, digits),
-                     *(number(spread.get(p), digits) for p in ("p5", "p50", "p95")), str(estimate["n"] if estimate else 0)))
+        rows.append(
+            (
+                names.get(measure, measure),
+                _interval(estimate, 1, digits),
+                *(number(spread.get(p), digits) for p in ("p5", "p50", "p95")),
+                str(estimate["n"] if estimate else 0),
+            )
+        )
     return rows
 
 
@@ -200,16 +270,26 @@ def count_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What became of every photo and face."""
     c = figures["counts"]
     words = {
-        "originals": "original photos", "photos": "  of them to be measured", "photos_measured": "    measured",
-        "photos_missing": "    without a protected photo", "photos_ambiguous": "    ambiguous by name",
-        "photos_unreadable": "    unreadable, they or their protected photo", "photos_no_face": "    without a face",
-        "photos_shape_differs": "    of another shape than the protected photo", "photos_error": "    failed",
-        "photos_unchanged": "  protected photos that are the original file", "photos_of_another_size": "  of another size",
-        "protected_without_original": "protected photos without an original", "faces_measured": "faces measured",
+        "originals": "original photos",
+        "photos": "  of them to be measured",
+        "photos_measured": "    measured",
+        "photos_missing": "    without a protected photo",
+        "photos_ambiguous": "    ambiguous by name",
+        "photos_unreadable": "    unreadable, they or their protected photo",
+        "photos_no_face": "    without a face",
+        "photos_shape_differs": "    of another shape than the protected photo",
+        "photos_error": "    failed",
+        "photos_unchanged": "  protected photos that are the original file",
+        "photos_of_another_size": "  of another size",
+        "protected_without_original": "protected photos without an original",
+        "faces_measured": "faces measured",
         "face_not_found_in_protected": "  not found any more in the protected photo (measured at the same place)",
-        "faces_error": "  failed", "faces_with_mate": "  with another photo of the person (Rank-1-U counts these)",
-        "faces_without_mate": "  named, without another usable photo", "people": "people",
-        "gallery_people": "people in the gallery", "gallery_people_without_face": "  left out: no photo shows a face",
+        "faces_error": "  failed",
+        "faces_with_mate": "  with another photo of the person (Rank-1-U counts these)",
+        "faces_without_mate": "  named, without another usable photo",
+        "people": "people",
+        "gallery_people": "people in the gallery",
+        "gallery_people_without_face": "  left out: no photo shows a face",
     }
     return [(text, str(c.get(key, 0))) for key, text in words.items()]
 
@@ -231,8 +311,13 @@ def _html_table(rows: Iterable[Sequence[str]]) -> str:
     head, *body = rows
     top = "".join(f"<th scope=col{'' if i == 0 else ' class=n'}>{escape(cell)}</th>" for i, cell in enumerate(head))
     lines = "".join(
-        "<tr>" + "".join(f"<th scope=row>{escape(c)}</th>" if i == 0 else f"<td class=n>{escape(c)}</td>"
-                         for i, c in enumerate(row)) + "</tr>" for row in body)
+        "<tr>"
+        + "".join(
+            f"<th scope=row>{escape(c)}</th>" if i == 0 else f"<td class=n>{escape(c)}</td>" for i, c in enumerate(row)
+        )
+        + "</tr>"
+        for row in body
+    )
     return f"<div class=wide tabindex=0><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
 
 
@@ -242,15 +327,19 @@ def _html_table(rows: Iterable[Sequence[str]]) -> str:
 def _banner(figures: Mapping[str, Any]) -> str:
     c, problems = figures["counts"], []
     if figures["inside"]:
-        problems.append(f"Used by the method itself, and left out of the average: {escape(', '.join(figures['inside']))}.")
+        problems.append(
+            f"Used by the method itself, and left out of the average: {escape(', '.join(figures['inside']))}."
+        )
     if AVERAGE not in figures["identity"]:
         problems.append("<strong>Every recogniser here was used by the method: these figures prove nothing.</strong>")
     lost = sum(c.get(f"photos_{k}", 0) for k in ("missing", "ambiguous", "unreadable", "shape_differs", "error"))
     if lost:
-        problems.append(f"{lost:,} of {c['photos']:,} photos could not be compared: <a href=\"#counts\">why</a>.")
+        problems.append(f'{lost:,} of {c["photos"]:,} photos could not be compared: <a href="#counts">why</a>.')
     if not c.get("faces_with_mate"):
-        problems.append("No face has another photo of its person, so there is no Rank-1-U: name people (--people-from), "
-                        "or give --gallery.")
+        problems.append(
+            "No face has another photo of its person, so there is no Rank-1-U: name people (--people-from), "
+            "or give --gallery."
+        )
     kind = "error" if lost or AVERAGE not in figures["identity"] else "weak" if problems else "ok"
     text = "".join(f"<p>{p}</p>" for p in problems) or "<p>All photos were compared.</p>"
     return f'<div class="banner {kind}" role=status>{text}</div>'
@@ -264,9 +353,11 @@ def _tiles(figures: Mapping[str, Any]) -> str:
         tiles += [("Rank-1-U, % (average)", _percent(cell["rank1_u"])), ("ISM (average)", _interval(cell["ism"]))]
     for name, words, digits in (("psnr", "PSNR of the face crop, dB", 2), ("ssim", "SSIM", 3), ("flip", "FLIP", 3)):
         tiles.append((words, _interval(figures["picture"][name][NONE], 1, digits)))
-    cells = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value.split(' [')[0])}"
-                    f"{' <small>[' + escape(value.split(' [')[1]) + '</small>' if ' [' in value else ''}</dd></div>"
-                    for name, value in tiles)
+    cells = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value.split(' [')[0])}"
+        f"{' <small>[' + escape(value.split(' [')[1]) + '</small>' if ' [' in value else ''}</dd></div>"
+        for name, value in tiles
+    )
     return f"<dl class=tiles>{cells}</dl>"
 
 
@@ -274,11 +365,23 @@ def _histograms(summary: Summary, judges: Sequence[Judge]) -> str:
     charts = []
     for judge in judges:
         for measure, words in (("ism", "cosine to the original"), ("mate", "cosine to another photo of the person")):
-            charts.append(_histogram(summary, column(measure, judge.name), f"{judge.name}: {words}", "cosine",
-                                     [(judge.card_threshold, "its threshold")]))
-    charts += [_histogram(summary, name, words, axis) for name, words, axis in (
-        ("psnr", "PSNR of the face crop", "PSNR, dB"), ("ssim", "SSIM of the face crop", "SSIM"),
-        ("flip", "FLIP of the face crop", "FLIP"))]
+            charts.append(
+                _histogram(
+                    summary,
+                    column(measure, judge.name),
+                    f"{judge.name}: {words}",
+                    "cosine",
+                    [(judge.card_threshold, "its threshold")],
+                )
+            )
+    charts += [
+        _histogram(summary, name, words, axis)
+        for name, words, axis in (
+            ("psnr", "PSNR of the face crop", "PSNR, dB"),
+            ("ssim", "SSIM of the face crop", "SSIM"),
+            ("flip", "FLIP of the face crop", "FLIP"),
+        )
+    ]
     return f"<div class=charts>{''.join(charts)}</div>"
 
 
@@ -288,21 +391,44 @@ def _histogram(summary: Summary, name: str, title: str, axis: str, marks: Sequen
     if not total:
         return f"<div><h3>{escape(title)}</h3><p class=soft>No face has this measure.</p></div>"
     counts, edges = found.coarse(30)
-    ticks = ticks_between(min(edges[0], *(m for m, _ in marks), edges[-1]), max(edges[-1], *(m for m, _ in marks), edges[0]))
+    ticks = ticks_between(
+        min(edges[0], *(m for m, _ in marks), edges[-1]), max(edges[-1], *(m for m, _ in marks), edges[0])
+    )
     quantiles = found.to_dict()
-    words = (f"{total:,} faces: median {number(quantiles['p50'], 3)}, 5 % below {number(quantiles['p5'], 3)}, "
-             f"5 % above {number(quantiles['p95'], 3)}")
+    words = (
+        f"{total:,} faces: median {number(quantiles['p50'], 3)}, 5 % below {number(quantiles['p5'], 3)}, "
+        f"5 % above {number(quantiles['p95'], 3)}"
+    )
     if found.infinite:
         words += f"; {found.infinite:,} more unchanged"
     return histogram_svg(counts, edges, ticks, title, axis, words, marks)
 
 
 def _judges_html(figures: Mapping[str, Any]) -> str:
-    rows = [("recogniser", "weights", "its own threshold", "threshold at FAR 1e-2 here", "at FAR 1e-3", "pairs of different people")]
-    rows += [(j["name"] + (" (used inside)" if j["inside"] else ""), j["fingerprint"], number(j["card_threshold"], 3),
-              *(number(t, 3) for t in j["thresholds"].values()), f"{j['impostor_pairs']:,}") for j in figures["recognisers"]]
-    return _html_table(rows) + ("<p class=soft>Thresholds come from the gallery's pairs of different people; a dash: too few "
-                                "of them to tell.</p>")
+    rows = [
+        (
+            "recogniser",
+            "weights",
+            "its own threshold",
+            "threshold at FAR 1e-2 here",
+            "at FAR 1e-3",
+            "pairs of different people",
+        )
+    ]
+    rows += [
+        (
+            j["name"] + (" (used inside)" if j["inside"] else ""),
+            j["fingerprint"],
+            number(j["card_threshold"], 3),
+            *(number(t, 3) for t in j["thresholds"].values()),
+            f"{j['impostor_pairs']:,}",
+        )
+        for j in figures["recognisers"]
+    ]
+    return _html_table(rows) + (
+        "<p class=soft>Thresholds come from the gallery's pairs of different people; a dash: too few "
+        "of them to tell.</p>"
+    )
 
 
 def write_page(
@@ -310,9 +436,13 @@ def write_page(
 ) -> None:
     """Write `evaluation.html`."""
     sections = [
-        ("summary", "Summary", _tiles(figures) + _html_table(identity_rows(figures)) + "<p class=soft>In brackets: 95 % bootstrap "
-         "interval over people. Rank-1-U: share of faces whose most similar person in the gallery is not the person "
-         "shown; higher hides better. The average is over the recognisers that the method did not use.</p>"),
+        (
+            "summary",
+            "Summary",
+            _tiles(figures) + _html_table(identity_rows(figures)) + "<p class=soft>In brackets: 95 % bootstrap "
+            "interval over people. Rank-1-U: share of faces whose most similar person in the gallery is not the person "
+            "shown; higher hides better. The average is over the recognisers that the method did not use.</p>",
+        ),
         ("distortions", "After distortions", _html_table(distortion_rows(figures))),
         ("pictures", "What it cost", _html_table(picture_rows(figures))),
         ("examples", "Examples", _examples_html(examples, judges)),
@@ -323,5 +453,3 @@ def write_page(
     header = f"<p>{name_html(figures['protected'])} against {name_html(figures['originals'])}</p>{_banner(figures)}"
     page = document("scol: evaluation", "Evaluation of a protected archive", header, sections, "by scol evaluate")
     run.write("evaluation.html", page.encode())
-
-

@@ -1,8 +1,8 @@
 """Which protected photo belongs to which original, and which other photo shows the same person.
 
-Pairs go by the relative path without its suffix (formats may differ); where several files share it, the same whole path goes
-first, and what is left undecided is AMBIGUOUS, not guessed.  Trees may hold more photos than the memory: listings are
-spread over files by a hash of what they are to be joined by, and joined file by file (a Grace hash join).
+Pairs go by the relative path without its suffix (formats may differ); where several files share it, the same whole
+path goes first, and what is left undecided is AMBIGUOUS, not guessed.  Trees may hold more photos than the memory:
+listings are spread over files by a hash of what they are to be joined by, and joined file by file (a Grace hash join).
 """
 
 from __future__ import annotations
@@ -29,22 +29,40 @@ MATES = 3  # photos of the same person offered to a probe: the first that shows 
 _BUCKETS = 64
 _ROWS_AT_ONCE = 100_000  # held before they are written to their files
 
-PAIR_SCHEMA = pa.schema([
-    pa.field("key", pa.string(), False),
-    pa.field("photo_id", pa.string(), False),
-    pa.field("path", pa.string(), False),
-    pa.field("url", pa.string(), False),
-    pa.field("protected_path", pa.string()),
-    pa.field("protected_url", pa.string()),
-    pa.field("person_id", pa.string()),
-    pa.field("mates", pa.list_(pa.string())),
-    pa.field("status", pa.string(), False),
-    pa.field("reason", pa.string()),
-])
-_LISTED = pa.schema([("stem", pa.string()), ("path", pa.string()), ("url", pa.string()), ("version", pa.string()),
-                     ("person", pa.string()), ("error", pa.string())])
-_PAIRED = pa.schema([*_LISTED, ("protected_path", pa.string()), ("protected_url", pa.string()),
-                     ("protected_version", pa.string()), ("status", pa.string()), ("reason", pa.string())])
+PAIR_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), False),
+        pa.field("photo_id", pa.string(), False),
+        pa.field("path", pa.string(), False),
+        pa.field("url", pa.string(), False),
+        pa.field("protected_path", pa.string()),
+        pa.field("protected_url", pa.string()),
+        pa.field("person_id", pa.string()),
+        pa.field("mates", pa.list_(pa.string())),
+        pa.field("status", pa.string(), False),
+        pa.field("reason", pa.string()),
+    ]
+)
+_LISTED = pa.schema(
+    [
+        ("stem", pa.string()),
+        ("path", pa.string()),
+        ("url", pa.string()),
+        ("version", pa.string()),
+        ("person", pa.string()),
+        ("error", pa.string()),
+    ]
+)
+_PAIRED = pa.schema(
+    [
+        *_LISTED,
+        ("protected_path", pa.string()),
+        ("protected_url", pa.string()),
+        ("protected_version", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
 Row = dict[str, Any]
 
 
@@ -58,8 +76,8 @@ class Reference:
 
 @dataclass
 class Counts:
-    """`originals`: photos listed. `photos`: of them those to be measured (`--limit`). `extra`: protected photos without an
-    original. `skipped`: other files, by code. `people`: of the photos measured."""
+    """`originals`: photos listed. `photos`: of them those to be measured (`--limit`). `extra`: protected photos
+    without an original. `skipped`: other files, by code. `people`: of the photos measured."""
 
     originals: int = 0
     photos: int = 0
@@ -151,8 +169,14 @@ def _listing(
         if row.skipped:
             counts[row.code] += 1
             continue
-        yield {"stem": stem(row.path, drop), "path": row.path, "url": row.url, "version": _version(row),
-               "person": row.person_id, "error": row.error}
+        yield {
+            "stem": stem(row.path, drop),
+            "path": row.path,
+            "url": row.url,
+            "version": _version(row),
+            "person": row.person_id,
+            "error": row.error,
+        }
 
 
 def _people(table: str) -> Iterator[Row]:
@@ -170,7 +194,9 @@ def _people(table: str) -> Iterator[Row]:
                 if row["path"] and row["person_id"]:
                     yield {"stem": stem(str(row["path"])), "path": str(row["path"]), "person": str(row["person_id"])}
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise EvaluateError("BAD_PEOPLE", f"{table}: a table with columns path and person_id is needed: {error}") from error
+        raise EvaluateError(
+            "BAD_PEOPLE", f"{table}: a table with columns path and person_id is needed: {error}"
+        ) from error
 
 
 class Pairing:
@@ -178,8 +204,8 @@ class Pairing:
 
     Args:
         originals, protected: folders, globs, lists or tables, as for `scol protect`.
-        gallery: photos of the same and of other people, none of them protected, a folder for each person or a table with
-            `person_id`; None: the originals themselves.
+        gallery: photos of the same and of other people, none of them protected, a folder for each person or a table
+            with `person_id`; None: the originals themselves.
         people_from: `folder`, a table (see `_people`), or None: nobody is named.
         folder: for the files of the joins; it must exist and be empty.
         limit: measure so many photos at most, drawn by `seed`; the gallery comes from all.
@@ -193,8 +219,17 @@ class Pairing:
     """
 
     def __init__(
-        self, originals: str, protected: str, *, gallery: str | None, people_from: str | None, folder: Path,
-        limit: int | None = None, seed: int = 0, references: int = 1000, drop: str = "",
+        self,
+        originals: str,
+        protected: str,
+        *,
+        gallery: str | None,
+        people_from: str | None,
+        folder: Path,
+        limit: int | None = None,
+        seed: int = 0,
+        references: int = 1000,
+        drop: str = "",
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.counts, self._seed, self._limit = Counts(), seed, limit
@@ -202,8 +237,16 @@ class Pairing:
         skipped: Counter[str] = Counter()
         one = Spread(folder, "originals", _LISTED, "stem")
         two = Spread(folder, "protected", _LISTED, "stem")
-        named = None if people_from in (None, "folder") else Spread(
-            folder, "people", pa.schema([("stem", pa.string()), ("path", pa.string()), ("person", pa.string())]), "stem")
+        named = (
+            None
+            if people_from in (None, "folder")
+            else Spread(
+                folder,
+                "people",
+                pa.schema([("stem", pa.string()), ("path", pa.string()), ("person", pa.string())]),
+                "stem",
+            )
+        )
         chosen: list[int] = []  # the smallest hashes, negated: a heap
         for row in _listing(originals, of_folder, skipped, stop):
             one.add(row)
@@ -244,7 +287,9 @@ class Pairing:
         for spread in (one, two, *(() if named is None else (named,))):
             spread.drop()
         if not paired:
-            raise EvaluateError("NO_PAIRS", f"no photo of {protected} has the path of one of {originals}, whatever the suffix")
+            raise EvaluateError(
+                "NO_PAIRS", f"no photo of {protected} has the path of one of {originals}, whatever the suffix"
+            )
         joined.close()
         others = None
         if gallery is not None:
@@ -280,7 +325,7 @@ class Pairing:
             for row in others.read(bucket) if others is not None else rows:
                 if row["error"] is None and row["person"][0] == "=":
                     pool.setdefault(row["person"], []).append(row)
-            for person, photos in pool.items():
+            for photos in pool.values():
                 photos.sort(key=lambda r: _number(str(self._seed), r["path"]))
                 self.counts.gallery_photos += len(photos)
             self.counts.gallery_people += len(pool)
@@ -311,21 +356,41 @@ class Pairing:
         """A row of the source table. Mates: other photos of the person, not this one under another name."""
         size = row["version"].split("/")[0]
         name = row["path"].rsplit("/", 1)[-1]
-        mates = [p for p in photos if p["stem"] != row["stem"] and p["url"] != row["url"]
-                 and not (p["path"].rsplit("/", 1)[-1] == name and p["version"].split("/")[0] == size)][:MATES]
+        mates = [
+            p
+            for p in photos
+            if p["stem"] != row["stem"]
+            and p["url"] != row["url"]
+            and not (p["path"].rsplit("/", 1)[-1] == name and p["version"].split("/")[0] == size)
+        ][:MATES]
         person = row["person"][1:] if row["person"][0] == "=" else None
-        fields = (row["path"], row["url"], row["version"], row["protected_url"] or "", row["protected_version"] or "",
-                  "" if person is None else "=" + person, row["status"], row["reason"] or "",
-                  *(f for p in mates for f in (p["url"], p["version"])))
+        fields = (
+            row["path"],
+            row["url"],
+            row["version"],
+            row["protected_url"] or "",
+            row["protected_version"] or "",
+            "" if person is None else "=" + person,
+            row["status"],
+            row["reason"] or "",
+            *(f for p in mates for f in (p["url"], p["version"])),
+        )
         return {
-            "key": hash_key("pair", *fields), "photo_id": photo_id(row["path"]), "path": row["path"], "url": row["url"],
-            "protected_path": row["protected_path"], "protected_url": row["protected_url"], "person_id": person,
-            "mates": [p["url"] for p in mates], "status": row["status"], "reason": row["reason"],
+            "key": hash_key("pair", *fields),
+            "photo_id": photo_id(row["path"]),
+            "path": row["path"],
+            "url": row["url"],
+            "protected_path": row["protected_path"],
+            "protected_url": row["protected_url"],
+            "person_id": person,
+            "mates": [p["url"] for p in mates],
+            "status": row["status"],
+            "reason": row["reason"],
         }
 
     def tables(self) -> Iterator[pa.Table]:
-        """The source table in pieces (`PAIR_SCHEMA`): all photos of a person are in one, each piece is sorted by path. The
-        same trees give the same pieces in the same order."""
+        """The source table in pieces (`PAIR_SCHEMA`): all photos of a person are in one, each piece is sorted by
+        path. The same trees give the same pieces in the same order."""
         if self.counts.photos <= _ROWS_AT_ONCE:  # a single piece, so that everything is in the order of paths
             yield pa.concat_tables([self._read(path) for path in self._final]).sort_by("path")
         else:
@@ -373,7 +438,10 @@ def pair_up(originals: list[Row], protected: list[Row]) -> tuple[list[Row], list
             if partner is None and len(rest) == len(left) == 1:
                 partner = next(iter(left.values()))
             elif partner is None and left:
-                status, reason = AMBIGUOUS, f"AMBIGUOUS: {len(rest)} originals and {len(left)} protected photos share this name"
+                status, reason = (
+                    AMBIGUOUS,
+                    f"AMBIGUOUS: {len(rest)} originals and {len(left)} protected photos share this name",
+                )
             elif partner is None:
                 status, reason = MISSING, "MISSING: no protected photo of this path"
             if row["error"] is not None:
@@ -381,10 +449,16 @@ def pair_up(originals: list[Row], protected: list[Row]) -> tuple[list[Row], list
             elif partner is not None and partner["error"] is not None:
                 status, reason = UNREADABLE, f"{partner['error']} (the protected photo)"
             found = partner or {}
-            out.append(row | {
-                "protected_path": found.get("path"), "protected_url": found.get("url"),
-                "protected_version": found.get("version"), "status": status, "reason": reason,
-            })
+            out.append(
+                row
+                | {
+                    "protected_path": found.get("path"),
+                    "protected_url": found.get("url"),
+                    "protected_version": found.get("version"),
+                    "status": status,
+                    "reason": reason,
+                }
+            )
         if not rest:  # else what is left is paired, or told of as ambiguous
             candidates[name] = list(left.values())
     extra = [row["path"] for rows in candidates.values() for row in rows]

@@ -1,8 +1,8 @@
 """Sums over any number of faces: means with confidence intervals, and distributions, in one pass.
 
 Intervals are bootstrap percentiles over people: faces of one person are alike, so people are drawn, not faces, with all
-their faces (Field and Welsh, "Bootstrapping clustered data", JRSS B 69, 2007).  A person's draws are of a multinomial, made
-piece by piece, so that nothing has to be kept but sums.
+their faces (Field and Welsh, "Bootstrapping clustered data", JRSS B 69, 2007).  A person's draws are of a
+multinomial, made piece by piece, so that nothing has to be kept but sums.
 """
 
 from __future__ import annotations
@@ -144,4 +144,6 @@ class Distribution:
             return np.zeros(1, np.int64), np.array([self.low, self.high])
         step = max(1, math.ceil((used[-1] + 1 - used[0]) / bins))
         starts = np.arange(used[0], used[-1] + 1, step)
-        return np.add.reduceat(self.counts, starts), np.append(edges[starts], edges[min(len(edges) - 1, starts[-1] + step)])
+        return np.add.reduceat(self.counts, starts), np.append(
+            edges[starts], edges[min(len(edges) - 1, starts[-1] + step)]
+        )

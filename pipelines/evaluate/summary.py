@@ -21,8 +21,14 @@ AVERAGE = "average"
 PROTECTED = "protected"
 FARS = (1e-2, 1e-3)
 # Of the pictures' measures: range of the distribution.
-_RANGES = {"psnr": (0.0, 100.0), "ssim": (-1.0, 1.0), "flip": (0.0, 1.0), "lpips": (0.0, 2.0), "mean_change": (0.0, 255.0),
-           "max_change": (0.0, 256.0)}
+_RANGES = {
+    "psnr": (0.0, 100.0),
+    "ssim": (-1.0, 1.0),
+    "flip": (0.0, 1.0),
+    "lpips": (0.0, 2.0),
+    "mean_change": (0.0, 255.0),
+    "max_change": (0.0, 256.0),
+}
 
 
 def far_name(measure: str, far: float) -> str:
@@ -81,15 +87,22 @@ class Collector:
     Args:
         settings: of the measures.
         judges: one a recogniser.
-        people: how many there will be: photos of nobody in particular, and faces beside the middle of a photo, are people
-            of their own.
+        people: how many there will be: photos of nobody in particular, and faces beside the middle of a photo, are
+            people of their own.
     """
 
     def __init__(self, settings: Settings, judges: Sequence[Judge], people: int) -> None:
         self.settings, self.judges = settings, judges
         self._cells = [(s, v) for s in (PROTECTED, UNPROTECTED) for v in settings.variants] + [(OTHER, NONE)]
-        self._measures = ["ism", "mate", "rank1_u", "rank5_u",
-                          *(far_name(m, far) for far in FARS for m in ("own", "mate")), "accepted_own", "accepted_mate"]
+        self._measures = [
+            "ism",
+            "mate",
+            "rank1_u",
+            "rank5_u",
+            *(far_name(m, far) for far in FARS for m in ("own", "mate")),
+            "accepted_own",
+            "accepted_mate",
+        ]
         self._counting = [j for j in judges if not j.inside]
         names = [(judge.name, *cell, m) for judge in judges for cell in self._cells for m in self._measures]
         names += [(AVERAGE, *cell, m) for cell in self._cells for m in self._measures]
@@ -114,8 +127,11 @@ class Collector:
         well = table.filter(pa.compute.equal(table["status"], OK))
         if not well.num_rows:
             return
-        values = {name: well[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in well.column_names
-                  if pa.types.is_floating(well.schema.field(name).type)}
+        values = {
+            name: well[name].to_numpy(zero_copy_only=False).astype(np.float64)
+            for name in well.column_names
+            if pa.types.is_floating(well.schema.field(name).type)
+        }
         first = np.array([face.endswith("-00") for face in well["face_id"].to_pylist()])
         for name in self.settings.whole:  # a photo's own, told with each of its faces
             if name in values:
@@ -150,8 +166,9 @@ class Collector:
         sums: dict[tuple[str, str, str], list[NDArray]] = {}
         for judge in self.judges:
             for subject, variant in self._cells:
-                own, mate, rank = (values[column(m, judge.name, variant, "" if subject == PROTECTED else subject)]
-                                   for m in IDENTITY)
+                own, mate, rank = (
+                    values[column(m, judge.name, variant, "" if subject == PROTECTED else subject)] for m in IDENTITY
+                )
                 found = [own, mate, _above(rank, 1), _above(rank, 5)]
                 for far in FARS:
                     found += [_above(own, judge.thresholds[far]), _above(mate, judge.thresholds[far])]
@@ -182,8 +199,10 @@ class Collector:
 
 def clusters(table: pa.Table) -> list[str]:
     """Whom each face is taken to be of in the bootstrap: its person, or else itself."""
-    return ["=" + person if person is not None else "?" + face
-            for person, face in zip(table["person_id"].to_pylist(), table["face_id"].to_pylist(), strict=True)]
+    return [
+        "=" + person if person is not None else "?" + face
+        for person, face in zip(table["person_id"].to_pylist(), table["face_id"].to_pylist(), strict=True)
+    ]
 
 
 def _above(values: NDArray, limit: float | None) -> NDArray:

@@ -44,13 +44,26 @@ class Line:
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file: without settings that all lines share."""
         names = ("counts", "inside", "recognisers", "identity", "picture", "distributions")
-        return {"method": vars(self.method), "seconds_per_face": self.made.seconds_per_face, "failed": self.made.failed,
-                **{name: self.figures[name] for name in names}}
+        return {
+            "method": vars(self.method),
+            "seconds_per_face": self.made.seconds_per_face,
+            "failed": self.made.failed,
+            **{name: self.figures[name] for name in names},
+        }
 
 
 def compare(
-    methods: Iterable[Method], originals: Path, gallery: Path, folder: Path, *, recognisers: Sequence[str],
-    distortions: Sequence[str], references: int, workers: int | None = None, seed: int = 0, say: Say = lambda text: None,
+    methods: Iterable[Method],
+    originals: Path,
+    gallery: Path,
+    folder: Path,
+    *,
+    recognisers: Sequence[str],
+    distortions: Sequence[str],
+    references: int,
+    workers: int | None = None,
+    seed: int = 0,
+    say: Say = lambda text: None,
     progress: Callable[[], Callable[[Progress], None] | None] = lambda: None,
 ) -> list[Line]:
     """Make and evaluate all methods' trees.
@@ -76,9 +89,21 @@ def compare(
             made = make(method, originals, folder / "trees", workers=workers, say=say, progress=progress())
         say(f"{method.name}: evaluating")
         figures = job.evaluate(
-            str(originals), made.tree, out=str(folder / "evaluations" / method.name), gallery=str(gallery),
-            people_from="folder", recognisers=recognisers, distortions=distortions, inside=method.used,
-            references=references, workers=workers, seed=seed, work=str(folder / "work"), say=say, progress=progress()).figures
+            str(originals),
+            made.tree,
+            out=str(folder / "evaluations" / method.name),
+            gallery=str(gallery),
+            people_from="folder",
+            recognisers=recognisers,
+            distortions=distortions,
+            inside=method.used,
+            references=references,
+            workers=workers,
+            seed=seed,
+            work=str(folder / "work"),
+            say=say,
+            progress=progress(),
+        ).figures
         lines.append(Line(method, made, figures))
         say(f"{method.name}: done in {time.monotonic() - begin:.0f} s")
     return lines
@@ -105,7 +130,11 @@ def number(estimate: Mapping[str, Any] | None, scale: float = 1, digits: int = 3
 def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants: Sequence[str]) -> str:
     """Markdown: Rank-1-U by recogniser before and after distortions, ISM, and what it cost."""
     head = ["method", "photos as"]
-    head += [f"Rank-1-U {name}, %" for name in recognisers] + ["Rank-1-U average, % [95 %]", "ISM", "accepted as original, %"]
+    head += [f"Rank-1-U {name}, %" for name in recognisers] + [
+        "Rank-1-U average, % [95 %]",
+        "ISM",
+        "accepted as original, %",
+    ]
     head += ["PSNR, dB", "SSIM", "FLIP", "s a face"]
     rows = [head]
     for line in lines:
@@ -113,14 +142,26 @@ def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants
             cells = [line.cell(name, variant) for name in recognisers]
             average = line.cell(AVERAGE, variant)
             first = variant == NONE
-            rows.append([
-                line.method.name, "saved" if first else variant,
-                *("inside" if cell is None else percent(cell["rank1_u"], False) for cell in cells),
-                *(("-", "-", "-") if average is None else (percent(average["rank1_u"]), number(average["ism"], 1, 3, True),
-                                                          percent(average["verified_own_1e-2"], False))),
-                number(line.picture("psnr", variant), 1, 2), number(line.picture("ssim", variant)),
-                number(line.picture("flip", variant)),
-                "-" if not first or line.made.seconds_per_face is None else f"{line.made.seconds_per_face:.1f}"])
+            rows.append(
+                [
+                    line.method.name,
+                    "saved" if first else variant,
+                    *("inside" if cell is None else percent(cell["rank1_u"], False) for cell in cells),
+                    *(
+                        ("-", "-", "-")
+                        if average is None
+                        else (
+                            percent(average["rank1_u"]),
+                            number(average["ism"], 1, 3, True),
+                            percent(average["verified_own_1e-2"], False),
+                        )
+                    ),
+                    number(line.picture("psnr", variant), 1, 2),
+                    number(line.picture("ssim", variant)),
+                    number(line.picture("flip", variant)),
+                    "-" if not first or line.made.seconds_per_face is None else f"{line.made.seconds_per_face:.1f}",
+                ]
+            )
     return plain_table(rows)
 
 

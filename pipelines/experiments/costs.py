@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from cluster import Operator
 from pipelines import models
@@ -24,14 +24,38 @@ from pipelines.manifests import OK
 from pipelines.protect import list_source, source_table
 from pipelines.stages import load
 
+
+def _convolution_backward(
+    gradient,
+    x,
+    weight,
+    _bias,
+    _stride,
+    _padding,
+    _dilation,
+    transposed,
+    _output_padding,
+    _groups,
+    wanted,
+    out_shape=None,
+) -> int:
+    """Each of the two gradients costs what the forward pass did.
+
+    In place of PyTorch's own rule, which takes the weight's gradient of a grouped convolution for a dense one's: many
+    times too much for the depthwise ones that the generator is made of.
+    """
+    return conv_flop_count(x, weight, gradient, transposed=transposed) * (bool(wanted[0]) + bool(wanted[1]))
+
+
+_RULES = {torch.ops.aten.convolution_backward: _convolution_backward}
 _GEOMETRY = ("crop", "landmarks", "box", "quad")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`gflops`: 10^9 floating point operations of a face, a multiply-add being two, as PyTorch counts convolutions and matrix
-    products, backward passes included. `mparams`: 10^6 parameters of the networks that took part. `seconds`: on `device`.
-    `parts`: GFLOPs by stage."""
+    """`gflops`: 10^9 floating point operations of a face, a multiply-add being two, as PyTorch counts convolutions
+    and matrix products, backward passes included. `mparams`: 10^6 parameters of the networks that took part.
+    `seconds`: on `device`. `parts`: GFLOPs by stage."""
 
     gflops: float
     mparams: float
@@ -56,7 +80,7 @@ class _Meter:
             raise RuntimeError(f"the face failed: {bad[0]}")
         hook = register_module_forward_hook(self._remember)
         try:
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=_RULES) as counter:
                 work()
         finally:
             hook.remove()
@@ -70,15 +94,16 @@ class _Meter:
 def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
     """Cost of one generated face, from inversion to attack, by the stages' own operators.
 
-    Steps are alike, so a few are counted and the profile's number of them is what is told.  Not in it: detection, whose cost is
-    the photo's, and search and fusion, which are matrix products of L x N x 512 numbers.
+    Steps are alike, so a few are counted and the profile's number of them is what is told.  Not in it: detection,
+    whose cost is the photo's, and search and fusion, which are matrix products of L x N x 512 numbers.
 
     Raises:
         WeightsError: the profile needs a model that is not in the model store.
     """
 
     def configured(**values: float):
-        return models.resolve(load_config(profile, sets=(*sets, *(f"{k.replace('__', '.')}={v}" for k, v in values.items()))))
+        found = load_config(profile, sets=(*sets, *(f"{k.replace('__', '.')}={v}" for k, v in values.items())))
+        return models.resolve(found)
 
     config = configured()
     meter = _Meter()
@@ -106,27 +131,34 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
     ready = columns(fused=inverted["code"])
 
     def tuning(tune_steps: int, refine_steps: int) -> np.ndarray:
-        work: Operator = load("tune", configured(tune__steps=tune_steps, refine__steps=refine_steps, tune__target_psnr=100), "")
+        work: Operator = load(
+            "tune", configured(tune__steps=tune_steps, refine__steps=refine_steps, tune__target_psnr=100), ""
+        )
         return meter(lambda: work(ready))
 
-    step = (tuning(3, 0) - tuning(1, 0)) / 2
-    parts["tune"] = tuning(1, 0) + step * (config.tune.steps - 1)
+    first = tuning(1, 0)
+    parts["tune"] = first + (tuning(3, 0) - first) / 2 * (config.tune.steps - 1)
     refining = config.refine.steps if config.refine.identity else 0
-    parts["refine"] = (tuning(0, 3) - tuning(0, 1)) / 2 * refining
+    parts["refine"] = (tuning(0, 3) - tuning(0, 1)) / 2 * refining if refining else np.zeros(2)
     parts["attack"] = np.zeros(2)
     if config.attack.enabled:
         std = np.ones((len(inverted["code"][0]) // 512, 512), np.float32)
-        done = columns(tuned=aligned["crop"], refined=aligned["crop"], invert__code=inverted["code"], fuse__target=inverted["code"])
+        done = columns(
+            tuned=aligned["crop"], refined=aligned["crop"], invert__code=inverted["code"], fuse__target=inverted["code"]
+        )
 
         def attacking(steps: int) -> np.ndarray:
             work = load("attack", configured(attack__steps=steps), "", std)
             return meter(lambda: work(done))
 
-        step = (attacking(3) - attacking(1)) / 2
-        parts["attack"] = attacking(1) + step * (config.attack.steps - 1)
+        first = attacking(1)
+        parts["attack"] = first + (attacking(3) - first) / 2 * (config.attack.steps - 1)
     total = np.sum(list(parts.values()), 0)
     device = models.pick_device(config.engine.device)
     return Cost(
-        float(total[0]), sum(meter.parameters.values()) / 1e6, float(max(0.0, total[1])),
+        float(total[0]),
+        sum(meter.parameters.values()) / 1e6,
+        float(max(0.0, total[1])),
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)",
-        {name: float(value[0]) for name, value in parts.items()})
+        {name: float(value[0]) for name, value in parts.items()},
+    )

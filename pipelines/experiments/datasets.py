@@ -1,10 +1,11 @@
 """Data sets of the field, as they are distributed: whose photo lies where.
 
-| name | layout that is read | people |
-|---|---|---|
-| lfw | `ROOT[/lfw, /lfw_funneled, /lfw-deepfunneled]/NAME/NAME_0001.jpg` | the folder; vis-www.cs.umass.edu/lfw |
-| celeba-hq | `ROOT/CelebA-HQ-img/0.jpg` with `CelebA-HQ-to-CelebA-mapping.txt` (CelebAMask-HQ's, columns idx, orig_idx, orig_file) and `identity_CelebA.txt` (CelebA's) beside it; or `ROOT[/train, /test]/NUMBER/*.jpg` (CelebA-HQ facial identity) | the number; CelebA's split where `list_eval_partition.txt` is there |
-| vggface2-hq | `ROOT[/one folder]/n000001/*.jpg` | the folder; github.com/NNNNAI/VGGFace2-HQ |
+- lfw (vis-www.cs.umass.edu/lfw): `ROOT[/lfw, /lfw_funneled, /lfw-deepfunneled]/NAME/NAME_0001.jpg`; the
+  folder is the person.
+- celeba-hq: `ROOT/CelebA-HQ-img/0.jpg` with `CelebA-HQ-to-CelebA-mapping.txt` (CelebAMask-HQ's, columns idx, orig_idx,
+  orig_file), `identity_CelebA.txt` (CelebA's) and perhaps `list_eval_partition.txt` (its split) beside it; or, as
+  CelebA-HQ facial identity, `ROOT[/train, /test]/NUMBER/*.jpg`.  The number is the person.
+- vggface2-hq (github.com/NNNNAI/VGGFace2-HQ): `ROOT[/one folder]/n000001/*.jpg`; the folder is the person.
 
 Readers go through folders and small text files only; no photo is opened.
 """
@@ -43,7 +44,9 @@ def _people(root: Path, name: Callable[[str], bool]) -> Iterator[tuple[str, Path
             yield entry.name, Path(entry.path)
 
 
-def _by_folder(root: Path, below: Path, name: Callable[[str], bool], split: str | None = None) -> Iterator[DatasetPhoto]:
+def _by_folder(
+    root: Path, below: Path, name: Callable[[str], bool], split: str | None = None
+) -> Iterator[DatasetPhoto]:
     for person, folder in _people(below, name):
         for photo in _photos(folder):
             yield DatasetPhoto((folder / photo).relative_to(root).as_posix(), person, split)
@@ -117,7 +120,9 @@ def read_vggface2_hq(root: Path) -> Iterator[DatasetPhoto]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[DatasetPhoto]]] = {
-    "lfw": read_lfw, "celeba-hq": read_celeba_hq, "vggface2-hq": read_vggface2_hq,
+    "lfw": read_lfw,
+    "celeba-hq": read_celeba_hq,
+    "vggface2-hq": read_vggface2_hq,
 }
 
 

@@ -1,4 +1,5 @@
-"""Ways to protect a tree of photos, each giving a tree: ours, the attacks it is compared with, or a folder that somebody made.
+"""Ways to protect a tree of photos, each giving a tree: ours, the attacks it is compared with, or a folder that
+somebody made.
 
 All write files of the same format, tables and quality as the originals', so that a codec favours none of them.
 """
@@ -75,15 +76,23 @@ class Method:
 
 @dataclass
 class Made:
-    """A tree that a method made: where it is, seconds of one core a face (None where nobody knows), photos that failed."""
+    """A tree that a method made: where it is, seconds of one core a face (None where nobody knows), photos that
+    failed."""
 
     tree: str
     seconds_per_face: float | None
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def make(method: Method, originals: Path, folder: Path, *, workers: int | None, say: Say,
-         progress: Callable[[Progress], None] | None = None) -> Made:
+def make(
+    method: Method,
+    originals: Path,
+    folder: Path,
+    *,
+    workers: int | None,
+    say: Say,
+    progress: Callable[[Progress], None] | None = None,
+) -> Made:
     """Protect `originals` by a method into `FOLDER/NAME`; what is done already is not done again.
 
     Raises:
@@ -101,25 +110,42 @@ def make(method: Method, originals: Path, folder: Path, *, workers: int | None, 
 
 # ---- attacks as a stage ----------------------------------------------------------------------------------------------
 
-_SCHEMA = pa.schema([
-    pa.field("key", pa.string(), False), pa.field("path", pa.string(), False), pa.field("status", pa.string(), False),
-    pa.field("reason", pa.string()), pa.field("faces", pa.int32()), pa.field("seconds", pa.float32()),
-    pa.field("loss_before", pa.float32()), pa.field("loss_after", pa.float32()),
-])
+_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), False),
+        pa.field("path", pa.string(), False),
+        pa.field("status", pa.string(), False),
+        pa.field("reason", pa.string()),
+        pa.field("faces", pa.int32()),
+        pa.field("seconds", pa.float32()),
+        pa.field("loss_before", pa.float32()),
+        pa.field("loss_after", pa.float32()),
+    ]
+)
 
 
 def _attack(
     method: Method, originals: Path, out: Path, workers: int | None, progress: Callable[[Progress], None] | None
 ) -> Made:
     source = source_table(list_source(str(originals)).photos)
-    settings = {"method": asdict(method), "version": VERSION,
-                "weights": [judges.fingerprint(name) for name in method.surrogates]}
+    settings = {
+        "method": asdict(method),
+        "version": VERSION,
+        "weights": [judges.fingerprint(name) for name in method.surrogates],
+    }
     rule = partial(hash_keys, ("attack", json.dumps(settings, sort_keys=True), str(out)))
     store = PartStore(str(out) + ".run", schema_version=1)
     stage = Stage(
-        name="attack", version=VERSION, schema=_SCHEMA, factory=partial(_operator, method, str(out)),
-        error_rows=_error_rows, columns=["path", "url", "status", "reason"], pool="attack",
-        resources=Resources(num_gpus=0.2, threads=1, memory=2 * 2**30), item_seconds=1800.0)
+        name="attack",
+        version=VERSION,
+        schema=_SCHEMA,
+        factory=partial(_operator, method, str(out)),
+        error_rows=_error_rows,
+        columns=["path", "url", "status", "reason"],
+        pool="attack",
+        resources=Resources(num_gpus=0.2, threads=1, memory=2 * 2**30),
+        item_seconds=1800.0,
+    )
     pools = {} if workers is None else {"attack": Pool(actors=workers)}
     Engine(store, [stage], pools=pools, shard_items=4, progress=progress).run(source, {"attack": rule})
     rows = store.read_rows("attack", rule(source["key"].to_pylist()), schema=_SCHEMA)
@@ -145,7 +171,14 @@ def _operator(method: Method, out: str) -> Operator:
 
 
 def _photo(row: Mapping[str, Any], method: Method, eyes: Eyes, targets: Sequence[Tensor], out: str) -> dict[str, Any]:
-    answer: dict[str, Any] = {"key": row["key"], "path": row["path"], "status": "ok", "reason": None, "faces": 0, "seconds": 0.0}
+    answer: dict[str, Any] = {
+        "key": row["key"],
+        "path": row["path"],
+        "status": "ok",
+        "reason": None,
+        "faces": 0,
+        "seconds": 0.0,
+    }
     if row["status"] != "ok":
         return answer | {"status": "error", "reason": row["reason"]}
     try:
@@ -157,10 +190,18 @@ def _photo(row: Mapping[str, Any], method: Method, eyes: Eyes, targets: Sequence
             window = Window.about(pixels, spot)
             left, top = (int(round(v)) for v in spot.box[:2] - window.spot.box[:2])
             picture = to_tensor(window.pixels, eyes.device)
-            landmarks, box = (torch.from_numpy(v)[None].float().to(eyes.device) for v in (window.spot.landmarks, window.spot.box))
+            landmarks, box = (
+                torch.from_numpy(v)[None].float().to(eyes.device) for v in (window.spot.landmarks, window.spot.box)
+            )
             identity = [lambda x, n=n, lm=landmarks, b=box: n.embed_photo(x, lm, b) for n in eyes.networks]
-            result = run_attack(method, picture, identity, targets, box_mask(box, *picture.shape[-2:]),
-                                row_seed(0, f"{row['photo_id'] if 'photo_id' in row else row['path']}/{index}"))
+            result = run_attack(
+                method,
+                picture,
+                identity,
+                targets,
+                box_mask(box, *picture.shape[-2:]),
+                row_seed(0, f"{row['photo_id'] if 'photo_id' in row else row['path']}/{index}"),
+            )
             height, width = window.pixels.shape[:2]
             pixels[top : top + height, left : left + width] = to_uint8(result.picture[0])
             losses.append((float(result.loss_before), float(result.loss_after)))
@@ -170,12 +211,19 @@ def _photo(row: Mapping[str, Any], method: Method, eyes: Eyes, targets: Sequence
         return answer | {"status": "error", "reason": reason_of(error)}
     answer |= {"faces": len(losses), "seconds": seconds}
     if losses:
-        answer |= {"loss_before": sum(a for a, _ in losses) / len(losses), "loss_after": sum(b for _, b in losses) / len(losses)}
+        answer |= {
+            "loss_before": sum(a for a, _ in losses) / len(losses),
+            "loss_after": sum(b for _, b in losses) / len(losses),
+        }
     return answer
 
 
 def run_attack(
-    method: Method, picture: Tensor, identity: Sequence[Callable[[Tensor], Tensor]], targets: Sequence[Tensor], mask: Tensor,
+    method: Method,
+    picture: Tensor,
+    identity: Sequence[Callable[[Tensor], Tensor]],
+    targets: Sequence[Tensor],
+    mask: Tensor,
     seed: int,
 ):
     """One face; see `scol_ops.attacks`."""

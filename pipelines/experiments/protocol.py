@@ -1,4 +1,5 @@
-"""Who is probed and who is in the gallery: one photo each to protect, one other photo each to find them by, and strangers."""
+"""Who is probed and who is in the gallery: one photo each to protect, one other photo each to find them by, and
+strangers."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from pipelines.experiments.datasets import DatasetError, DatasetPhoto
 
 @dataclass(frozen=True)
 class Protocol:
-    """Paths below a data set's root. `probes`, `mates`: by person, never the same photo; `distractors`: by other person."""
+    """Paths below a data set's root. `probes`, `mates`: by person, never the same photo; `distractors`: by other
+    person."""
 
     probes: dict[str, str]
     mates: dict[str, str]
@@ -40,11 +42,15 @@ def choose(photos: Iterable[DatasetPhoto], people: int, distractors: int = 1000,
     if len(several) < people:
         raise DatasetError(f"{people} people with two photos are wanted, there are {len(several)}")
     random.Random(f"{seed}/people").shuffle(several)
-    pairs = {person: random.Random(f"{seed}/{person}").sample(sorted(by_person[person]), 2) for person in several[:people]}
+    pairs = {
+        person: random.Random(f"{seed}/{person}").sample(sorted(by_person[person]), 2) for person in several[:people]
+    }
     others = sorted(set(by_person) - set(pairs))
     # Shuffled as a whole before it is cut: with other numbers of people most distractors stay.
     others.sort(key=lambda person: random.Random(f"{seed}/other/{person}").random())
-    chosen = {person: random.Random(f"{seed}/{person}").choice(sorted(by_person[person])) for person in others[:distractors]}
+    chosen = {
+        person: random.Random(f"{seed}/{person}").choice(sorted(by_person[person])) for person in others[:distractors]
+    }
     return Protocol({p: a for p, (a, _) in pairs.items()}, {p: b for p, (_, b) in pairs.items()}, chosen)
 
 

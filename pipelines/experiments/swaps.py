@@ -1,9 +1,10 @@
 """What a face swapper makes of protected sources: DSR and deepfake PSNR, from folders of its outputs.
 
-DSR (defence success rate): share of sources whose swap, made from the protected photo, is no longer recognised as the source: its
-cosine to the unprotected original is at or below the recogniser's threshold (false accept rate 1 % over LFW's pairs, its card).
-Told beside it: the same share for swaps made from the originals, without which it is worth little.  Deepfake PSNR: between the
-swap made from the original and the one made from the protected photo (dB; lower is better protected).
+DSR (defence success rate): share of sources whose swap, made from the protected photo, is no longer recognised as the
+source: its cosine to the unprotected original is at or below the recogniser's threshold (false accept rate 1 % over
+    LFW's pairs, its card).
+Told beside it: the same share for swaps made from the originals, without which it is worth little.  Deepfake PSNR:
+between the swap made from the original and the one made from the protected photo (dB; lower is better protected).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from scol_ops.warp import GeometryError
 class SwapFigures:
     """By recogniser: `dsr`, and `without`, the same share of swaps made from unprotected sources. `deepfake_psnr`: dB.
 
-    `sources`: compared. `missing`: originals without both swaps. `unreadable`: a file cannot be read, or the source shows
-    no face. `no_face`: swaps that show none, which count as defended.
+    `sources`: compared. `missing`: originals without both swaps. `unreadable`: a file cannot be read, or the source
+    shows no face. `no_face`: swaps that show none, which count as defended.
     """
 
     dsr: dict[str, float]
@@ -47,8 +48,10 @@ def measure_swaps(
     Raises:
         SourceError: a folder that cannot be listed. ValueError: no source has both swaps.
     """
-    trees = [{stem(row.path): row.url for row in list_photos(str(t)) if row.error is None}
-             for t in (originals, of_originals, of_protected)]
+    trees = [
+        {stem(row.path): row.url for row in list_photos(str(t)) if row.error is None}
+        for t in (originals, of_originals, of_protected)
+    ]
     eyes = Eyes(recognisers)
     known: dict[str, list[bool]] = {name: [] for name in recognisers}
     before: dict[str, list[bool]] = {name: [] for name in recognisers}
@@ -78,7 +81,9 @@ def measure_swaps(
             continue
         for number, network in enumerate(eyes.networks):
             for swap, table in ((found[1], before), (found[2], known)):
-                table[network.name].append(swap is not None and float(found[0][number] @ swap[number]) > network.threshold)
+                table[network.name].append(
+                    swap is not None and float(found[0][number] @ swap[number]) > network.threshold
+                )
     sources = len(known[recognisers[0]])
     if not sources:
         raise ValueError(f"no original of {originals} has a swap in both {of_originals} and {of_protected}")
@@ -86,4 +91,9 @@ def measure_swaps(
     return SwapFigures(
         {name: float(1 - np.mean(flags)) for name, flags in known.items()},
         {name: float(1 - np.mean(flags)) for name, flags in before.items()},
-        float(np.mean(finite)) if finite else None, sources, missing, unreadable, no_face)
+        float(np.mean(finite)) if finite else None,
+        sources,
+        missing,
+        unreadable,
+        no_face,
+    )

@@ -1,8 +1,8 @@
 """The paper's tables as named experiments, with its figures beside ours: `scol experiment run NAME`.
 
-Each is a list of methods on one protocol (`comparison.compare`), so each is resumable, and a larger `--people` goes on from a smaller
-one.  The paper's figures are those of ../shared/METHOD.md; what cannot be had here (other recognisers, other
-defences' networks, face swappers) enters by folders of its outputs, and stays a dash without them.
+Each is a list of methods on one protocol (`comparison.compare`), so each is resumable, and a larger `--people` goes
+on from a smaller one.  The paper's figures are those of ../shared/METHOD.md; what cannot be had here (other
+recognisers, other defences' networks, face swappers) enters by folders of its outputs, and stays a dash without them.
 """
 
 from __future__ import annotations
@@ -77,8 +77,11 @@ class Experiment:
 
 _COLUMNS = ("IRSE50", "IR152", "FaceNet", "MobileFace", "average")
 PAPER_1 = {
-    "mi-fgsm": (70.2, 58.4, 59.2, 68.0, 63.9), "ti-dim": (79.0, 67.4, 74.4, 79.2, 75.0), "tip-im": (81.4, 71.8, 76.0, 82.2, 77.8),
-    "clip2protect": (86.6, 73.4, 83.8, 85.0, 82.2), "scol": (93.8, 85.6, 91.4, 90.7, 90.4),
+    "mi-fgsm": (70.2, 58.4, 59.2, 68.0, 63.9),
+    "ti-dim": (79.0, 67.4, 74.4, 79.2, 75.0),
+    "tip-im": (81.4, 71.8, 76.0, 82.2, 77.8),
+    "clip2protect": (86.6, 73.4, 83.8, 85.0, 82.2),
+    "scol": (93.8, 85.6, 91.4, 90.7, 90.4),
 }
 _SCOL = "scol"
 _WITHOUT = "-judged-by-"
@@ -87,8 +90,8 @@ _WITHOUT = "-judged-by-"
 def leave_one_out(options: Options) -> list[Method]:
     """Unprotected; the attacks and ours; folders of other defences.
 
-    Attacks and ours work on the profile's recognisers (on the first two, where it uses the encoder alone).  For a recogniser
-    among these there is a line of its own, in which another takes its place, so that it can judge.
+    Attacks and ours work on the profile's recognisers (on the first two, where it uses the encoder alone).  For a
+    recogniser among these there is a line of its own, in which another takes its place, so that it can judge.
     """
     names = judges.available()
     config = load_config(options.profile, sets=options.sets)
@@ -97,27 +100,60 @@ def leave_one_out(options: Options) -> list[Method]:
     lines = [UNPROTECTED]
     for attack in ATTACKS:
         lines.append(Method(attack, "attack", attack=attack, surrogates=base))
-        lines += [Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=features)
-                  for judge, features in replaced(base, names).items()]
+        lines += [
+            Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=features)
+            for judge, features in replaced(base, names).items()
+        ]
     lines.append(Method(_SCOL, "ours", profile=options.profile, sets=(*options.sets, "attack.enabled=false")))
     for judge, features in replaced(own, names).items():
         joined = ",".join(features)
-        lines.append(Method(f"{_SCOL}{_WITHOUT}{judge}", "ours", profile=options.profile, sets=(
-            *options.sets, f"tune.identity={joined}", f"refine.identity={joined}", f"publish.judge={judge}", "attack.enabled=false")))
-    lines.append(Method(f"{_SCOL}-attacked", "ours", profile=options.profile, sets=(*options.sets, "attack.enabled=true")))
-    return [*lines, *(Method(name, "folder", folder=str(Path(folder).resolve())) for name, folder in (options.others or {}).items())]
+        lines.append(
+            Method(
+                f"{_SCOL}{_WITHOUT}{judge}",
+                "ours",
+                profile=options.profile,
+                sets=(
+                    *options.sets,
+                    f"tune.identity={joined}",
+                    f"refine.identity={joined}",
+                    f"publish.judge={judge}",
+                    "attack.enabled=false",
+                ),
+            )
+        )
+    lines.append(
+        Method(f"{_SCOL}-attacked", "ours", profile=options.profile, sets=(*options.sets, "attack.enabled=true"))
+    )
+    return [
+        *lines,
+        *(
+            Method(name, "folder", folder=str(Path(folder).resolve()))
+            for name, folder in (options.others or {}).items()
+        ),
+    ]
 
 
 def replaced(inside: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Judge -> the features without it: the first recogniser that is not among them takes its place, where there is one."""
+    """Judge -> the features without it: the first recogniser that is not among them takes its place, where there is
+    one."""
     spare = [name for name in names if name not in inside][:1]
     return {judge: tuple(n for n in inside if n != judge) + tuple(spare) for judge in inside}
 
 
 def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
     names = judges.available()
-    rows = [("method", *(f"{n}, Rank-1-U %" for n in names), "average", *(f"paper: {n}" for n in _COLUMNS), "PSNR, dB", "SSIM", "FLIP",
-             "average after " + DISTORTION)]
+    rows = [
+        (
+            "method",
+            *(f"{n}, Rank-1-U %" for n in names),
+            "average",
+            *(f"paper: {n}" for n in _COLUMNS),
+            "PSNR, dB",
+            "SSIM",
+            "FLIP",
+            "average after " + DISTORTION,
+        )
+    ]
     groups: dict[str, dict[str, Line]] = {}
     for line in lines:
         method, _, judge = line.method.name.partition(_WITHOUT)
@@ -127,10 +163,20 @@ def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
         cells = [line.cell(n) for line, n in zip(own, names, strict=True)]
         later = [line.cell(n, DISTORTION) for line, n in zip(own, names, strict=True)]
         paper = PAPER_1.get(method, (None,) * len(_COLUMNS))
-        quality = [_mean([line.picture(m) for line in {id(line): line for line in own}.values()]) for m in ("psnr", "ssim", "flip")]
-        rows.append((method, *(percent(c and c["rank1_u"]) for c in cells), _plain(_mean_rank(cells), 1),
-                     *("-" if p is None else f"{p:.1f}" for p in paper),
-                     *(_plain(q, d) for q, d in zip(quality, (2, 3, 3), strict=True)), _plain(_mean_rank(later), 1)))
+        quality = [
+            _mean([line.picture(m) for line in {id(line): line for line in own}.values()])
+            for m in ("psnr", "ssim", "flip")
+        ]
+        rows.append(
+            (
+                method,
+                *(percent(c and c["rank1_u"]) for c in cells),
+                _plain(_mean_rank(cells), 1),
+                *("-" if p is None else f"{p:.1f}" for p in paper),
+                *(_plain(q, d) for q, d in zip(quality, (2, 3, 3), strict=True)),
+                _plain(_mean_rank(later), 1),
+            )
+        )
     return plain_table(rows)
 
 
@@ -151,7 +197,13 @@ def _plain(value: float | None, digits: int) -> str:
 # ---- tables 2 to 4 ---------------------------------------------------------------------------------------------------
 
 PAPER_2 = {0.5: (0.509, None), 1.0: (0.158, 32.01)}  # ISM, PSNR
-PAPER_3 = {1: (63.5, 26.54), 2: (81.5, 21.89), 3: (95.5, 20.68), 4: (94.0, 20.94), 5: (91.5, 21.35)}  # DSR, deepfake PSNR
+PAPER_3 = {
+    1: (63.5, 26.54),
+    2: (81.5, 21.89),
+    3: (95.5, 20.68),
+    4: (94.0, 20.94),
+    5: (91.5, 21.35),
+}  # DSR, deepfake PSNR
 PAPER_4 = {4: (33.35, 21.96), 8: (32.01, 20.68), 16: (29.89, 20.60)}  # source PSNR, deepfake PSNR
 
 
@@ -159,8 +211,18 @@ def sweep(name: str, key: str, values: Sequence[float], *fixed: str) -> Callable
     """One line of ours for each value of a setting."""
 
     def methods(options: Options) -> list[Method]:
-        return [UNPROTECTED, *(Method(f"{name}-{value:g}", "ours", profile=options.profile, sets=(
-            *options.sets, *fixed, f"{key}={value / 255 if key == 'attack.eps' else value}")) for value in values)]
+        return [
+            UNPROTECTED,
+            *(
+                Method(
+                    f"{name}-{value:g}",
+                    "ours",
+                    profile=options.profile,
+                    sets=(*options.sets, *fixed, f"{key}={value / 255 if key == 'attack.eps' else value}"),
+                )
+                for value in values
+            ),
+        ]
 
     return methods
 
@@ -179,8 +241,17 @@ def table2(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
     for line in lines:
         value = _value(line)
         paper = PAPER_2.get(value, (None, None))
-        rows.append((line.method.name if value is None else f"{value:g}", *_identity(line), number(line.picture("psnr"), 1, 2),
-                     number(line.picture("ssim")), number(line.picture("flip")), _plain(paper[0], 3), _plain(paper[1], 2)))
+        rows.append(
+            (
+                line.method.name if value is None else f"{value:g}",
+                *_identity(line),
+                number(line.picture("psnr"), 1, 2),
+                number(line.picture("ssim")),
+                number(line.picture("flip")),
+                _plain(paper[0], 3),
+                _plain(paper[1], 2),
+            )
+        )
     return plain_table(rows)
 
 
@@ -189,17 +260,39 @@ def _swap_cells(found: SwapFigures | None) -> tuple[str, str, str]:
         return "-", "-", "-"
     dsr = [v for v in found.dsr.values()]
     without = [v for v in found.without.values()]
-    return (f"{100 * sum(dsr) / len(dsr):.1f}", f"{100 * sum(without) / len(without):.1f}", _plain(found.deepfake_psnr, 2))
+    return (
+        f"{100 * sum(dsr) / len(dsr):.1f}",
+        f"{100 * sum(without) / len(without):.1f}",
+        _plain(found.deepfake_psnr, 2),
+    )
 
 
 def _swap_table(head: str, paper: Mapping[float, tuple[float, float]], names: tuple[str, str]):
     def table(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
-        rows = [(head, "ISM", "Rank-1-U, %", "PSNR, dB", "DSR, %", "of unprotected, %", "deepfake PSNR, dB", *(f"paper: {n}" for n in names))]
+        rows = [
+            (
+                head,
+                "ISM",
+                "Rank-1-U, %",
+                "PSNR, dB",
+                "DSR, %",
+                "of unprotected, %",
+                "deepfake PSNR, dB",
+                *(f"paper: {n}" for n in names),
+            )
+        ]
         for line in lines:
             value = _value(line)
             theirs = paper.get(value, (None, None))
-            rows.append((line.method.name if value is None else f"{value:g}", *_identity(line), number(line.picture("psnr"), 1, 2),
-                         *_swap_cells(swaps.get(line.method.name)), *(_plain(t, 2) for t in theirs)))
+            rows.append(
+                (
+                    line.method.name if value is None else f"{value:g}",
+                    *_identity(line),
+                    number(line.picture("psnr"), 1, 2),
+                    *_swap_cells(swaps.get(line.method.name)),
+                    *(_plain(t, 2) for t in theirs),
+                )
+            )
         return plain_table(rows)
 
     return table
@@ -207,7 +300,12 @@ def _swap_table(head: str, paper: Mapping[float, tuple[float, float]], names: tu
 
 # ---- table 5 ---------------------------------------------------------------------------------------------------------
 
-PAPER_5 = {"CLIP2Protect": (18756, 423, 70), "DiffAM": (1120, 227, 12), "DF-RAP": (332, 201, 4), "SCOL": (15229, 297, 47)}
+PAPER_5 = {
+    "CLIP2Protect": (18756, 423, 70),
+    "DiffAM": (1120, 227, 12),
+    "DF-RAP": (332, 201, 4),
+    "SCOL": (15229, 297, 47),
+}
 
 
 def table5(options: Options, say: Say = lambda text: None) -> tuple[str, dict[str, Any]]:
@@ -222,30 +320,58 @@ def table5(options: Options, say: Say = lambda text: None) -> tuple[str, dict[st
             say(f"{profile}: {error}")
             rows.append((f"ours, {profile} (models missing)", "-", "-", "-", "-"))
             continue
-        rows.append((f"ours, {profile}", f"{found.gflops:.0f}", f"{found.mparams:.1f}", f"{found.seconds:.1f}", found.device))
+        rows.append(
+            (f"ours, {profile}", f"{found.gflops:.0f}", f"{found.mparams:.1f}", f"{found.seconds:.1f}", found.device)
+        )
     rows += [(f"{name} (paper)", f"{a}", f"{b}", f"{c}", "RTX 3090") for name, (a, b, c) in PAPER_5.items()]
     return plain_table(rows), {name: asdict(found) for name, found in figures.items()}
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 
-EXPERIMENTS = {e.name: e for e in (
-    Experiment("table1", "Dodging: Rank-1-U of attacks and ours, each judged by a recogniser that it did not use", "lfw",
-               leave_one_out, table1),
-    Experiment("table2", "Weight of the id-lock", "vggface2-hq",
-               sweep("lambda", "tune.id_lock", (0, 0.1, 0.5, 1, 5), "attack.enabled=false"), table2),
-    Experiment("table3", "Threshold of the component inspection", "vggface2-hq",
-               sweep("tau", "inspect.tau", (1, 2, 3, 4, 5), "attack.enabled=true"),
-               _swap_table("tau", PAPER_3, ("DSR, %", "deepfake PSNR, dB"))),
-    Experiment("table4", "Bound of the attack", "vggface2-hq", sweep("eps", "attack.eps", (4, 8, 16), "attack.enabled=true"),
-               _swap_table("eps, of 255", PAPER_4, ("source PSNR, dB", "deepfake PSNR, dB"))),
-)}
+EXPERIMENTS = {
+    e.name: e
+    for e in (
+        Experiment(
+            "table1",
+            "Dodging: Rank-1-U of attacks and ours, each judged by a recogniser that it did not use",
+            "lfw",
+            leave_one_out,
+            table1,
+        ),
+        Experiment(
+            "table2",
+            "Weight of the id-lock",
+            "vggface2-hq",
+            sweep("lambda", "tune.id_lock", (0, 0.1, 0.5, 1, 5), "attack.enabled=false"),
+            table2,
+        ),
+        Experiment(
+            "table3",
+            "Threshold of the component inspection",
+            "vggface2-hq",
+            sweep("tau", "inspect.tau", (1, 2, 3, 4, 5), "attack.enabled=true"),
+            _swap_table("tau", PAPER_3, ("DSR, %", "deepfake PSNR, dB")),
+        ),
+        Experiment(
+            "table4",
+            "Bound of the attack",
+            "vggface2-hq",
+            sweep("eps", "attack.eps", (4, 8, 16), "attack.enabled=true"),
+            _swap_table("eps, of 255", PAPER_4, ("source PSNR, dB", "deepfake PSNR, dB")),
+        ),
+    )
+}
 COST = "table5"
 NAMES = (*EXPERIMENTS, COST)
 
 
-def run(name: str, options: Options, say: Say = lambda text: None,
-        progress: Callable[[], Callable[[Progress], None] | None] = lambda: None) -> str:
+def run(
+    name: str,
+    options: Options,
+    say: Say = lambda text: None,
+    progress: Callable[[], Callable[[Progress], None] | None] = lambda: None,
+) -> str:
     """Run an experiment, or go on with it; returns its table (Markdown), which OUT/NAME.md holds, with OUT/NAME.json.
 
     Raises:
@@ -259,12 +385,26 @@ def run(name: str, options: Options, say: Say = lambda text: None,
         text, about["costs"] = table5(options, say)
         return _write(out, name, text, about | {"machine": record([])["machine"]})
     experiment = EXPERIMENTS[name]
-    protocol = choose(read_dataset(options.dataset or experiment.dataset, options.data), options.people, options.distractors, options.seed)
+    protocol = choose(
+        read_dataset(options.dataset or experiment.dataset, options.data),
+        options.people,
+        options.distractors,
+        options.seed,
+    )
     originals, gallery = lay_out(protocol, options.data, out / "photos")
     with ray_session():
         lines = compare(
-            experiment.methods(options), originals, gallery, out, recognisers=judges.available(), distortions=(DISTORTION,),
-            references=options.people + options.distractors, workers=options.workers, say=say, progress=progress)
+            experiment.methods(options),
+            originals,
+            gallery,
+            out,
+            recognisers=judges.available(),
+            distortions=(DISTORTION,),
+            references=options.people + options.distractors,
+            workers=options.workers,
+            say=say,
+            progress=progress,
+        )
     swaps = swaps_of(lines, originals, options.swaps, say) if options.swaps is not None else {}
     text = f"{experiment.title}. {_people(options, lines)}\n\n" + experiment.table(lines, swaps)
     return _write(out, name, text, record(lines, **about, swaps={k: asdict(v) for k, v in swaps.items()}))
@@ -285,8 +425,11 @@ def swaps_of(lines: Sequence[Line], originals: Path, folder: str, say: Say) -> d
 
 def _people(options: Options, lines: Sequence[Line]) -> str:
     faces = lines[0].figures["counts"].get("faces_with_mate", 0) if lines else 0
-    return (f"{faces} faces of {options.people} people ({options.dataset}, seed {options.seed}), gallery: another photo of each, and "
-            f"{options.distractors} others; profile {options.profile}. Brackets: 95 % over people; a dash: not measured, or used inside.")
+    return (
+        f"{faces} faces of {options.people} people ({options.dataset}, seed {options.seed}), gallery: another photo of "
+        f"each, and {options.distractors} others; profile {options.profile}. Brackets: 95 % over people; a dash: not "
+        "measured, or used inside."
+    )
 
 
 def _write(out: Path, name: str, text: str, figures: Mapping[str, Any]) -> str:
@@ -294,5 +437,3 @@ def _write(out: Path, name: str, text: str, figures: Mapping[str, Any]) -> str:
     (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     (out / f"{name}.json").write_text(to_json(dict(figures)) + "\n", encoding="utf-8")
     return text
-
-

@@ -1,7 +1,8 @@
 """MI-FGSM: iterated signed gradients with momentum.
 
-Dong et al., "Boosting Adversarial Attacks with Momentum" (CVPR 2018, arXiv:1710.06081), Algorithm 1 and eqs. 6 and 7, with the
-loss of dodging: the cosine to the original's features.  L-infinity.  The paper's own numbers: eps 16 of 255, 10 steps of eps / 10, decay 1.
+Dong et al., "Boosting Adversarial Attacks with Momentum" (CVPR 2018, arXiv:1710.06081), Algorithm 1 and eqs. 6 and 7,
+with the loss of dodging: the cosine to the original's features.  L-infinity.  The paper's own numbers: eps 16 of 255,
+10 steps of eps / 10, decay 1.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from scol_ops.losses import IdentityFeature
 
 @dataclass(frozen=True)
 class MIFGSMSettings:
-    """eps: bound of the change, in [0, 1] pixel units.  steps: signed steps.  step_size: of each, in [0, 1] units, None for
-    eps / steps.  decay: of the momentum, 0 for none (then it is I-FGSM)."""
+    """eps: bound of the change, in [0, 1] pixel units.  steps: signed steps.  step_size: of each, in [0, 1] units,
+    None for eps / steps.  decay: of the momentum, 0 for none (then it is I-FGSM)."""
 
     eps: float = 8 / 255
     steps: int = 10
@@ -30,7 +31,9 @@ class MIFGSMSettings:
 
 
 def mi_fgsm(
-    picture: Tensor, identity: Sequence[IdentityFeature], settings: MIFGSMSettings = MIFGSMSettings(),
+    picture: Tensor,
+    identity: Sequence[IdentityFeature],
+    settings: MIFGSMSettings = MIFGSMSettings(),
     mask: Tensor | None = None,
 ) -> AttackResult:
     """Move the surrogates' features away from the original's.
@@ -42,8 +45,8 @@ def mi_fgsm(
         mask: (B, 1, H, W) in [0, 1] that scales the bound; None for everywhere.
 
     Returns:
-        ``AttackResult``: the last iterate, |change| <= 2 eps mask in [-1, 1] units, and its loss (``dodging_loss``).  There
-        is no random start: the same picture gives the same result on one device.
+        ``AttackResult``: the last iterate, |change| <= 2 eps mask in [-1, 1] units, and its loss (``dodging_loss``).
+        There is no random start: the same picture gives the same result on one device.
 
     Raises:
         ValueError: wrong shape, no surrogate, numbers out of range.

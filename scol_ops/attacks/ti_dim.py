@@ -1,10 +1,11 @@
 """TI-DIM: momentum, input diversity and translation-invariant gradients together.
 
 Input diversity: Xie et al., "Improving Transferability of Adversarial Examples with Input Diversity" (CVPR 2019,
-arXiv:1803.06978): with probability 0.7 the surrogates see the picture shrunk and padded at random.  Translation invariance: Dong et
-al., "Evading Defenses to Transferable Adversarial Examples by Translation-Invariant Attacks" (CVPR 2019, arXiv:1904.02884), eq. 7:
-the gradient is convolved with a Gaussian kernel (15 x 15, sigma 3).  Loss of dodging, L-infinity.  The papers' own numbers:
-eps 16 of 255, 10 steps, decay 1.
+arXiv:1803.06978): with probability 0.7 the surrogates see the picture shrunk and padded at random.  Translation
+invariance: Dong et al., "Evading Defenses to Transferable Adversarial Examples by Translation-Invariant Attacks"
+    (CVPR 2019, arXiv:1904.02884), eq. 7:
+the gradient is convolved with a Gaussian kernel (15 x 15, sigma 3).  Loss of dodging, L-infinity.  The papers' own
+numbers: eps 16 of 255, 10 steps, decay 1.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from scol_ops.losses import IdentityFeature
 
 @dataclass(frozen=True)
 class TIDIMSettings:
-    """eps, steps, step_size, decay: as ``MIFGSMSettings``.  probability: of a diverse input, 0..1.  smallest: least share of
-    the side that a diverse input is shrunk to.  kernel: side of the gradient's kernel, odd, 1 for none; sigma: its width, pixels."""
+    """eps, steps, step_size, decay: as ``MIFGSMSettings``.  probability: of a diverse input, 0..1.  smallest: least
+    share of the side that a diverse input is shrunk to.  kernel: side of the gradient's kernel, odd, 1 for none;
+    sigma: its width, pixels."""
 
     eps: float = 8 / 255
     steps: int = 10
@@ -48,7 +50,8 @@ def gaussian_kernel(side: int, sigma: float) -> Tensor:
 
 
 def diverse(picture: Tensor, generator: torch.Generator, smallest: float) -> Tensor:
-    """Shrunk to a random side in [smallest, 1] of its own, and padded with grey at random to the old size; differentiable.
+    """Shrunk to a random side in [smallest, 1] of its own, and padded with grey at random to the old size;
+    differentiable.
 
     Grey (0 in [-1, 1]) where the paper pads with black: the recognisers' crops reach into it.
     """
@@ -62,8 +65,11 @@ def diverse(picture: Tensor, generator: torch.Generator, smallest: float) -> Ten
 
 
 def ti_dim(
-    picture: Tensor, identity: Sequence[IdentityFeature], settings: TIDIMSettings = TIDIMSettings(),
-    mask: Tensor | None = None, seed: int = 0,
+    picture: Tensor,
+    identity: Sequence[IdentityFeature],
+    settings: TIDIMSettings = TIDIMSettings(),
+    mask: Tensor | None = None,
+    seed: int = 0,
 ) -> AttackResult:
     """Move the surrogates' features away from the original's, for all small shifts and sizes at once.
 

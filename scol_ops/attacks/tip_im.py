@@ -1,10 +1,11 @@
 """TIP-IM: towards one of several other identities, chosen anew at each step.
 
-Yang et al., "Towards Face Encryption by Generating Adversarial Identity Masks" (ICCV 2021, arXiv:2003.06814): the loss is the
-distance to a target's features minus that to the original's (their L_iden) plus gamma times a naturalness term (maximum mean
-discrepancy of the pixels); every step goes towards the target whose step gains most, with momentum and diverse inputs.  Gain:
-``log(1 + sum_i exp(d(x, original) - d(x, target_i)))``.  L-infinity; the authors' numbers: eps 12 of 255, steps of 1.5 eps / N, 10
-targets, gamma 0 for the strongest protection (their code, github.com/ShawnXYang/TIP-IM, looked up for these numbers).
+Yang et al., "Towards Face Encryption by Generating Adversarial Identity Masks" (ICCV 2021, arXiv:2003.06814): the
+loss is the distance to a target's features minus that to the original's (their L_iden) plus gamma times a naturalness
+term (maximum mean discrepancy of the pixels); every step goes towards the target whose step gains most, with momentum
+and diverse inputs.  Gain: ``log(1 + sum_i exp(d(x, original) - d(x, target_i)))``.  L-infinity; the authors' numbers:
+eps 12 of 255, steps of 1.5 eps / N, 10 targets, gamma 0 for the strongest protection (their code,
+github.com/ShawnXYang/TIP-IM, looked up for these numbers).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from scol_ops.losses import IdentityFeature
 
 @dataclass(frozen=True)
 class TIPIMSettings:
-    """eps, steps, decay: as ``MIFGSMSettings``.  step_size: in [0, 1] units, None for 1.5 eps / steps.  gamma: weight of the
-    naturalness.  diversity: strength of ``random_resize_shift`` before the surrogates, 0 for none."""
+    """eps, steps, decay: as ``MIFGSMSettings``.  step_size: in [0, 1] units, None for 1.5 eps / steps.  gamma: weight
+    of the naturalness.  diversity: strength of ``random_resize_shift`` before the surrogates, 0 for none."""
 
     eps: float = 8 / 255
     steps: int = 20
@@ -37,7 +38,9 @@ class TIPIMSettings:
 
 def identity_loss(features: Sequence[Tensor], original: Sequence[Tensor], target: Sequence[Tensor]) -> Tensor:
     """(B,): squared distance to the target minus that to the original, mean over surrogates; unit vectors (B, D)."""
-    terms = [(f - t).square().sum(1) - (f - o).square().sum(1) for f, o, t in zip(features, original, target, strict=True)]
+    terms = [
+        (f - t).square().sum(1) - (f - o).square().sum(1) for f, o, t in zip(features, original, target, strict=True)
+    ]
     return torch.stack(terms).mean(0)
 
 
@@ -62,8 +65,12 @@ def discrepancy(a: Tensor, b: Tensor, width: float = 1.0) -> Tensor:
 
 
 def tip_im(
-    picture: Tensor, identity: Sequence[IdentityFeature], targets: Sequence[Tensor],
-    settings: TIPIMSettings = TIPIMSettings(), mask: Tensor | None = None, seed: int = 0,
+    picture: Tensor,
+    identity: Sequence[IdentityFeature],
+    targets: Sequence[Tensor],
+    settings: TIPIMSettings = TIPIMSettings(),
+    mask: Tensor | None = None,
+    seed: int = 0,
 ) -> AttackResult:
     """Move the surrogates' features to those of another identity.
 
@@ -74,8 +81,8 @@ def tip_im(
         seed: of the diverse inputs.
 
     Returns:
-        ``AttackResult``: the last iterate, |change| <= 2 eps mask in [-1, 1] units; its losses are ``identity_loss`` to the
-        target that is nearest at the end.
+        ``AttackResult``: the last iterate, |change| <= 2 eps mask in [-1, 1] units; its losses are ``identity_loss``
+        to the target that is nearest at the end.
 
     Raises:
         ValueError: wrong shape, no surrogate, targets that do not go with them, numbers out of range.

@@ -52,7 +52,11 @@ def test_they_are_found(store, tmp_path):
     job.check_settings(["mobilefacenet-512"], [], store)
     with pytest.raises(EvaluateError, match="mobilefacenet-512"):
         job.check_settings(["mobilefacenet-512"], [], empty)
-    assert judges.fingerprint("mobilefacenet-512", store) == judges.load("mobilefacenet-512", store=store).fingerprint != ""
+    assert (
+        judges.fingerprint("mobilefacenet-512", store)
+        == judges.load("mobilefacenet-512", store=store).fingerprint
+        != ""
+    )
 
 
 def test_they_measure(store, tmp_path):
@@ -66,14 +70,28 @@ def test_they_measure(store, tmp_path):
         urls.append(str(tmp_path / f"{name}.png"))
     pixels = np.asarray(Image.open(urls[1]))
     gallery = Gallery(["b"], [urls[1]], eyes.embed([Window.about(pixels, eyes.faces(pixels)[0])]))
-    row = {"key": "0" * 32, "photo_id": "f" * 16, "path": "a/one.png", "url": urls[0], "protected_path": "a/one.png",
-           "protected_url": urls[1], "person_id": "a", "mates": [], "status": "ok", "reason": None}
+    row = {
+        "key": "0" * 32,
+        "photo_id": "f" * 16,
+        "path": "a/one.png",
+        "url": urls[0],
+        "protected_path": "a/one.png",
+        "protected_url": urls[1],
+        "person_id": "a",
+        "mates": [],
+        "status": "ok",
+        "reason": None,
+    }
     (found,) = Measurer(settings, eyes, gallery).photo(row)
-    assert -1 <= found["ism_mobilefacenet-512"] <= 1 and found["unprotected_ism_mobilefacenet-512"] == pytest.approx(1, abs=1e-5)
+    assert -1 <= found["ism_mobilefacenet-512"] <= 1 and found["unprotected_ism_mobilefacenet-512"] == pytest.approx(
+        1, abs=1e-5
+    )
     one, two = (torch.from_numpy(np.array(Image.open(u))).permute(2, 0, 1)[None].float() / 127.5 - 1 for u in urls)
     with torch.no_grad():
         expected = float(judges.load_lpips("lpips-alex", store=store)(one, two))
-    assert found["photo_lpips"] == pytest.approx(expected, rel=1e-4) and found["lpips"] > 0 and found["lpips@jpeg75"] > 0
+    assert (
+        found["photo_lpips"] == pytest.approx(expected, rel=1e-4) and found["lpips"] > 0 and found["lpips@jpeg75"] > 0
+    )
     assert np.array_equal(to_uint8(one)[0], np.asarray(Image.open(urls[0])))
 
     schema = face_schema(settings)

@@ -87,9 +87,20 @@ def test_every_photo_is_counted(trees, figures):
     assert len(rows) == c["originals"] == c["photos"] == 13
     status = {path: row["status"] for path, row in rows.items()}
     assert status == {
-        "Ada/0.jpg": "ok", "Ada/1.jpg": "missing", "Ben/0.jpg": "ok", "Ben/1.jpg": "ok", "Cleo/0.jpg": "ok",
-        "Cleo/1.jpg": "shape_differs", "Dan/0.jpg": "unreadable", "Dan/1.jpg": "missing", "Finn/0.jpg": "ok",
-        "Finn/1.jpg": "missing", "Hugo/0.jpg": "missing", "Hugo/1.jpg": "missing", "Hugo/2.jpg": "no_face"}
+        "Ada/0.jpg": "ok",
+        "Ada/1.jpg": "missing",
+        "Ben/0.jpg": "ok",
+        "Ben/1.jpg": "ok",
+        "Cleo/0.jpg": "ok",
+        "Cleo/1.jpg": "shape_differs",
+        "Dan/0.jpg": "unreadable",
+        "Dan/1.jpg": "missing",
+        "Finn/0.jpg": "ok",
+        "Finn/1.jpg": "missing",
+        "Hugo/0.jpg": "missing",
+        "Hugo/1.jpg": "missing",
+        "Hugo/2.jpg": "no_face",
+    }
     assert all((row["reason"] is None) == (row["status"] == "ok") for row in rows.values())
     assert (c["photos_measured"], c["faces_measured"], c["faces_with_mate"]) == (5, 5, 5)
     assert (c["photos_missing"], c["photos_unreadable"], c["photos_shape_differs"], c["photos_no_face"]) == (5, 1, 1, 1)
@@ -121,7 +132,9 @@ def test_what_the_recognisers_see(trees, figures):
     assert figures["identity"]["average"]["protected"]["none"]["verified_own_1e-2"] is None
     each, both = ([figures["identity"][j]["protected"]["none"][m]["value"] for j in JUDGES] for m in ("rank1_u", "ism"))
     average = figures["identity"]["average"]["protected"]["none"]
-    assert average["rank1_u"]["value"] == pytest.approx(np.mean(each)) and average["ism"]["value"] == pytest.approx(np.mean(both))
+    assert average["rank1_u"]["value"] == pytest.approx(np.mean(each)) and average["ism"]["value"] == pytest.approx(
+        np.mean(both)
+    )
 
 
 def test_what_the_pictures_lost(trees, figures):
@@ -188,9 +201,24 @@ def test_without_people_there_is_no_rank_but_all_else(trees):
 
 
 def test_the_command(trees, figures):
-    run = CliRunner().invoke(main, [
-        "evaluate", str(trees / "one"), str(trees / "two"), "--out", str(trees / "out"), "--people-from", "folder",
-        "--recogniser", "mobilefacenet", "--recogniser", "faceres", "--distortion", "jpeg75+half"])
+    run = CliRunner().invoke(
+        main,
+        [
+            "evaluate",
+            str(trees / "one"),
+            str(trees / "two"),
+            "--out",
+            str(trees / "out"),
+            "--people-from",
+            "folder",
+            "--recogniser",
+            "mobilefacenet",
+            "--recogniser",
+            "faceres",
+            "--distortion",
+            "jpeg75+half",
+        ],
+    )
     assert run.exit_code == 1, run.output  # photos were lost
     assert "| average | protected | " in run.output and "7 of 13 photos could not be compared" in run.output
     for extra in (["--distortion", "gif"], ["--recogniser", "nobody"], ["--out", str(trees / "two/below")]):
@@ -243,10 +271,23 @@ def test_only_the_middle_face_has_the_photos_name(trees):
     found = {n: eyes.embed([Window.about(face(n), eyes.faces(face(n))[0])])[0][0] for n in ("Ada", "Ben", "Dan")}
     gallery = Gallery(list(found), [""] * 3, [np.stack(list(found.values()))])
     url = str(trees / "pair.png")
-    rows = Measurer(settings, eyes, gallery).photo({
-        "key": "0" * 32, "photo_id": "f" * 16, "path": "Ben/pair.png", "url": url, "protected_path": "Ben/pair.png",
-        "protected_url": url, "person_id": "Ben", "mates": [str(trees / "one/Ben/1.jpg")], "status": "ok", "reason": None})
+    rows = Measurer(settings, eyes, gallery).photo(
+        {
+            "key": "0" * 32,
+            "photo_id": "f" * 16,
+            "path": "Ben/pair.png",
+            "url": url,
+            "protected_path": "Ben/pair.png",
+            "protected_url": url,
+            "person_id": "Ben",
+            "mates": [str(trees / "one/Ben/1.jpg")],
+            "status": "ok",
+            "reason": None,
+        }
+    )
     assert sorted((r["central"], r["person_id"], r["has_mate"], r.get("rank_mobilefacenet")) for r in rows) == [
-        (False, None, False, None), (True, "Ben", True, 1)]
+        (False, None, False, None),
+        (True, "Ben", True, 1),
+    ]
     assert set(measure.face_schema(settings).names) >= {k for r in rows for k in r}
     assert Spot(np.zeros((5, 2)), np.arange(4.0)).moved(lambda p: p + 1).box.tolist() == [1, 2, 3, 4]

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate import pairs
+from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.pairs import Pairing, pair_up, stem
 
 
@@ -40,7 +40,12 @@ def test_pairs_by_path_without_suffix(tmp_path):
     found = pairing(tmp_path, one, two, people_from="folder")
     got = rows(found)
     assert {p: r["protected_path"] for p, r in got.items()} == {
-        "p/a.jpg": "p/a.png", "p/b.jpg": "p/b.jpg", "q/b.jpg": "q/b.webp", "top.png": "top.png", "p/c.jpg": None}
+        "p/a.jpg": "p/a.png",
+        "p/b.jpg": "p/b.jpg",
+        "q/b.jpg": "q/b.webp",
+        "top.png": "top.png",
+        "p/c.jpg": None,
+    }
     assert got["p/c.jpg"]["status"] == "missing" and got["p/c.jpg"]["reason"].startswith("MISSING")
     assert (found.counts.extra, found.counts.extra_examples) == (1, ["new/x.jpg"])
     assert found.counts.skipped == {"NOT_A_PHOTO": 1} and found.counts.unnamed == 1
@@ -57,13 +62,10 @@ def test_names_that_several_share_are_not_guessed():
         out, extra = pair_up(listed(*originals), listed(*protected))
         return [(r["path"], r["protected_path"], r["status"]) for r in out], extra
 
-    assert got(["a.jpg", "a.png"], ["a.jpg", "a.png"]) == (
-        [("a.jpg", "a.jpg", "ok"), ("a.png", "a.png", "ok")], [])
-    assert got(["a.jpg", "a.png"], ["a.jpg", "a.webp"]) == (
-        [("a.jpg", "a.jpg", "ok"), ("a.png", "a.webp", "ok")], [])
+    assert got(["a.jpg", "a.png"], ["a.jpg", "a.png"]) == ([("a.jpg", "a.jpg", "ok"), ("a.png", "a.png", "ok")], [])
+    assert got(["a.jpg", "a.png"], ["a.jpg", "a.webp"]) == ([("a.jpg", "a.jpg", "ok"), ("a.png", "a.webp", "ok")], [])
     assert got(["a.jpg", "a.png"], ["a.jpg"]) == ([("a.jpg", "a.jpg", "ok"), ("a.png", None, "missing")], [])
-    assert got(["a.jpg", "a.png"], ["a.webp"]) == (
-        [("a.jpg", None, "ambiguous"), ("a.png", None, "ambiguous")], [])
+    assert got(["a.jpg", "a.png"], ["a.webp"]) == ([("a.jpg", None, "ambiguous"), ("a.png", None, "ambiguous")], [])
     assert got(["a.jpg"], ["a.webp", "a.png"]) == ([("a.jpg", None, "ambiguous")], [])
     assert got(["a.jpg"], ["a.jpg", "a.png"]) == ([("a.jpg", "a.jpg", "ok")], ["a.png"])
 
@@ -75,7 +77,11 @@ def test_people_from_a_table(tmp_path):
     table.write_text("path,person_id,age\n1.jpg,007,3\n2,007,4\n3.jpg,ann,5\n")
     got = rows(pairing(tmp_path, one, two, people_from=str(table), drop="_cloaked"))
     assert [(r["person_id"], r["status"]) for r in got.values()] == [
-        ("007", "ok"), ("007", "ok"), ("ann", "ok"), (None, "missing")]
+        ("007", "ok"),
+        ("007", "ok"),
+        ("ann", "ok"),
+        (None, "missing"),
+    ]
     table.write_text("path,person_id\n1.jpg,a\n1,b\n")
     (tmp_path / "again").mkdir()
     with pytest.raises(EvaluateError, match="two people"):
@@ -88,13 +94,21 @@ def test_people_from_a_table(tmp_path):
 
 def test_a_gallery_gives_mates_and_people_to_be_mistaken_for(tmp_path):
     one = tree(tmp_path / "one", *(f"p{i}/x.jpg" for i in range(5)))
-    others = tree(tmp_path / "others", *(f"p{i}/x.jpg" for i in range(2)), *(f"p{i}/mate.jpg" for i in range(4)),
-                  *(f"q{i}/{n}.jpg" for i in range(30) for n in range(5)))
+    others = tree(
+        tmp_path / "others",
+        *(f"p{i}/x.jpg" for i in range(2)),
+        *(f"p{i}/mate.jpg" for i in range(4)),
+        *(f"q{i}/{n}.jpg" for i in range(30) for n in range(5)),
+    )
     found = pairing(tmp_path, one, one, gallery=others, people_from="folder", references=12)
     # p0/x.jpg of the gallery has the path, name and size of the probe: it is the probe.
     assert {p: [m.rsplit("/", 1)[1] for m in r["mates"]] for p, r in rows(found).items()} == {
-        "p0/x.jpg": ["mate.jpg"], "p1/x.jpg": ["mate.jpg"], "p2/x.jpg": ["mate.jpg"], "p3/x.jpg": ["mate.jpg"],
-        "p4/x.jpg": []}
+        "p0/x.jpg": ["mate.jpg"],
+        "p1/x.jpg": ["mate.jpg"],
+        "p2/x.jpg": ["mate.jpg"],
+        "p3/x.jpg": ["mate.jpg"],
+        "p4/x.jpg": [],
+    }
     people = [r.person for r in found.references]
     assert len(people) == 12 and {"p0", "p1", "p2", "p3"} < set(people)
     assert all(len(r.photos) == 3 for r in found.references if r.person[0] == "q")

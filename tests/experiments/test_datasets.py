@@ -21,8 +21,11 @@ def test_lfw(tmp_path, inner):
     paths = ["Ann_Lee/Ann_Lee_0001.jpg", "Ann_Lee/Ann_Lee_0002.jpg", "Bo/Bo_0001.jpg", "Bo/thumbs.jpg", "Bo/notes.txt"]
     root = tree(tmp_path, *(inner + p for p in paths), "README.md")
     got = list(read_dataset("lfw", root))
-    assert got == [DatasetPhoto(inner + paths[0], "Ann_Lee"), DatasetPhoto(inner + paths[1], "Ann_Lee"),
-                   DatasetPhoto(inner + paths[2], "Bo")]
+    assert got == [
+        DatasetPhoto(inner + paths[0], "Ann_Lee"),
+        DatasetPhoto(inner + paths[1], "Ann_Lee"),
+        DatasetPhoto(inner + paths[2], "Bo"),
+    ]
     with pytest.raises(DatasetError, match="not LFW"):
         list(read_dataset("lfw", tree(tmp_path / "other", "a/b.jpg")))
 
@@ -32,12 +35,17 @@ def test_celeba_hq_with_masks(tmp_path):
     with pytest.raises(DatasetError, match="mapping.txt and identity_CelebA.txt"):
         list(read_dataset("celeba-hq", root))
     (root / "CelebA-HQ-to-CelebA-mapping.txt").write_text(
-        "idx   orig_idx   orig_file\n0   119613   119614.jpg\n1   99094   099095.jpg\n2   7   000008.jpg\n10   8   000009.jpg\n")
+        "idx   orig_idx   orig_file\n0   119613   119614.jpg\n1   99094   099095.jpg\n2   7   000008.jpg\n"
+        "10   8   000009.jpg\n"
+    )
     (root / "identity_CelebA.txt").write_text("119614.jpg 33\n099095.jpg 33\n000008.jpg 7\n000009.jpg 8\n")
     got = list(read_dataset("celeba-hq", root))
     assert [(p.path, p.person, p.split) for p in got] == [
-        ("CelebA-HQ-img/0.jpg", "33", None), ("CelebA-HQ-img/1.jpg", "33", None), ("CelebA-HQ-img/2.jpg", "7", None),
-        ("CelebA-HQ-img/10.jpg", "8", None)]
+        ("CelebA-HQ-img/0.jpg", "33", None),
+        ("CelebA-HQ-img/1.jpg", "33", None),
+        ("CelebA-HQ-img/2.jpg", "7", None),
+        ("CelebA-HQ-img/10.jpg", "8", None),
+    ]
     (root / "list_eval_partition.txt").write_text("119614.jpg 0\n099095.jpg 1\n000008.jpg 2\n")
     assert [p.split for p in read_dataset("celeba-hq", root)] == ["train", "valid", "test", None]
     (root / "identity_CelebA.txt").write_text("119614.jpg 33\n")
@@ -48,19 +56,28 @@ def test_celeba_hq_with_masks(tmp_path):
 def test_celeba_hq_by_person(tmp_path):
     root = tree(tmp_path, "train/12/a.jpg", "train/12/b.jpg", "test/12/c.png", "train/readme.txt", "train/x/d.jpg")
     assert list(read_dataset("celeba-hq", root)) == [
-        DatasetPhoto("train/12/a.jpg", "12", "train"), DatasetPhoto("train/12/b.jpg", "12", "train"),
-        DatasetPhoto("test/12/c.png", "12", "test")]
+        DatasetPhoto("train/12/a.jpg", "12", "train"),
+        DatasetPhoto("train/12/b.jpg", "12", "train"),
+        DatasetPhoto("test/12/c.png", "12", "test"),
+    ]
     with pytest.raises(DatasetError, match="not CelebA-HQ"):
         list(read_dataset("celeba-hq", tree(tmp_path / "other", "x/y.jpg")))
 
 
 @pytest.mark.parametrize("inner", ["", "VGGface2_None_norm_512_true_bygfpgan/"])
 def test_vggface2_hq(tmp_path, inner):
-    root = tree(tmp_path, f"{inner}n000002/0001_01.jpg", f"{inner}n000002/0002_01.jpg", f"{inner}n000003/0001_01.jpg",
-                f"{inner}other/0001.jpg")
+    root = tree(
+        tmp_path,
+        f"{inner}n000002/0001_01.jpg",
+        f"{inner}n000002/0002_01.jpg",
+        f"{inner}n000003/0001_01.jpg",
+        f"{inner}other/0001.jpg",
+    )
     assert [(p.path, p.person) for p in read_dataset("vggface2-hq", root)] == [
-        (f"{inner}n000002/0001_01.jpg", "n000002"), (f"{inner}n000002/0002_01.jpg", "n000002"),
-        (f"{inner}n000003/0001_01.jpg", "n000003")]
+        (f"{inner}n000002/0001_01.jpg", "n000002"),
+        (f"{inner}n000002/0002_01.jpg", "n000002"),
+        (f"{inner}n000003/0001_01.jpg", "n000003"),
+    ]
     with pytest.raises(DatasetError, match="not VGGFace2-HQ"):
         list(read_dataset("vggface2-hq", tree(tmp_path / "other", "x/y.jpg")))
 

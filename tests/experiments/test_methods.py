@@ -53,8 +53,16 @@ def ray():
 @pytest.fixture(scope="module")
 def lines(place) -> list[comparison.Line]:
     methods = [UNPROTECTED, Method("mi-fgsm", "attack", attack="mi-fgsm", eps=10 / 255, surrogates=("mobilefacenet",))]
-    return compare(methods, place / "originals", place / "gallery", place / "work", recognisers=("mobilefacenet", "faceres"),
-                   distortions=(), references=10, workers=1)
+    return compare(
+        methods,
+        place / "originals",
+        place / "gallery",
+        place / "work",
+        recognisers=("mobilefacenet", "faceres"),
+        distortions=(),
+        references=10,
+        workers=1,
+    )
 
 
 def test_an_attack_makes_a_tree(place, lines):
@@ -63,7 +71,9 @@ def test_an_attack_makes_a_tree(place, lines):
     assert list(made.failed) == ["Eve/0.jpg"] and "Eve" not in {p.parent.name for p in Path(made.tree).rglob("*.jpg")}
     eyes = Eyes(("mobilefacenet",))
     for person in ("Ada", "Ben", "Cleo"):
-        before, after = (decode((root / person / "0.jpg").read_bytes()) for root in (place / "originals", Path(made.tree)))
+        before, after = (
+            decode((root / person / "0.jpg").read_bytes()) for root in (place / "originals", Path(made.tree))
+        )
         assert before.jpeg == after.jpeg  # the same tables and subsampling
         change = np.abs(after.pixels.astype(int) - before.pixels)
         box = eyes.faces(before.pixels)[0].box
@@ -84,8 +94,11 @@ def test_the_attacked_recogniser_is_not_scored(lines):
 
 
 def test_again_nothing_is_made(place, lines, monkeypatch):
-    files = {p: p.stat().st_mtime_ns for p in (place / "work").rglob("*") if p.suffix in (".jpg", ".parquet")
-             and p.name not in ("faces.parquet",) and not p.name.startswith("gallery-")}
+    files = {
+        p: p.stat().st_mtime_ns
+        for p in (place / "work").rglob("*")
+        if p.suffix in (".jpg", ".parquet") and p.name not in ("faces.parquet",) and not p.name.startswith("gallery-")
+    }
     made = make(lines[1].method, place / "originals", place / "work/trees", workers=1, say=print)
     assert made.seconds_per_face == lines[1].made.seconds_per_face and made.failed == lines[1].made.failed
     assert files == {p: p.stat().st_mtime_ns for p in files}

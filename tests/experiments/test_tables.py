@@ -25,13 +25,13 @@ from scol_ops.models.weights import load_mobilestylegan
 
 # Person -> seed; each has two photos.
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13}
-STEPS = ("tune.steps=2", "refine.steps=2", "attack.steps=1", "gallery.synthetic=100")
 
 
 def write(path: Path, person: int, variant: int, side: int = 200) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     out = io.BytesIO()
-    Image.fromarray(draw_person(person, variant, 256)).resize((side, side), Image.Resampling.BOX).save(out, "JPEG", quality=95)
+    image = Image.fromarray(draw_person(person, variant, 256)).resize((side, side), Image.Resampling.BOX)
+    image.save(out, "PNG" if path.suffix == ".png" else "JPEG")
     path.write_bytes(out.getvalue())
 
 
@@ -46,7 +46,10 @@ def estimate(value: float) -> dict:
 def line(method: Method, rank: float, ism: float = 0.2, psnr: float = 33.0) -> Line:
     cell = {"rank1_u": estimate(rank), "ism": estimate(ism), "verified_own_1e-2": estimate(0)}
     variants = {"protected": {v: cell for v in ("none", tables.DISTORTION)}}
-    picture = {m: {v: estimate(psnr if m == "psnr" else 0.9) for v in ("none", tables.DISTORTION)} for m in ("psnr", "ssim", "flip")}
+    picture = {
+        m: {v: estimate(psnr if m == "psnr" else 0.9) for v in ("none", tables.DISTORTION)}
+        for m in ("psnr", "ssim", "flip")
+    }
     names = ("mobilefacenet", "dlib_resnet", "faceres", "average")
     return Line(method, Made("", 1.0), {"identity": {n: variants for n in names}, "picture": picture})
 
@@ -72,8 +75,11 @@ def test_who_judges_whom():
 
 
 def test_sweeps_change_one_setting():
-    for name, key, values in (("table2", "id_lock", [0, 0.1, 0.5, 1, 5]), ("table3", "tau", [1, 2, 3, 4, 5]),
-                              ("table4", "eps", [4 / 255, 8 / 255, 16 / 255])):
+    for name, key, values in (
+        ("table2", "id_lock", [0, 0.1, 0.5, 1, 5]),
+        ("table3", "tau", [1, 2, 3, 4, 5]),
+        ("table4", "eps", [4 / 255, 8 / 255, 16 / 255]),
+    ):
         methods = [m for m in tables.EXPERIMENTS[name].methods(options(sets=("tune.steps=3",))) if m.kind == "ours"]
         found = [load_config(m.profile, sets=m.sets) for m in methods]
         section = {"id_lock": "tune", "tau": "inspect", "eps": "attack"}[key]
@@ -82,14 +88,23 @@ def test_sweeps_change_one_setting():
 
 
 def test_table1_has_the_papers_figures_beside_ours():
-    found = [line(UNPROTECTED, 0.05), line(Method("mi-fgsm", "attack", surrogates=("mobilefacenet", "dlib_resnet")), 0.5),
-             line(Method("mi-fgsm-judged-by-mobilefacenet", "attack", surrogates=("dlib_resnet", "faceres")), 0.2),
-             line(Method("mi-fgsm-judged-by-dlib_resnet", "attack", surrogates=("mobilefacenet", "faceres")), 0.8),
-             line(Method("scol", "ours", profile="standard", sets=("attack.enabled=false",)), 0.97)]
+    found = [
+        line(UNPROTECTED, 0.05),
+        line(Method("mi-fgsm", "attack", surrogates=("mobilefacenet", "dlib_resnet")), 0.5),
+        line(Method("mi-fgsm-judged-by-mobilefacenet", "attack", surrogates=("dlib_resnet", "faceres")), 0.2),
+        line(Method("mi-fgsm-judged-by-dlib_resnet", "attack", surrogates=("mobilefacenet", "faceres")), 0.8),
+        line(Method("scol", "ours", profile="standard", sets=("attack.enabled=false",)), 0.97),
+    ]
     got = cells(tables.table1(found, {}))
     assert got["mi-fgsm"][:4] == ["20.0 [10.0, 30.0]", "80.0 [70.0, 90.0]", "50.0 [40.0, 60.0]", "50.0"]
     assert got["mi-fgsm"][4:9] == ["70.2", "58.4", "59.2", "68.0", "63.9"]
-    assert got["scol"][:3] == ["-", "-", "97.0 [87.0, 107.0]"] and got["scol"][4:9] == ["93.8", "85.6", "91.4", "90.7", "90.4"]
+    assert got["scol"][:3] == ["-", "-", "97.0 [87.0, 107.0]"] and got["scol"][4:9] == [
+        "93.8",
+        "85.6",
+        "91.4",
+        "90.7",
+        "90.4",
+    ]
     assert got["unprotected"][3] == "5.0" and got["unprotected"][4] == "-"
 
 
@@ -97,12 +112,22 @@ def test_tables_2_to_4():
     def ours(name):
         return Method(name, "ours", profile="quick", sets=("attack.enabled=false",))
 
-    got = cells(tables.table2([line(ours("lambda-0.5"), 0.9, 0.3), line(ours("lambda-1"), 0.9), line(ours("lambda-5"), 1)], {}))
-    assert got["0.5"][0].startswith("0.300") and got["0.5"][-2:] == ["0.509", "-"] and got["1"][-2:] == ["0.158", "32.01"]
+    got = cells(
+        tables.table2([line(ours("lambda-0.5"), 0.9, 0.3), line(ours("lambda-1"), 0.9), line(ours("lambda-5"), 1)], {})
+    )
+    assert (
+        got["0.5"][0].startswith("0.300") and got["0.5"][-2:] == ["0.509", "-"] and got["1"][-2:] == ["0.158", "32.01"]
+    )
     assert got["5"][-2:] == ["-", "-"]
     swaps = {"tau-3": SwapFigures({"a": 0.9, "b": 0.7}, {"a": 0.1, "b": 0.1}, 21.5, 9, 0, 0, 0)}
     got = cells(tables.EXPERIMENTS["table3"].table([line(ours("tau-3"), 1), line(ours("tau-4"), 1)], swaps))
-    assert got["3"][3:] == ["80.0", "10.0", "21.50", "95.50", "20.68"] and got["4"][3:] == ["-", "-", "-", "94.00", "20.94"]
+    assert got["3"][3:] == ["80.0", "10.0", "21.50", "95.50", "20.68"] and got["4"][3:] == [
+        "-",
+        "-",
+        "-",
+        "94.00",
+        "20.94",
+    ]
     got = cells(tables.EXPERIMENTS["table4"].table([line(ours("eps-16"), 1)], {}))
     assert got["16"][-2:] == ["29.89", "20.60"]
 
@@ -115,7 +140,9 @@ def test_swaps_by_hand(tmp_path):
     write(tmp_path / "protected/Ada/0.jpg", 13, 0)
     write(tmp_path / "protected/Ben/0.jpg", 10, 1)
     write(tmp_path / "originals/Cleo/0.jpg", 13, 0)  # nobody swapped her
-    got = measure_swaps(tmp_path / "originals", tmp_path / "original", tmp_path / "protected", ("mobilefacenet", "faceres"))
+    got = measure_swaps(
+        tmp_path / "originals", tmp_path / "original", tmp_path / "protected", ("mobilefacenet", "faceres")
+    )
     assert got.dsr == {"mobilefacenet": 0.5, "faceres": 0.5} and got.without == {"mobilefacenet": 0.0, "faceres": 0.0}
     assert (got.sources, got.missing, got.unreadable, got.no_face) == (2, 1, 0, 0) and 5 < got.deepfake_psnr < 40
     with pytest.raises(ValueError, match="no original"):
@@ -123,25 +150,48 @@ def test_swaps_by_hand(tmp_path):
 
 
 def test_an_experiment_runs_and_goes_on(tmp_path, monkeypatch):
-    one = replace(tables.EXPERIMENTS["table4"], methods=tables.sweep("eps", "attack.eps", (8,), "attack.enabled=true"))
-    monkeypatch.setitem(tables.EXPERIMENTS, "table4", one)  # one line of the three is enough
+    """Protocol, evaluation, table and files; the methods, which have tests of their own, are folders here."""
     for person, seed in SEEDS.items():
         for number in (1, 2):
             write(tmp_path / f"lfw/{person}/{person}_{number:04d}.jpg", seed, number - 1)
-    command = ["experiment", "run", "table4", "--data", str(tmp_path / "lfw"), "--dataset", "lfw", "--limit", "2", "--distractors", "1",
-               "--profile", "quick", "--workers", "1", "--out", str(tmp_path / "out"), *(a for s in STEPS for a in ("--set", s))]
+    theirs = Method("theirs", "folder", folder=str(tmp_path / "theirs"), inside=("mobilefacenet",))
+    monkeypatch.setitem(
+        tables.EXPERIMENTS,
+        "table1",
+        replace(tables.EXPERIMENTS["table1"], methods=lambda options: [UNPROTECTED, theirs]),
+    )
+    monkeypatch.setattr(tables.judges, "available", lambda *store: ("mobilefacenet", "faceres"))
+    for person in SEEDS:  # everybody has become another person of the tree
+        for number in (1, 2):
+            write(tmp_path / f"theirs/{person}/{person}_{number:04d}.png", 100 + SEEDS[person], 0)
+    command = [
+        "experiment",
+        "run",
+        "table1",
+        "--data",
+        str(tmp_path / "lfw"),
+        "--limit",
+        "2",
+        "--distractors",
+        "1",
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with ray_session(num_cpus=2):
         first = CliRunner().invoke(main, command)
         assert first.exit_code == 0, first.output
-        trees = {p: p.stat().st_mtime_ns for p in (tmp_path / "out/trees").rglob("*.jpg")}
+        parts = sorted((tmp_path / "out/work").rglob("*.parquet"))
         again = CliRunner().invoke(main, command)
-    assert len(trees) == 2 and trees == {p: p.stat().st_mtime_ns for p in trees}
-    table = (tmp_path / "out/table4.md").read_text()
+    assert again.exit_code == 0 and parts == sorted((tmp_path / "out/work").rglob("*.parquet"))
+    table = (tmp_path / "out/table1.md").read_text()
     assert table.strip() in first.output and table.strip() in again.output
     got = cells(table)
-    assert list(got)[2:] == ["unprotected", "8"] and 20 < float(got["8"][2]) < 60
-    found = json.loads((tmp_path / "out/table4.json").read_text())
-    assert found["options"]["people"] == 2 and len(found["lines"]) == 2 and found["lines"][1]["inside"]
+    assert got["unprotected"][1].startswith("0.0") and got["theirs"][0] == "-" and got["theirs"][1] != "-"
+    found = json.loads((tmp_path / "out/table1.json").read_text())
+    assert found["options"]["people"] == 2 and [entry["inside"] for entry in found["lines"]] == [[], ["mobilefacenet"]]
+    assert found["lines"][1]["counts"]["photos_measured"] == 2
 
 
 def test_cost_counts_what_is_known():

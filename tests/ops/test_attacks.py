@@ -113,7 +113,9 @@ def test_tip_im_parts_by_hand():
     assert gain([o], [o], [t]).item() == pytest.approx(expected, rel=1e-5)
     assert gain([t[:1]], [o], [t]) > gain([o], [o], [t])
     a = torch.zeros(2, 3, 4, 4)
-    assert discrepancy(a, a).item() == pytest.approx(0) and discrepancy(a, a + 1).item() == pytest.approx(2 - 2 * np.exp(-0.5))
+    assert discrepancy(a, a).item() == pytest.approx(0) and discrepancy(a, a + 1).item() == pytest.approx(
+        2 - 2 * np.exp(-0.5)
+    )
 
 
 def test_naturalness_pulls_back(face, surrogates, targets):

@@ -46,8 +46,24 @@ def test_points_go_along():
     assert Distortion("screenshot")(a)[0].shape == (75, 105, 3)
 
 
-@pytest.mark.parametrize("name", ["jpeg", "jpeg0", "jpeg101", "jpeg7.5", "half2", "blur0", "blur", "resize1", "gif", "",
-                                  "jpeg75+", "jpeg75++half", "screenshot9"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jpeg",
+        "jpeg0",
+        "jpeg101",
+        "jpeg7.5",
+        "half2",
+        "blur0",
+        "blur",
+        "resize1",
+        "gif",
+        "",
+        "jpeg75+",
+        "jpeg75++half",
+        "screenshot9",
+    ],
+)
 def test_unknown_ones_are_refused(name):
     with pytest.raises(ValueError, match="distortion"):
         Distortion(name)
