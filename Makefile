@@ -48,7 +48,7 @@ test: $(TSTAMP)
 	$(PY) -m pytest -q tests
 
 $(addprefix bench-,$(BENCHES)): bench-%: $(STAMP)
-	$(PY) -m pipelines.bench.$(notdir $(basename $(wildcard pipelines/bench/$*.py pipelines/bench/bench_$*.py)))
+	$(PY) -m pipelines.bench.$(notdir $(basename $(wildcard pipelines/bench/$*.py pipelines/bench/bench_$*.py))) $(ARGS)
 
 # One after the other, also under -j: they measure time.
 bench: $(STAMP)

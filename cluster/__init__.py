@@ -13,6 +13,7 @@ from cluster.errors import (
 )
 from cluster.keys import KeyRule, hash_key, hash_keys, part_key
 from cluster.plan import Plan
+from cluster.service import Service
 from cluster.session import ray_session
 from cluster.stage import ItemTimeout, Operator, Pool, Resources, Stage, WorkerUnfit
 from cluster.store import PartStore
@@ -34,6 +35,7 @@ __all__ = [
     "RunInterrupted",
     "RunSummary",
     "SchemaVersionError",
+    "Service",
     "Stage",
     "StageSummary",
     "StoreError",

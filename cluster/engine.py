@@ -714,7 +714,7 @@ class _Run:
         if running.task is None:
             self.start_failures[actor.pool] += 0 if node_lost(error, death.born) else 1
             if self.start_failures[actor.pool] >= _START_TRIES:
-                words = f"workers of pool {actor.pool!r} die while loading their operators: {error}"
+                words = f"workers of pool {actor.pool!r} die while loading their operators: {one_line(error)}"
                 raise EngineError(words) from error
         elif running.task.alone:
             self.deaths.append(death)

@@ -4,7 +4,7 @@ A gallery is a folder, local or on any fsspec URL::
 
     codes-NNNNN-KEY.parquet    ids and codes, as given (see ``gallery_index.table``)
     mean-KEY.npy, norms-KEY.npy
-    layer-LL-KEY.faiss         where it is compressed: one FAISS index a stored layer (``gallery_index.compressed``), and
+    layer-LL-KEY.faiss         where it is compressed: a FAISS index of each layer (``gallery_index.compressed``), and
     exact-LL-KEY.npy           that layer's codes as one array, by which candidates are scored
     index.json                 what it is, and the sha256 of every file; written last
 
@@ -31,14 +31,16 @@ from gallery_index.errors import (
     NotEnoughCodesError,
     QueryError,
 )
-from gallery_index.gallery import Gallery, SearchResult
+from gallery_index.gallery import SEARCHES, Gallery, SearchResult
 from gallery_index.info import Expectation, GalleryInfo
 from gallery_index.scoring import MODES
+from gallery_index.sharded import ShardedGallery, make_part
 from gallery_index.store import Pruned, Store, Update, Version, open_gallery, read_info
 from gallery_index.synthetic import synthetic_codes
 
 __all__ = [
     "MODES",
+    "SEARCHES",
     "BadCodesError",
     "CodeBatch",
     "Expectation",
@@ -58,12 +60,14 @@ __all__ = [
     "Pruned",
     "QueryError",
     "SearchResult",
+    "ShardedGallery",
     "Store",
     "Update",
     "Version",
     "batches_of",
     "build",
     "check",
+    "make_part",
     "open_gallery",
     "read_info",
     "synthetic_codes",

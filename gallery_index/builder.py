@@ -79,7 +79,8 @@ class GalleryBuilder:
         keep: leave the files written so far when it is aborted (but for codes that are refused), so that the same
             build goes on from there.
         threads: that read and write files; None for one a core.
-        unwanted: called with the ids, photo ids and person ids of rows that are added; says which to leave out, (n,) bool.
+        unwanted: called with the ids, photo ids and person ids of rows that are added; says which to leave
+            out, (n,) bool.
         storage_options: for fsspec.
 
     Raises:

@@ -32,9 +32,9 @@ def check(
     """Read all of a gallery and see whether it may be used.
 
     Looked at are: size and sha256 of every file; the number of rows, photos and people against ``index.json`` (and
-    against ``count``, what the caller reckons with); ids that are there twice; NaN, infinities and zeros; mean and norms;
-    whether each of a random sample of codes is its own most similar one (``raw``: whether its product with itself is the
-    square of its norm); and, of a compressed index, the recall of the ten most and the ten least similar of the sample.
+    against ``count``, what the caller reckons with); ids that are there twice; NaN, infinities and zeros; mean and
+    norms; whether each of a random sample of codes is its own most similar one (``raw``: whether its product with itself
+    is the square of its norm); and, of a compressed index, the recall of the ten most and the ten least similar of the sample.
 
     Returns:
         plain values: ``codes``, ``sample``, ``self_retrieved`` (share), ``recall_most``, ``recall_least``
@@ -117,8 +117,8 @@ def check(
         found = torch.isclose(own, ends.best[:, :, 0], rtol=1e-9)
         found &= (ends.most == itself).any(2) | torch.isclose(ends.best[:, :, -1], ends.best[:, :, 0], rtol=1e-9)
     if not found.all():
-        missing = int((~found).sum())
-        raise GalleryCheckError(folder.url, [f"{missing} of {found.numel()} sampled codes do not find themselves first"])
+        words = f"{int((~found).sum())} of {found.numel()} sampled codes do not find themselves first"
+        raise GalleryCheckError(folder.url, [words])
     report: dict[str, Any] = {
         "codes": start,
         "sample": len(wanted),

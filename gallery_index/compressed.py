@@ -1,13 +1,13 @@
 """Compressed FAISS indexes, one a layer, for galleries beyond memory: candidates from the index, scores from the codes.
 
 Two steps a query and end, as in the exact search, but without its proof: FAISS gives the ``candidates`` rows that
-look best in compressed form (inverted lists of quantised vectors, or a graph), and these are scored by the codes as given,
-which are mapped into memory from the disk, in float64.  So every score returned is exact, ties are broken by id, and
+look best in compressed form (inverted lists of quantised vectors, or a graph), and these are scored in float64 by the
+codes as given, which are mapped into memory from the disk.  So every score returned is exact, ties are broken by id, and
 what may go wrong is that a code is missed.
 
 The least similar end is searched in the same index with the negated query.  That is the same as searching an index of
-negated codes: the index answers for inner products of unit vectors, ``min q . x = -max (-q) . x``, and neither quantisers
-nor lists know which of the two signs is theirs.  What is promised of this end is therefore the same, and it is measured
+negated codes: the index answers for inner products of unit vectors, ``min q . x = -max (-q) . x``, and neither
+quantisers nor lists know which of the two signs is theirs.  What is promised of this end is therefore the same, and it is measured
 on its own (``scol gallery verify``, ``docs/gallery.md``): a target of the attack is farther from all codes than
 a neighbour is, so its recall need not be equal.
 """
@@ -127,7 +127,7 @@ def write_index(source: Source, layer: int, plan: Plan, file: BinaryIO) -> None:
 
 
 class CompressedLayer:
-    """One layer of a finished gallery, searched by its compressed index; the twin of ``search.LayerSearch``.
+    """One layer of a finished gallery, searched by its compressed index; the twin of ``search.ExactSearch``.
 
     Args:
         folder: a local folder.
@@ -144,20 +144,30 @@ class CompressedLayer:
     """
 
     def __init__(
-        self, folder: Folder, index: str, exact: str, code_norms: Tensor, mean: Tensor, mode: str, rank: Tensor, plan: Plan
+        self,
+        folder: Folder,
+        index: str,
+        exact: str,
+        code_norms: Tensor,
+        mean: Tensor,
+        mode: str,
+        rank: Tensor,
+        plan: Plan,
     ) -> None:
         if not folder.local:
             raise GalleryError(f"{folder.url}: a compressed gallery is mapped from a local disk; copy it to one")
         self.norms, self.mean, self.mode, self.rank, self.plan = code_norms, mean, mode, rank, plan
         try:
-            self.codes = np.load(folder.path(exact), mmap_mode="r", allow_pickle=False)
+            # "c": PyTorch does not know read-only arrays; nothing writes to it
+            codes = np.load(folder.path(exact), mmap_mode="c", allow_pickle=False)
             # Lists of an IVF index stay on the disk, mapped; other kinds are read.
             self.index = faiss.read_index(folder.path(index), faiss.IO_FLAG_MMAP)
         except (OSError, ValueError, RuntimeError) as error:
             raise GalleryCorruptError(f"{folder.url}: {index}, {exact}: {error}") from error
         shape = (len(code_norms), len(mean))
-        if self.codes.shape != shape or (self.index.ntotal, self.index.d) != shape or self.codes.dtype != np.float32:
+        if codes.shape != shape or (self.index.ntotal, self.index.d) != shape or codes.dtype != np.float32:
             raise GalleryCorruptError(f"{folder.url}: {index}, {exact}: not of {shape} codes")
+        self.codes = torch.from_numpy(codes)
         self.tune(plan.search)
 
     @classmethod
@@ -174,15 +184,10 @@ class CompressedLayer:
         if parameters:
             faiss.ParameterSpace().set_index_parameters(self.index, parameters)
 
-    def take(self, rows: Tensor) -> Tensor:
-        """Codes as given, (..., D) float32, of rows (...)."""
-        places, back = np.unique(rows.numpy(), return_inverse=True)
-        return torch.from_numpy(self.codes[places][back.reshape(rows.shape)])
-
     def search(
         self, queries: Tensor, k: int, k_least: int, excluded: Exclusion, candidates: int | None = None
     ) -> tuple[End, End]:
-        """As ``LayerSearch.search``, by candidates.
+        """As ``ExactSearch.search`` for one layer, by candidates: queries (Q, D), results (Q, k) and (Q, k_least).
 
         A query for which the index gives fewer rows than are wanted (lists that were probed held too few that are
         not excluded) is answered exactly, from all codes.
@@ -235,8 +240,9 @@ class CompressedLayer:
         value = torch.empty(found.shape, dtype=torch.float64)
         for i in range(0, len(found), 16):  # memory: 16 queries' candidates at a time
             part = slice(i, i + 16)
+            own = exact[part, None], length[part, None]
             value[part] = sign * scores(
-                exact[part, None], length[part, None], self.take(found[part]), self.norms[found[part]], self.mean, self.mode
+                *own, self.codes[found[part]], self.norms[found[part]], self.mean, self.mode
             )
         value.masked_fill_(~usable, float("-inf"))
         order = self.rank[found].argsort(dim=1)
@@ -255,8 +261,7 @@ class CompressedLayer:
         value = torch.empty(len(self.norms), dtype=torch.float64)
         for i in range(0, len(value), _ROWS_AT_ONCE):
             part = slice(i, i + _ROWS_AT_ONCE)
-            codes = torch.tensor(self.codes[part])
-            value[part] = sign * scores(exact, length, codes, self.norms[part], self.mean, self.mode)
+            value[part] = sign * scores(exact, length, self.codes[part], self.norms[part], self.mean, self.mode)
         value[torch.from_numpy(hidden)] = float("-inf")
         order = self.rank.argsort()
         order = order[value[order].argsort(descending=True, stable=True)[:wanted]]

@@ -1,4 +1,4 @@
-"""A finished gallery in memory, and the search over it."""
+"""A finished gallery, and the search over it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gallery_index.errors import GalleryCorruptError, NotEnoughCodesError, QueryError
+from gallery_index.compressed import CompressedLayer
+from gallery_index.errors import GalleryCorruptError, GalleryError, NotEnoughCodesError, QueryError
 from gallery_index.info import Expectation, GalleryInfo
-from gallery_index.search import Exclusion, LayerSearch
-from gallery_index.scoring import centre
+from gallery_index.scoring import centre, norms
+from gallery_index.search import End, ExactSearch, Exclusion
 from gallery_index.storage import Folder
 from gallery_index.store import open_gallery
 from gallery_index.table import read_rows
 
 ExcludedIds = Sequence[str | Collection[str] | None]
+SEARCHES = ("exact", "compressed")
 ExcludeMask = np.ndarray | Callable[[int], np.ndarray]
 
 
@@ -46,13 +48,11 @@ class SearchResult:
     least_vectors: np.ndarray | None
 
 
-class Gallery:
-    """N codes of L layers with ids, held once in memory and searched exactly.
-
-    Made by ``Gallery.load``.  Searching changes nothing, so threads may share a gallery.
+class Searcher:
+    """The search over N codes of L layers with ids, wherever the codes are.
 
     Attributes:
-        url: where it was loaded from.
+        url: the folder that the gallery lies in.
         info: its description (mode, counts, weights, files).
         ids: (N,) strings, in the order of the store.
         photo_ids: N strings.
@@ -67,87 +67,28 @@ class Gallery:
         ids: list[str],
         photo_ids: list[str],
         person_ids: list[str | None],
-        codes: Tensor,
-        norms: np.ndarray,
         mean: np.ndarray,
         embeddings: np.ndarray | None,
+        device: torch.device,
     ) -> None:
         self._folder, self.url, self.info = folder, folder.url, info
         self.ids = np.array(ids)
         self.photo_ids, self.person_ids, self.mean = photo_ids, person_ids, mean
-        self._codes, self._embeddings = codes, embeddings
-        device = codes.device
+        self._embeddings, self._device = embeddings, device
         rank = np.empty(len(ids), dtype=np.int64)
         rank[np.argsort(self.ids, kind="stable")] = np.arange(len(ids))
-        rank_on_device = torch.from_numpy(rank).to(device)
-        self._layers = [
-            LayerSearch(
-                codes[layer],
-                torch.from_numpy(norms[layer]).to(device),
-                torch.from_numpy(mean[layer]).to(device),
-                info.mode,
-                rank_on_device,
-            )
-            for layer in range(len(codes))
-        ]
+        self._rank, self._mean = (torch.from_numpy(a).to(device) for a in (rank, mean))
         self._row = {id_: row for row, id_ in enumerate(ids)}
         self._rows_of_photo = _group(photo_ids)
         self._rows_of_person = _group(person_ids)
 
-    @classmethod
-    def load(
-        cls,
-        url: str | os.PathLike[str],
-        *,
-        expect: Expectation | None = None,
-        layers: int | None = None,
-        device: str | torch.device = "cpu",
-        storage_options: Mapping[str, Any] | None = None,
-    ) -> Gallery:
-        """Load a finished gallery, checking every file's sha256 first.
+    def _ends(self, queries: Tensor, k: int, k_least: int, excluded: Exclusion) -> tuple[End, End]:
+        """Rows and scores (B, L, k), and (B, L, k_least)."""
+        raise NotImplementedError
 
-        Memory: N x (stored layers) x D float32, once, plus one file of at most 64 MiB meanwhile.
-
-        Args:
-            url: a gallery's folder, or a store's, of which the current version is taken; a local path or an fsspec URL.
-            expect: what it has to be; nothing is read beyond ``index.json`` if it is not.
-            layers: L of the caller's codes, for a gallery of one W for all layers; None for the L that it was built with.
-            device: where the codes live and the search runs.
-            storage_options: for fsspec.
-
-        Raises:
-            GalleryNotFoundError: no gallery there, or a build that did not finish.
-            GalleryMismatchError: another mode, L, D or weights; both sides are named.
-            GalleryCorruptError: a file is missing, truncated or altered.
-        """
-        folder, info = open_gallery(url, storage_options)
-        if expect is not None:
-            expect.check(info, folder.url)
-        if layers is not None and info.broadcast:
-            info = replace(info, layers=layers)
-
-        ids: list[str] = []
-        photo_ids: list[str] = []
-        person_ids: list[str | None] = []
-        codes = torch.empty(info.stored_layers, info.count, info.dim, device=device)
-        embeddings = None if info.embedding_dim is None else np.empty((info.count, info.embedding_dim), np.float32)
-        for name in info.codes:
-            where = f"{folder.url}: {name}"
-            rows = read_rows(folder.read(info.files[name]), info.stored_layers, info.dim, info.embedding_dim, where)
-            start, stop = len(ids), len(ids) + len(rows.ids)
-            if stop > info.count:
-                raise GalleryCorruptError(f"{where} has more rows than index.json counts ({info.count})")
-            ids += rows.ids
-            photo_ids += rows.photo_ids
-            person_ids += rows.person_ids
-            codes[:, start:stop] = torch.from_numpy(rows.codes).transpose(0, 1)
-            if embeddings is not None:
-                embeddings[start:stop] = rows.embeddings
-        if len(ids) != info.count:
-            raise GalleryCorruptError(f"{folder.url} holds {len(ids)} codes, index.json counts {info.count}")
-        mean = _read_array(folder, info, info.mean, (info.stored_layers, info.dim))
-        norms = _read_array(folder, info, info.norms, (info.stored_layers, info.count))
-        return cls(folder, info, ids, photo_ids, person_ids, codes, norms, mean, embeddings)
+    def _vectors(self, rows: Tensor) -> np.ndarray:
+        """Codes as given, (B, L, R, D), of rows (B, L, R)."""
+        raise NotImplementedError
 
     @property
     def mode(self) -> str:
@@ -168,39 +109,6 @@ class Gallery:
 
     def __len__(self) -> int:
         return self.info.count
-
-    def codes(self, ids: Sequence[str]) -> np.ndarray:
-        """Codes by id: (n, L, D) float32.
-
-        Raises:
-            KeyError: an id that the gallery does not hold.
-        """
-        rows = torch.tensor([self._row[id_] for id_ in ids], dtype=torch.int64, device=self._codes.device)
-        found = self._codes[:, rows].transpose(0, 1)
-        return found.expand(-1, self.num_layers, -1).contiguous().cpu().numpy()
-
-    def component_std(self) -> np.ndarray:
-        """Standard deviation of each component over the gallery: (L, D) float32; a unit of the inspection."""
-        result = np.empty((self.info.stored_layers, self.dim))
-        for layer, codes in enumerate(self._codes):
-            mean = torch.from_numpy(self.mean[layer]).to(codes.device)
-            squares = sum((part.double() - mean).square().sum(0) for part in codes.split(4096))
-            result[layer] = (squares / len(codes)).sqrt().cpu().numpy()
-        return np.broadcast_to(result, (self.num_layers, self.dim)).astype(np.float32)
-
-    def faiss_index(self, layer: int) -> faiss.IndexFlatIP:
-        """An exact FAISS index of a layer, made anew: vectors centred and normalised as the mode says."""
-        if not 0 <= layer < self.num_layers:
-            raise IndexError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
-        stored = 0 if self.info.broadcast else layer
-        index = faiss.IndexFlatIP(self.dim)
-        mean, lengths = torch.from_numpy(self.mean[stored]), self._layers[stored].norms.cpu()
-        for start in range(0, len(self), 4096):
-            unit = centre(self._codes[stored, start : start + 4096].cpu(), mean, self.mode)
-            if self.mode != "raw":
-                unit = unit / lengths[start : start + 4096, None]
-            index.add(unit.float().numpy())
-        return index
 
     def unit_queries(self, codes: np.ndarray) -> np.ndarray:
         """Codes (B, L, D) as ``faiss_index`` wants them: centred and normalised as the mode says, float32.
@@ -231,7 +139,8 @@ class Gallery:
 
         Exact: equal to a float64 search over all codes with ties broken by id (see
         ``gallery_index.search``).  What one query gets does not depend on the others, on the
-        machine or on the device, to the last bit.  Readings 1 to 3 of the method.
+        machine or on the device, to the last bit.  Readings 1 to 3 of the method.  Compressed: the same
+        scores and order, but a code may be missed (see ``gallery_index.compressed``).
 
         Args:
             codes: (B, L, D) float32; B = 0 is allowed.
@@ -262,23 +171,11 @@ class Gallery:
         if k > len(self):
             raise NotEnoughCodesError(0, len(self), int(k), len(self))
 
-        layers = self.num_layers
-        rows = torch.empty(count, layers, k + 1, dtype=torch.int64, device=queries.device)
-        scored = torch.empty(count, layers, k + 1, dtype=torch.float64, device=queries.device)
-        with torch.inference_mode():
-            if count and self.info.broadcast:
-                ends = self._layers[0].search(queries.flatten(0, 1), int(k), 1, excluded.repeat(layers))
-                rows[:] = torch.cat([end.rows for end in ends], dim=1).view(count, layers, k + 1)
-                scored[:] = torch.cat([end.scores for end in ends], dim=1).view(count, layers, k + 1)
-            elif count:
-                for layer, search in enumerate(self._layers):
-                    ends = search.search(queries[:, layer].contiguous(), int(k), 1, excluded)
-                    rows[:, layer] = torch.cat([end.rows for end in ends], dim=1)
-                    scored[:, layer] = torch.cat([end.scores for end in ends], dim=1)
+        most, least = self._ends(queries, int(k), 1, excluded)
+        rows, scored = (torch.cat(parts, dim=2) for parts in zip(most, least, strict=True))
         found = None
         if vectors:
-            stored = torch.arange(layers, device=rows.device) * (not self.info.broadcast)
-            found = self._codes[stored[:, None], rows].cpu().numpy()
+            found = self._vectors(rows)
         ids = self.ids[rows.cpu().numpy()]
         values = scored.float().cpu().numpy()
         return SearchResult(
@@ -290,6 +187,17 @@ class Gallery:
             least_vectors=None if found is None else found[:, :, k],
         )
 
+    def rank(self, codes: np.ndarray | Tensor, k: int, k_least: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the k most, (B, L, k), and of the k_least least similar codes, (B, L, k_least), without exclusions.
+
+        Raises:
+            QueryError, NotEnoughCodesError: see ``search``.
+        """
+        if max(k, k_least) > len(self):
+            raise NotEnoughCodesError(0, len(self), max(k, k_least), len(self))
+        ends = self._ends(self._checked(codes), k, k_least, Exclusion.none(self._device))
+        return tuple(end.rows.cpu().numpy() for end in ends)
+
     def _checked(self, codes: np.ndarray | Tensor) -> Tensor:
         queries = torch.as_tensor(codes)
         if queries.dtype != torch.float32 or queries.ndim != 3 or queries.shape[1:] != (self.num_layers, self.dim):
@@ -297,15 +205,13 @@ class Gallery:
                 f"codes must be (B, {self.num_layers}, {self.dim}) float32 for this gallery, "
                 f"got {tuple(queries.shape)} {str(queries.dtype).removeprefix('torch.')}"
             )
-        queries = queries.detach().to(self._codes.device)
+        queries = queries.detach().to(self._device)
         bad = torch.nonzero(~torch.isfinite(queries).all(dim=2))
         if len(bad):
             raise QueryError(f"query {int(bad[0, 0])}: layer {int(bad[0, 1])} has a NaN or an infinity")
-        for layer in range(self.num_layers):
-            length = self._layers[0 if self.info.broadcast else layer].query_norms(queries[:, layer])
-            for query in torch.nonzero(length == 0)[:1].flatten().tolist():
-                what = "the gallery's mean" if self.mode == "centred" else "zero"
-                raise QueryError(f"query {query}: layer {layer} equals {what}: it has no direction to compare")
+        for query, layer in torch.nonzero(norms(queries, self._mean, self.mode) == 0)[:1].tolist():
+            what = "the gallery's mean" if self.mode == "centred" else "zero"
+            raise QueryError(f"query {query}: layer {layer} equals {what}: it has no direction to compare")
         return queries
 
     def _exclusion(
@@ -342,12 +248,12 @@ class Gallery:
         if embeddings is not None:
             self._above_ceiling(count, np.asarray(embeddings, dtype=np.float64), float(ceiling), rows)
         if not any(rows):
-            return Exclusion.none(self._codes.device)
+            return Exclusion.none(self._device)
         unique = [np.unique(np.concatenate(r)) if r else np.empty(0, np.int64) for r in rows]
         query = np.repeat(np.arange(count), [len(u) for u in unique])
         row = np.concatenate(unique)
         order = np.argsort(row, kind="stable")
-        return Exclusion(*(torch.from_numpy(a[order]).to(self._codes.device) for a in (query, row)))
+        return Exclusion(*(torch.from_numpy(a[order]).to(self._device) for a in (query, row)))
 
     def _above_ceiling(self, count: int, queries: np.ndarray, ceiling: float, rows: list[list[np.ndarray]]) -> None:
         if self._embeddings is None:
@@ -364,6 +270,168 @@ class Gallery:
                 rows[query].append(np.flatnonzero(above[query]) + start)
 
 
+class Gallery(Searcher):
+    """A gallery in one process: searched exactly, or by compressed indexes.
+
+    Made by ``Gallery.load``.  Searching changes nothing, so threads may share a gallery.
+
+    Attributes:
+        compressed: the layers' compressed indexes where these are searched; empty where the search is exact.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        info: GalleryInfo,
+        ids: list[str],
+        photo_ids: list[str],
+        person_ids: list[str | None],
+        codes: Tensor | None,
+        norms: np.ndarray,
+        mean: np.ndarray,
+        embeddings: np.ndarray | None,
+    ) -> None:
+        """``codes`` (stored layers, N, D): None to search the compressed indexes in the folder."""
+        device = torch.device("cpu") if codes is None else codes.device
+        super().__init__(folder, info, ids, photo_ids, person_ids, mean, embeddings, device)
+        self._norms = torch.from_numpy(norms).to(device)
+        self.compressed: list[CompressedLayer] = []
+        if codes is None:
+            self.compressed = [
+                CompressedLayer.of(folder, info, layer, self._norms[layer], mean[layer], self._rank)
+                for layer in range(info.stored_layers)
+            ]
+        else:
+            self._exact = ExactSearch(codes, self._norms, self._mean, info.mode, self._rank)
+        #: each stored layer's codes, (N, D) float32: in memory, or mapped from the disk
+        self._codes = [layer.codes for layer in self.compressed] if codes is None else list(codes)
+
+    @classmethod
+    def load(
+        cls,
+        url: str | os.PathLike[str],
+        *,
+        expect: Expectation | None = None,
+        layers: int | None = None,
+        search: str = "exact",
+        device: str | torch.device = "cpu",
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Gallery:
+        """Load a finished gallery, checking every file's sha256 first.
+
+        Memory: exact, N x (stored layers) x D float32, once, plus one file of at most 64 MiB meanwhile; compressed,
+        ids, norms and what FAISS does not map (lists and codes are mapped from the disk).
+
+        Args:
+            url: a gallery's folder, or a store's, of which the current version is taken; a local path or an fsspec URL.
+            expect: what it has to be; nothing is read beyond ``index.json`` if it is not.
+            layers: L of the caller's codes, for a gallery of one W for all layers; None for the L that it was built with.
+            search: ``exact``, or ``compressed`` where the gallery has such indexes and lies on a local disk.
+            device: where the codes live and the exact search runs.
+            storage_options: for fsspec.
+
+        Raises:
+            GalleryNotFoundError: no gallery there, or a build that did not finish.
+            GalleryMismatchError: another mode, L, D, weights, mean or fingerprint; both sides are named.
+            GalleryCorruptError: a file is missing, truncated or altered.
+            GalleryError: ``compressed``, and it has no such indexes, or is not on a local disk.
+            ValueError: another kind of search.
+        """
+        if search not in SEARCHES:
+            raise ValueError(f"search must be one of {', '.join(SEARCHES)}, got {search!r}")
+        folder, info = open_gallery(url, storage_options)
+        if expect is not None:
+            expect.check(info, folder.url)
+        if layers is not None and info.broadcast:
+            info = replace(info, layers=layers)
+        codes = None
+        if search == "compressed":
+            if info.compression is None:
+                raise GalleryError(f"{folder.url} has no compressed indexes; build it with a plan for them")
+            for name in (*info.indexes, *info.exact):
+                folder.verify(info.files[name])
+        else:
+            codes = torch.empty(info.stored_layers, info.count, info.dim, device=device)
+        ids: list[str] = []
+        photo_ids: list[str] = []
+        person_ids: list[str | None] = []
+        embeddings = None if info.embedding_dim is None else np.empty((info.count, info.embedding_dim), np.float32)
+        for name in info.codes:
+            where = f"{folder.url}: {name}"
+            shape = 0 if codes is None else info.stored_layers, info.dim, info.embedding_dim
+            rows = read_rows(folder.read(info.files[name]), *shape, where)
+            start, stop = len(ids), len(ids) + len(rows.ids)
+            if stop > info.count:
+                raise GalleryCorruptError(f"{where} has more rows than index.json counts ({info.count})")
+            ids += rows.ids
+            photo_ids += rows.photo_ids
+            person_ids += rows.person_ids
+            if codes is not None:
+                codes[:, start:stop] = torch.from_numpy(rows.codes).transpose(0, 1)
+            if embeddings is not None:
+                embeddings[start:stop] = rows.embeddings
+        if len(ids) != info.count:
+            raise GalleryCorruptError(f"{folder.url} holds {len(ids)} codes, index.json counts {info.count}")
+        mean = read_array(folder, info, info.mean, (info.stored_layers, info.dim))
+        norms = read_array(folder, info, info.norms, (info.stored_layers, info.count))
+        return cls(folder, info, ids, photo_ids, person_ids, codes, norms, mean, embeddings)
+
+    def codes(self, ids: Sequence[str]) -> np.ndarray:
+        """Codes by id: (n, L, D) float32.
+
+        Raises:
+            KeyError: an id that the gallery does not hold.
+        """
+        rows = torch.tensor([self._row[id_] for id_ in ids], dtype=torch.int64, device=self._device)
+        found = torch.stack([codes[rows] for codes in self._codes], dim=1)
+        return found.expand(-1, self.num_layers, -1).contiguous().cpu().numpy()
+
+    def component_std(self) -> np.ndarray:
+        """Standard deviation of each component over the gallery: (L, D) float32; a unit of the inspection."""
+        result = np.empty((self.info.stored_layers, self.dim))
+        for layer, codes in enumerate(self._codes):
+            mean = torch.from_numpy(self.mean[layer]).to(codes.device)
+            squares = sum((part.double() - mean).square().sum(0) for part in codes.split(4096))
+            result[layer] = (squares / len(codes)).sqrt().cpu().numpy()
+        return np.broadcast_to(result, (self.num_layers, self.dim)).astype(np.float32)
+
+    def faiss_index(self, layer: int) -> faiss.IndexFlatIP:
+        """An exact FAISS index of a layer, made anew: vectors centred and normalised as the mode says."""
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"layer must be in 0..{self.num_layers - 1}, got {layer}")
+        stored = 0 if self.info.broadcast else layer
+        index = faiss.IndexFlatIP(self.dim)
+        mean, lengths = torch.from_numpy(self.mean[stored]), self._norms[stored].cpu()
+        for start in range(0, len(self), 4096):
+            unit = centre(self._codes[stored][start : start + 4096].cpu(), mean, self.mode)
+            if self.mode != "raw":
+                unit = unit / lengths[start : start + 4096, None]
+            index.add(unit.float().numpy())
+        return index
+
+    def _ends(self, queries: Tensor, k: int, k_least: int, excluded: Exclusion) -> tuple[End, End]:
+        count, layers = queries.shape[:2]
+        if self.info.broadcast:
+            queries, excluded = queries.flatten(0, 1)[:, None], excluded.repeat(layers)
+        with torch.inference_mode():
+            if self.compressed:
+                parts = [
+                    index.search(queries[:, layer].contiguous(), k, k_least, excluded)
+                    for layer, index in enumerate(self.compressed)
+                ]
+                ends = [End(*(torch.stack([p[e][i] for p in parts], dim=1) for i in (0, 1))) for e in (0, 1)]
+            else:
+                ends = self._exact.search(queries, k, k_least, excluded)
+        return tuple(
+            End(*(values.reshape(count, layers, wanted) for values in end))
+            for end, wanted in zip(ends, (k, k_least), strict=True)
+        )
+
+    def _vectors(self, rows: Tensor) -> np.ndarray:
+        codes = self._codes * (self.num_layers if self.info.broadcast else 1)
+        return torch.stack([layer[rows[:, i]] for i, layer in enumerate(codes)], dim=1).cpu().numpy()
+
+
 def _group(names: Sequence[str | None]) -> dict[str, np.ndarray]:
     groups: dict[str, list[int]] = {}
     for row, name in enumerate(names):
@@ -372,7 +440,8 @@ def _group(names: Sequence[str | None]) -> dict[str, np.ndarray]:
     return {name: np.array(rows) for name, rows in groups.items()}
 
 
-def _read_array(folder: Folder, info: GalleryInfo, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def read_array(folder: Folder, info: GalleryInfo, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """One of a gallery's arrays, checked.  Raises GalleryCorruptError where it is not float64 of this shape."""
     try:
         array = np.load(io.BytesIO(folder.read(info.files[name])), allow_pickle=False)
     except ValueError as error:

@@ -40,8 +40,7 @@ def tree_sum(x: Tensor) -> Tensor:
 
 def centre(x: Tensor, mean: Tensor, mode: str) -> Tensor:
     """Codes (..., D) as float64, minus the mean (D,) float64 where the mode is ``centred``."""
-    x = x.double()
-    return x - mean if mode == "centred" else x
+    return x - mean if mode == "centred" else x.double()  # a difference with float64 is one, in one pass
 
 
 def norms(x: Tensor, mean: Tensor, mode: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Exact search for both ends of one layer in one pass over its codes.
+"""Exact search for both ends, layer by layer, in one pass over the codes.
 
 Two steps, because a float32 product is fast but its last bits depend on the machine, the batch and
 the BLAS, and near ties would then come out in another order:
@@ -18,8 +18,9 @@ size, thread count and device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ from torch import Tensor
 from gallery_index.scoring import centre, norms, scores
 
 # Candidates beyond the k asked for: they make the second look of ``_widen`` rare.
-_SPARE = 6
+_SPARE = 3
 _MAX_QUERIES = 1024
+_TOGETHER = 64  # pairs of a query and a layer up to which several layers are taken together
 _SCORES_PER_BLOCK = 1 << 22
 _MIN_BLOCK = 2048
 _GROUPS = 32
@@ -63,6 +65,11 @@ class Exclusion:
         steps = torch.arange(times, device=self.query.device)
         return Exclusion((self.query[:, None] * times + steps).flatten(), self.row.repeat_interleave(times))
 
+    def tile(self, times: int, count: int) -> Exclusion:
+        """For ``count`` queries that were repeated as a whole, ``times`` times (``Tensor.repeat``)."""
+        steps = torch.arange(times, device=self.query.device) * count
+        return Exclusion((self.query[:, None] + steps).flatten(), self.row.repeat_interleave(times))
+
     def queries(self, start: int, stop: int) -> Exclusion:
         """For the queries start..stop - 1 alone, numbered from 0."""
         if not len(self.query):
@@ -71,21 +78,20 @@ class Exclusion:
         return Exclusion(self.query[keep] - start, self.row[keep])
 
 
-@dataclass(frozen=True)
-class End:
-    """One end of a layer's result: rows (Q, k) int64 and scores (Q, k) float64, best first."""
+class End(NamedTuple):
+    """One end of a result: rows int64 and scores float64, best first along the last axis."""
 
     rows: Tensor
     scores: Tensor
 
 
-class LayerSearch:
-    """One layer's codes, ready to be searched.
+class ExactSearch:
+    """Codes of some layers, ready to be searched.
 
     Args:
-        codes: (N, D) float32, finite.
-        code_norms: (N,) float64 from ``scoring.norms``, all positive.
-        mean: (D,) float64.
+        codes: (L, N, D) float32, finite.
+        code_norms: (L, N) float64 from ``scoring.norms``, all positive.
+        mean: (L, D) float64.
         mode: ``raw``, ``cosine`` or ``centred``.
         rank: (N,) int64, each row's place in the order of ids, by which ties are broken.
     """
@@ -93,110 +99,137 @@ class LayerSearch:
     def __init__(self, codes: Tensor, code_norms: Tensor, mean: Tensor, mode: str, rank: Tensor) -> None:
         self.codes, self.norms, self.mean, self.mode, self.rank = codes, code_norms, mean, mode, rank
         self._inverse = None if mode == "raw" else code_norms.reciprocal().float()
-        # An approximate score's error is at most eta times this spread (see _eta).
-        spread = code_norms.clone() if mode != "cosine" else torch.ones_like(code_norms)
-        if mode == "centred":
-            shift = mean.square().sum().sqrt()
-            spread = (code_norms + 2 * shift) / code_norms  # |x| <= |x - mu| + |mu|
-        limit = _WILD_FACTOR * spread.median()
-        top, order = spread.topk(min(_MAX_WILD, len(spread)))
-        self._wild = order[top > limit].sort().values
-        calm = spread.clone()
-        calm[self._wild] = 0
-        self._spread = float(calm.max())
+        wild, spreads = [], []
+        for layer in range(len(codes)):
+            # An approximate score's error is at most a small multiple of this spread (see _slack).
+            spread = code_norms[layer].clone() if mode != "cosine" else torch.ones_like(code_norms[layer])
+            if mode == "centred":
+                shift = mean[layer].square().sum().sqrt()
+                spread = (spread + 2 * shift) / spread  # |x| <= |x - mu| + |mu|
+            limit = _WILD_FACTOR * spread.median()
+            top, order = spread.topk(min(_MAX_WILD, len(spread)))
+            wild.append(order[top > limit].sort().values)
+            spread[wild[-1]] = 0
+            spreads.append(spread.max())
+        self._spread = torch.stack(spreads)
+        # (L, W), -1 where a layer has fewer than the others
+        self._wild = torch.nn.utils.rnn.pad_sequence(wild, batch_first=True, padding_value=-1)
 
     @property
-    def _slack(self) -> float:
-        """Largest error of an approximate score of a row that is not wild.
+    def _slack(self) -> Tensor:
+        """Largest error of an approximate score of a row that is not wild, (L,).
 
         D products and additions in float32, inputs rounded to the unit of the process's matrix
         products (TF32 or bfloat16 where someone allowed them), and eight more roundings.
         """
         unit = _UNIT_ROUNDOFF.get(torch.get_float32_matmul_precision(), 2.0**-8)
-        return 1.01 * ((self.codes.shape[1] + 8) * 2.0**-24 + 2 * unit) * self._spread
+        return 1.01 * ((self.codes.shape[2] + 8) * 2.0**-24 + 2 * unit) * self._spread
 
     def query_norms(self, queries: Tensor) -> Tensor:
-        """Float64 lengths (Q,) of queries (Q, D) in this mode; 0 where there is no direction to compare."""
+        """Float64 lengths (B, L) of queries (B, L, D) in this mode; 0 where there is no direction to compare."""
         return norms(queries, self.mean, self.mode)
 
     def search(self, queries: Tensor, k: int, k_least: int, excluded: Exclusion) -> tuple[End, End]:
-        """The k most similar codes and the least similar ones.
+        """For every layer on its own, the k most similar codes and the least similar ones.
 
         Args:
-            queries: (Q, D) float32, each with positive ``query_norms``.
+            queries: (B, L, D) float32, each with positive ``query_norms``.
             k, k_least: at least 1; at least so many rows are left for every query.
             excluded: pairs of query and row.
 
         Returns:
-            most (Q, k) and least (Q, k_least).
+            most, rows and scores (B, L, k), and least (B, L, k_least).
         """
-        parts = [
-            self._search(queries[i : i + _MAX_QUERIES], k, k_least, excluded.queries(i, i + _MAX_QUERIES))
-            for i in range(0, len(queries), _MAX_QUERIES)
-        ]
-        most, least = (
-            End(torch.cat([p[e].rows for p in parts]), torch.cat([p[e].scores for p in parts])) for e in (0, 1)
-        )
-        return most, least
+        count, layers = queries.shape[:2]
+        if not count:
+            return tuple(
+                End(self.rank.new_empty(0, layers, wanted), self.norms.new_empty(0, layers, wanted))
+                for wanted in (k, k_least)
+            )
+        together = max(1, _TOGETHER // max(1, min(count, _MAX_QUERIES)))
+        columns: list[list[tuple[End, End]]] = []
+        for first in range(0, layers, together):
+            some = range(first, min(first + together, layers))
+            ends = []
+            for i in range(0, count, _MAX_QUERIES):
+                part = queries[i : i + _MAX_QUERIES, some.start : some.stop].transpose(0, 1)  # layers outside
+                size = part.shape[1]
+                pairs = _Pairs(
+                    self,
+                    part.reshape(-1, part.shape[2]),
+                    torch.arange(some.start, some.stop, device=queries.device).repeat_interleave(size),
+                    excluded.queries(i, i + _MAX_QUERIES).tile(len(some), size),
+                )
+                found = self._search(pairs, k, k_least)
+                ends.append(tuple(End(*(v.view(len(some), size, -1).transpose(0, 1) for v in e)) for e in found))
+            columns.append([_join(ends, e, dim=0) for e in (0, 1)])
+        return _join(columns, 0, dim=1), _join(columns, 1, dim=1)
 
-    def _search(self, queries: Tensor, k: int, k_least: int, excluded: Exclusion) -> tuple[End, End]:
-        batch = _Queries(self, queries, excluded)
+    def _search(self, pairs: _Pairs, k: int, k_least: int) -> tuple[End, End]:
         most = _Running(k + max(_SPARE, k // 4), largest=True)
         least = _Running(k_least + max(_SPARE, k_least // 4), largest=False)
-        width = max(_MIN_BLOCK, _SCORES_PER_BLOCK // len(queries) // _GROUPS * _GROUPS)
-        for start in range(0, len(self.codes), width):
-            block, hide = self._block(batch, start, min(start + width, len(self.codes)))
+        rows = self.codes.shape[1]
+        width = max(_MIN_BLOCK, _SCORES_PER_BLOCK // len(pairs.unit) // _GROUPS * _GROUPS)
+        for start in range(0, rows, width):
+            block, hide = self._block(pairs, start, min(start + width, rows))
             for end in (most, least):
                 hide(end.never)
                 end.offer(block, start)
-        return self._settle(batch, most, k), self._settle(batch, least, k_least)
+        return self._settle(pairs, most, k), self._settle(pairs, least, k_least)
 
-    def _block(self, batch: _Queries, start: int, stop: int) -> tuple[Tensor, Callable[[float], None]]:
+    def _block(self, pairs: _Pairs, start: int, stop: int) -> tuple[Tensor, Callable[[float], None]]:
         """Approximate scores of rows start..stop - 1: (Q, W), W rounded up to a multiple of the group size.
 
         Also returns a function that sets every entry that may not win (padding, exclusions, wild
         rows, which are scored exactly anyhow) to a value.
         """
-        count, width = len(batch.unit), -(-(stop - start) // _GROUPS) * _GROUPS
+        count, width = len(pairs.unit), -(-(stop - start) // _GROUPS) * _GROUPS
         scored = torch.empty(count, width, device=self.codes.device)
-        codes, view = self.codes[start:stop], scored[:, : stop - start]
+        view = scored[:, : stop - start]
+        column = None
         with torch.autocast(self.codes.device.type, enabled=False):
-            if count <= 8:
-                # A few queries: with the codes on the left the product streams them at the memory's
-                # speed, except for one query alone (a matrix-vector product, 1.8 x slower on 2 cores).
-                few = batch.unit if count > 1 else batch.unit.repeat(2, 1)
-                view.copy_((codes @ few.T).T[:count])
-            else:
-                torch.mm(batch.unit, codes.T, out=view)
-        if batch.shift is not None:
-            view.sub_(batch.shift)
-        if self._inverse is not None:
-            view.mul_(self._inverse[start:stop])
-        query, row = batch.excluded.part(start, stop)
-        wild = self._wild[(self._wild >= start) & (self._wild < stop)] - start
+            for layer, first, last in pairs.runs:
+                codes, few, out = self.codes[layer, start:stop], pairs.unit[first:last], view[first:last]
+                if last - first > 8:
+                    torch.mm(few, codes.T, out=out)
+                else:
+                    # A few queries: with the codes on the left the product streams them at the memory's
+                    # speed, except for one query alone (a matrix-vector product, 3 x slower on 2 cores).
+                    if last - first == 1:
+                        few = few.repeat(2, 1)  # (not `expand`: rows of stride 0 are 5 x slower)
+                    if column is None or column.shape[1] != len(few):
+                        column = torch.empty(stop - start, len(few), device=self.codes.device)
+                    torch.mm(codes, few.T, out=column)
+                    out.copy_(column.T[: last - first])
+                if pairs.shift is not None:
+                    out.sub_(pairs.shift[first:last])
+                if self._inverse is not None:
+                    out.mul_(self._inverse[layer, start:stop])
+        query, row = pairs.excluded.part(start, stop)
+        wild_query, wild_row = pairs.wild.part(start, stop)
 
         def hide(value: float) -> None:
             scored[:, stop - start :] = value
-            if len(wild):
-                scored[:, wild] = value
+            if len(wild_row):
+                scored[wild_query, wild_row - start] = value
             if len(row):
                 scored[query, row - start] = value
 
         return scored, hide
 
-    def _settle(self, batch: _Queries, end: _Running, wanted: int) -> End:
+    def _settle(self, pairs: _Pairs, end: _Running, wanted: int) -> End:
         """Score the candidates exactly, sort them, and look again where the bound does not prove the result."""
         sign = 1.0 if end.largest else -1.0
         usable = torch.isfinite(end.scores)
         rows = torch.where(usable, end.rows, 0)
-        if len(self._wild):
-            rows = torch.cat((rows, self._wild.expand(len(rows), -1)), dim=1)
-            usable = torch.cat((usable, batch.allowed(self._wild)), dim=1)
+        if self._wild.shape[1]:
+            wild = self._wild[pairs.layer]
+            usable = torch.cat((usable, pairs.allowed(wild) & (wild >= 0)), dim=1)
+            rows = torch.cat((rows, wild.clamp(min=0)), dim=1)
         value = torch.empty(rows.shape, dtype=torch.float64, device=rows.device)
-        step = max(1, _RESCORED_NUMBERS // (rows.shape[1] * self.codes.shape[1]))
+        step = max(1, _RESCORED_NUMBERS // (rows.shape[1] * self.codes.shape[2]))
         for i in range(0, len(rows), step):
-            part = slice(i, i + step)
-            value[part] = sign * self._exact(batch.exact[part, None], batch.length[part, None], rows[part])
+            value[i : i + step] = sign * self._exact(pairs, slice(i, i + step), rows[i : i + step])
         value.masked_fill_(~usable, float("-inf"))
         order = self.rank[rows].argsort(dim=1)
         order = order.gather(1, value.gather(1, order).argsort(dim=1, descending=True, stable=True))[:, :wanted]
@@ -205,29 +238,31 @@ class LayerSearch:
         # A row that is no candidate has an approximate score no better than the worst candidate's
         # (infinite where every row that is left is a candidate).
         worst = (sign * end.scores.double()).amin(dim=1)
-        if end.scores.shape[1] >= len(self.codes):
+        if end.scores.shape[1] >= self.codes.shape[1]:
             worst.fill_(float("-inf"))
-        reached = value[:, -1] / (batch.length if self.mode == "raw" else 1.0)
-        doubtful = torch.nonzero(reached <= worst + self._slack).flatten()
+        reached = value[:, -1] / (pairs.length if self.mode == "raw" else 1.0)
+        slack = self._slack[pairs.layer]
+        doubtful = torch.nonzero(reached <= worst + slack).flatten()
         for few in doubtful.split(_WIDENED_QUERIES) if len(doubtful) else ():
-            rows[few], value[few] = self._widen(batch.take(few), reached[few] - self._slack, sign, wanted)
+            rows[few], value[few] = self._widen(pairs.take(few), (reached - slack)[few], sign, wanted)
         return End(rows, sign * value)
 
-    def _widen(self, batch: _Queries, threshold: Tensor, sign: float, wanted: int) -> tuple[Tensor, Tensor]:
-        """Score every row exactly whose approximate score reaches the query's threshold (Q,)."""
-        pairs = [torch.nonzero(batch.allowed(self._wild))]
-        pairs[0][:, 1] = self._wild[pairs[0][:, 1]]
-        width = _SCORES_PER_BLOCK // _WIDENED_QUERIES
-        for start in range(0, len(self.codes), width):
-            block, hide = self._block(batch, start, min(start + width, len(self.codes)))
+    def _widen(self, pairs: _Pairs, threshold: Tensor, sign: float, wanted: int) -> tuple[Tensor, Tensor]:
+        """Score every row exactly whose approximate score reaches the pair's threshold (Q,)."""
+        wild = self._wild[pairs.layer]
+        place = torch.nonzero(pairs.allowed(wild) & (wild >= 0))
+        found = [torch.stack((place[:, 0], wild[place[:, 0], place[:, 1]]), dim=1)]
+        width, count = _SCORES_PER_BLOCK // _WIDENED_QUERIES, self.codes.shape[1]
+        for start in range(0, count, width):
+            block, hide = self._block(pairs, start, min(start + width, count))
             hide(-sign * float("inf"))
             near = torch.nonzero(sign * block >= threshold[:, None])
             near[:, 1] += start
-            pairs.append(near)
-        query, row = torch.cat(pairs).T
-        step = max(1, _RESCORED_NUMBERS // self.codes.shape[1])
+            found.append(near)
+        query, row = torch.cat(found).T
+        step = max(1, _RESCORED_NUMBERS // self.codes.shape[2])
         value = torch.cat([
-            sign * self._exact(batch.exact[q], batch.length[q], r)
+            sign * self._exact(pairs, q, r[:, None])[:, 0]
             for q, r in zip(query.split(step), row.split(step), strict=True)
         ])  # fmt: skip
         order = self.rank[row].argsort()
@@ -237,35 +272,68 @@ class LayerSearch:
         best = order[first[:, None] + torch.arange(wanted, device=query.device)]
         return row[best], value[best]
 
-    def _exact(self, query: Tensor, length: Tensor, rows: Tensor) -> Tensor:
-        return scores(query, length, self.codes[rows], self.norms[rows], self.mean, self.mode)
+    def _exact(self, pairs: _Pairs, some: slice | Tensor, rows: Tensor) -> Tensor:
+        """Exact scores (Q, R) of some pairs with the rows (Q, R)."""
+        layer = pairs.layer[some, None]
+        return scores(
+            pairs.exact[some, None],
+            pairs.length[some, None],
+            self.codes[layer, rows],
+            self.norms[layer, rows],
+            self.mean[layer],
+            self.mode,
+        )
 
 
-class _Queries:
-    """A batch of queries in the forms that the two steps need."""
+class _Pairs:
+    """Pairs of a query and a layer, in order of layers, in the forms that the two steps need.
 
-    def __init__(self, layer: LayerSearch, queries: Tensor, excluded: Exclusion) -> None:
-        self.count, self.excluded = len(layer.codes), excluded
-        self.exact = centre(queries, layer.mean, layer.mode)
-        self.length = layer.query_norms(queries)
+    Args:
+        queries: (Q, D) float32.
+        layer: (Q,) int64, ascending.
+        excluded: rows that a pair may not return; its queries are pairs.
+    """
+
+    def __init__(self, search: ExactSearch, queries: Tensor, layer: Tensor, excluded: Exclusion) -> None:
+        self.count, self.layer, self.excluded = search.codes.shape[1], layer, excluded
+        mean = search.mean[layer]
+        self.exact = centre(queries, mean, search.mode)
+        self.length = norms(queries, mean, search.mode)
         unit = self.exact / self.length[:, None]
         self.unit = unit.float()
-        self.shift = (unit @ layer.mean).float()[:, None] if layer.mode == "centred" else None
+        self.shift = (unit * mean).sum(1, keepdim=True).float() if search.mode == "centred" else None
+        self._wild_rows = search._wild
+        self._set_runs()
 
-    def take(self, index: Tensor) -> _Queries:
-        """Some of the queries (and their exclusions)."""
+    def _set_runs(self) -> None:
+        layers, counts = torch.unique_consecutive(self.layer, return_counts=True)
+        stops = counts.cumsum(0).tolist()
+        self.runs = list(zip(layers.tolist(), [0, *stops[:-1]], stops, strict=True))
+        query, column = torch.nonzero(self._wild_rows[self.layer] >= 0, as_tuple=True)
+        row = self._wild_rows[self.layer[query], column]
+        order = row.argsort()
+        self.wild = Exclusion(query[order], row[order])
+
+    def take(self, index: Tensor) -> _Pairs:
+        """Some of the pairs (and their exclusions), in ascending order."""
         new = copy.copy(self)
+        new.layer = self.layer[index]
         new.exact, new.length, new.unit = self.exact[index], self.length[index], self.unit[index]
         new.shift = None if self.shift is None else self.shift[index]
         place, which = torch.nonzero(index[:, None] == self.excluded.query, as_tuple=True)
         order = which.argsort()  # pairs stay sorted by row
         new.excluded = Exclusion(place[order], self.excluded.row[which[order]])
+        new._set_runs()
         return new
 
     def allowed(self, rows: Tensor) -> Tensor:
-        """Which of rows (R,) each query may return: (Q, R) bool."""
+        """Which of the rows (Q, R) each pair may return: (Q, R) bool."""
         key = torch.arange(len(self.unit), device=rows.device)[:, None] * self.count + rows
         return ~torch.isin(key, self.excluded.query * self.count + self.excluded.row)
+
+
+def _join(parts: Sequence[tuple[End, End]], end: int, dim: int) -> End:
+    return End(*(torch.cat([part[end][i] for part in parts], dim=dim) for i in (0, 1)))
 
 
 class _Running:

@@ -55,7 +55,7 @@ def row_digests(
     codes: np.ndarray,
     embeddings: np.ndarray | None,
 ) -> np.ndarray:
-    """(n,) uint64: the first eight bytes of SHA-256 over all of a row; equal for equal rows, by which changes are told."""
+    """(n,) uint64: the first eight bytes of SHA-256 over all of a row, by which changes are told."""
     found = np.empty(len(ids), np.uint64)
     for row, names in enumerate(zip(ids, photo_ids, person_ids, strict=True)):
         digest = hashlib.sha256("\0".join(name or "" for name in names).encode())

@@ -26,13 +26,23 @@ def command(name: str, help_: str):
 
 def whom(function):
     """Options that name people, photos and faces."""
-    function = click.option("--face", "faces", metavar="ID", multiple=True, help="One face, by its id; repeatable.")(function)
+    for name, parameter, metavar, words in (
+        ("--face", "faces", "ID", "One face, by its id; repeatable."),
+        ("--photo", "photos", "PATH", "Path as in the manifests, relative to SRC; repeatable."),
+        ("--person", "people", "ID", "All codes of this person; repeatable."),
+    ):
+        function = click.option(name, parameter, metavar=metavar, multiple=True, help=words)(function)
+    return function
+
+
+def sized(function):
+    """Options that say how a gallery is to be searched."""
     function = click.option(
-        "--photo", "photos", metavar="PATH", multiple=True, help="Path as in the manifests, relative to SRC; repeatable."
+        "--recall", type=click.FloatRange(0, 1, min_open=True), default=0.95, help="Wanted of a compressed index."
     )(function)
-    return click.option("--person", "people", metavar="ID", multiple=True, help="All codes of this person; repeatable.")(
-        function
-    )
+    return click.option(
+        "--memory", type=float, metavar="GB", help="The search may take so much; compressed where exact does not fit."
+    )(function)
 
 
 @command("build", "A new version from the faces of photos, or of people who do not exist.")
@@ -45,27 +55,43 @@ def whom(function):
 )
 @click.option("--out", required=True, metavar="GALLERY", help=_STORE)
 @click.option("--people-from", type=click.Choice(["folder"]), help="Take the name of a photo's folder as its person.")
+@click.option(
+    "--compress", metavar="INDEX", help="Compressed indexes besides: auto, or a FAISS factory string, e.g. IVF4096,SQ8."
+)
+@sized
 @json_option
 @configured
 @engine_options
 @guarded
-def build(photos, synthetic, out, people_from, as_json, load, workers, ray_address):
+def build(photos, synthetic, out, people_from, compress, memory, recall, as_json, load, workers, ray_address):
     """Build a version of GALLERY from the faces of PHOTOS (as for protect), or a synthetic one, and switch to it.
 
-    Nothing of earlier versions goes into it; they stay until they are pruned. Interrupted or killed, the same command goes
-    on. If GALLERY has this version already, it is switched to.
+    Nothing of earlier versions goes into it; they stay until they are pruned. Interrupted or killed, the same command
+    goes on. If GALLERY has this version already, it is switched to.
     """
     if (photos is None) == (synthetic is None):
         raise click.UsageError("give either PHOTOS or --synthetic N")
     config = load(gallery__synthetic=synthetic, engine__workers=workers, engine__ray_address=ray_address)
+    from gallery_index import tuning
     from pipelines import gallery_jobs
     from pipelines import protect as job
 
+    def plan(count: int):
+        """Says what it will take before the gallery is built; gives the plan of its indexes, if it is to have some."""
+        found = gallery_jobs.estimate(
+            count, broadcast=synthetic is not None, memory=memory and memory * 1e9, recall=recall, factory=compress
+        )
+        for name, value in tuning.words(found).items():
+            _say(f"{name:20} {value}")
+        return found.plan
+
     if synthetic is not None:
-        gallery_jobs.build_synthetic_version(out, config)
+        gallery_jobs.build_synthetic_version(out, config, plan(synthetic))
     else:
         reporter = job.Reporter(sys.stderr)
-        gallery_jobs.build_from_photos(photos, out, config, people_from=people_from, progress=reporter, say=_say)
+        gallery_jobs.build_from_photos(
+            photos, out, config, people_from=people_from, compress=plan, progress=reporter, say=_say
+        )
         reporter.close()
     _show(gallery_jobs.describe(out), as_json)
 
@@ -113,8 +139,8 @@ def add(gallery_url, photos, run_url, other, people_from, as_json, load, workers
 def remove(gallery_url, people, photos, faces, as_json):
     """Take people, photos or faces out of GALLERY: a new version without them, which becomes current.
 
-    They are noted (as keyed hashes), so that no later build or add brings them back. Older versions hold them until `scol
-    gallery prune` deletes these.
+    They are noted (as keyed hashes), so that no later build or add brings them back. Older versions hold them until
+    `scol gallery prune` deletes these.
     """
     if not (people or photos or faces):
         raise click.UsageError("give --person ID, --photo PATH or --face ID")
@@ -228,6 +254,28 @@ def prune(gallery_url, keep, as_json):
         if not (done.versions or done.builds or done.kept):
             click.echo("nothing to delete")
     sys.exit(1 if done.kept else 0)
+
+
+@command("estimate", "What a gallery of N codes takes: disk, memory, time.")
+@click.argument("count", metavar="N", type=click.IntRange(min=1))
+@click.option("--layers", type=click.IntRange(min=1), default=16, help="L: layers of a code.")
+@click.option("--one-w", is_flag=True, help="One W a person for all layers, as synthetic galleries have.")
+@click.option("--compress", metavar="INDEX", help="This kind of index: auto, or a FAISS factory string.")
+@sized
+@json_option
+@guarded
+def estimate(count, layers, one_w, compress, memory, recall, as_json):
+    """What a gallery of N codes takes on this machine, and which search suits it. Builds nothing.
+
+    Rates are measured now, in a second or two; a machine that others use too gives larger times.
+    """
+    from gallery_index import tuning
+    from pipelines import gallery_jobs
+
+    found = gallery_jobs.estimate(
+        count, broadcast=one_w, memory=memory and memory * 1e9, recall=recall, factory=compress, layers=layers
+    )
+    _show(found.as_json() if as_json else tuning.words(found), as_json)
 
 
 def _show(described: dict[str, Any], as_json: bool) -> None:

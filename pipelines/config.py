@@ -146,6 +146,17 @@ class GalleryConfig(Section):
         description="which version of `gallery.url`: kept, the one that the run began with, at first the current one | "
         "current, the current one, so that all faces are fused anew where it is another | a version's name",
     )
+    search: Literal["exact", "compressed"] = Field(
+        "exact",
+        description="exact, over all codes in memory | compressed, by the FAISS indexes that the gallery was built with, "
+        "which may miss a code (docs/gallery.md)",
+    )
+    shards: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="actors that the gallery's layers and rows are spread over (exact search); 1: the whole in one",
+    )
     synthetic: int = Field(20_000, ge=2, le=10_000_000, description="codes of the synthetic gallery")
     synthetic_seed: int = Field(0, ge=0, lt=2**63, description="its seed")
     truncation: float = Field(1.0, gt=0, le=1, description="its truncation psi; 1: full variety")

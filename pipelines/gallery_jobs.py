@@ -1,4 +1,4 @@
-"""Galleries for runs: synthetic ones from the mapping network, others by inverting the faces of photos; their versions."""
+"""Galleries and their versions: synthetic ones from the mapping network, others by inverting the faces of photos."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import torch
@@ -25,6 +27,7 @@ from gallery_index import (
     GalleryInfo,
     GalleryMismatchError,
     GalleryNotFoundError,
+    Plan,
     Pruned,
     Store,
     Update,
@@ -34,12 +37,23 @@ from gallery_index import (
     open_gallery,
     read_info,
     synthetic_codes,
+    tuning,
 )
 from gallery_index.storage import INDEX
 from gallery_index.store import require_same, store_of
 from pipelines import models, public_models
 from pipelines.config import Config
-from pipelines.manifests import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, OK, SOURCE, Run, RunError, scan_stage
+from pipelines.manifests import (
+    CODE_DIM,
+    CODE_LAYERS,
+    IDENTITY_DIM,
+    OK,
+    SOURCE,
+    SOURCE_SCHEMA,
+    Run,
+    RunError,
+    scan_stage,
+)
 from pipelines.observe import Observer
 from pipelines.presence import Presence
 from pipelines.sources import photo_id
@@ -106,8 +120,11 @@ def build_synthetic(out: str, config: Config, stop: Callable[[], bool] = lambda:
     return build(out, until_stopped(), **options)
 
 
-def build_synthetic_version(out: str, config: Config) -> tuple[str, GalleryInfo]:
+def build_synthetic_version(out: str, config: Config, plan: Plan | None = None) -> tuple[str, GalleryInfo]:
     """The same as a version of a store, current when it is done; if the store has it already, it is switched to.
+
+    Args:
+        plan: of compressed indexes; None for none.
 
     Returns:
         the version's name and description.
@@ -123,7 +140,12 @@ def build_synthetic_version(out: str, config: Config) -> tuple[str, GalleryInfo]
             builder.add(batch)
 
     return Store(out).build(
-        synthetic_name(config), fill, check=check, about=lambda: {"added": config.gallery.synthetic}, **options
+        f"{synthetic_name(config)} {plan}",
+        fill,
+        check=check,
+        about=lambda: {"added": config.gallery.synthetic},
+        compression=plan,
+        **options,
     )
 
 
@@ -211,9 +233,13 @@ def ensure_gallery(
         expectation(config).check(info, url)
         if config.fuse.identity_ceiling is not None and info.embedding_dim != IDENTITY_DIM:
             raise GalleryMismatchError(f"{url} holds no identity embeddings for fuse.identity_ceiling")
+        if config.gallery.search == "compressed" and info.compression is None:
+            raise GalleryMismatchError(f"{url} has no compressed indexes for gallery.search; build it with --compress")
         if config.fuse.k >= info.count:
             raise GalleryNotFoundError(f"{url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more")
         return url, info
+    if config.gallery.search == "compressed":
+        raise GalleryMismatchError("gallery.search=compressed needs gallery.url, of a gallery built with --compress")
     url = run.path(f"gallery/{synthetic_name(config)}")
     try:
         return url, read_info(url)
@@ -246,6 +272,7 @@ def build_from_photos(
     people_from: str | None = None,
     run_url: str | None = None,
     add: bool = False,
+    compress: Callable[[int], Plan | None] = lambda count: None,
     progress: Callable[[Progress], None] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[GalleryInfo, dict[str, Any]]:
@@ -258,6 +285,7 @@ def build_from_photos(
         run_url: folder of the intermediate tables, kept so that a second build goes on, and a later ``add`` inverts
             new and changed photos only; by default ``out`` + ``.run``.
         add: add to the current version instead of building one from these photos alone.
+        compress: gives the plan of compressed indexes for a number of codes (``add`` keeps the gallery's own).
 
     Returns:
         the version's description, and counts: photos, faces, failed; for ``add`` also those of ``Update.counts``.
@@ -289,7 +317,7 @@ def build_from_photos(
         listing = list_source(src, people_from=people_from, stop=presence.stopped)
         execute(run, listing, config, about=about, until="invert", progress=heard, stop=presence.stopped)
     people = {row.photo_id: row.person_id for row in listing.rows()}
-    return _from_tables(run, people, store, config, f"faces of {src}", add, len(listing), say)
+    return _from_tables(run, people, store, config, f"faces of {src}", add, compress, len(listing), say)
 
 
 def add_from_run(
@@ -306,11 +334,10 @@ def add_from_run(
     run, store = Run(absolute(run_url)), Store(absolute(out))
     _fits(store, config)
     plan = run.plan()
-    people: dict[str, str | None] = {}
-    for name in run.store.parts(SOURCE):
-        table = run.store.read_part(SOURCE, name, ["photo_id", "person_id", "key"])
-        people.update(zip(table["photo_id"].to_pylist(), table["person_id"].to_pylist(), strict=True))
-    return _from_tables(run, people, store, config, f"faces of {run.url}", True, plan.num_rows, say)
+    columns = ["photo_id", "person_id"]
+    table = run.store.read_rows(SOURCE, plan[SOURCE].to_pylist(), columns, schema=SOURCE_SCHEMA)
+    people = dict(zip(*(table[column].to_pylist() for column in columns), strict=True))
+    return _from_tables(run, people, store, config, f"faces of {run.url}", True, lambda count: None, plan.num_rows, say)
 
 
 def _fits(store: Store, config: Config) -> GalleryInfo:
@@ -340,6 +367,7 @@ def _from_tables(
     config: Config,
     source: str,
     add: bool,
+    compress: Callable[[int], Plan | None],
     photos: int,
     say: Callable[[str], None],
 ) -> tuple[GalleryInfo, dict[str, Any]]:
@@ -385,9 +413,12 @@ def _from_tables(
             if not builder.count:
                 raise ProtectError("NO_FACES", f"no face was found in the {photos} photos: {source}")
 
+        # The number of faces decides on the plan, and is known from the rows' status alone.
+        plan = compress(sum(table["status"].to_pylist().count(OK) for table in scan_stage(run, "invert", ["status"])))
         name, info = store.build(
-            key,
+            f"{key} {plan}",
             fill,
+            compression=plan,
             check=check,
             about=lambda: {"added": counts["faces"]},
             mode=config.gallery.similarity,
@@ -417,7 +448,8 @@ def remove(out: str, people: list[str], photos: list[str], faces: list[str]) -> 
     """Take people, photos (paths as in the manifests) and faces out: noted first, then a version without them.
 
     Raises:
-        GalleryNotFoundError, GalleryConflictError, GalleryCheckError, BadCodesError: see ``Store.update``; the note stays.
+        GalleryNotFoundError, GalleryConflictError, GalleryCheckError, BadCodesError: see ``Store.update``; what is
+            noted stays.
     """
     store = Store(out)
     _current(store)
@@ -485,6 +517,48 @@ def _current(store: Store) -> GalleryInfo:
 def _vectors(table: pa.Table, column: str) -> np.ndarray:
     """A column of lists of equal length as (rows, length) float32."""
     return np.stack([scalar.values.to_numpy() for chunk in table[column].chunks for scalar in chunk]).astype(np.float32)
+
+
+def compressed_info(info: GalleryInfo) -> str:
+    """What enters the keys of ``fuse`` where compressed indexes answer, since they may answer otherwise."""
+    return "" if info.compression is None else f"+{info.compression['factory']},{info.compression['search']}"
+
+
+def estimate(
+    count: int,
+    *,
+    broadcast: bool,
+    memory: float | None,
+    recall: float,
+    factory: str | None = None,
+    layers: int = CODE_LAYERS,
+) -> tuning.Estimate:
+    """What a gallery of so many codes takes on this machine, before anything is built.
+
+    Args:
+        count: codes, one a face.
+        broadcast: one W a person for all layers, as synthetic galleries have.
+        memory: bytes that the search may take; None: no limit, so it is exact.
+        recall: wanted at both ends where it is compressed.
+        layers: L.
+        factory: this FAISS index rather than the tuner's choice (the rest of the plan is the tuner's).
+
+    Raises:
+        GalleryError: nothing fits, or FAISS knows no such index.
+    """
+    try:
+        plan = None
+        if factory is not None:
+            plan = tuning.choose(count, CODE_DIM, recall=recall)
+            if factory != "auto":
+                plan = replace(plan, factory=factory, search=plan.search if "IVF" in factory else "")
+                faiss.index_factory(CODE_DIM, factory, faiss.METRIC_INNER_PRODUCT)
+        stored = 1 if broadcast else layers
+        return tuning.estimate(
+            count, layers, CODE_DIM, memory=memory and int(memory), recall=recall, stored_layers=stored, plan=plan
+        )
+    except (ValueError, RuntimeError) as error:
+        raise GalleryError(str(error).splitlines()[0]) from error
 
 
 def describe(url: str) -> dict[str, Any]:

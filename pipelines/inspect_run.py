@@ -255,7 +255,7 @@ def calibrate(config: Config) -> tuple[float, int]:
     try:
         generator, encoder = (
             models.generator(config.generator, device, config.engine.models),
-            models.encoder(config.encoder, device, config.engine.models),
+            models.encoder(device, config.encoder, config.engine.models),
         )
         code = generator.mean_code.expand(1, config.num_codes, -1).contiguous()
         with torch.no_grad():

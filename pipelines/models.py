@@ -88,7 +88,7 @@ def generator(name: str, device: torch.device, store: str | None = None) -> nn.M
 
 
 @lru_cache(2)
-def encoder(name: str, device: torch.device, store: str | None = None) -> nn.Module:
+def encoder(device: torch.device, name: str = EMBEDDED, store: str | None = None) -> nn.Module:
     """(B, 3, 256, 256) in [-1, 1] -> codes (B, L, 512); arguments and errors as of ``generator``."""
     return weights.load_encoder(device) if name == EMBEDDED else _from_store(name, device, store)
 
@@ -147,7 +147,7 @@ def identity_feature(
         store: URL of the model store.
     """
     if name == ENCODER:
-        network = encoder(encoder_name, device, store)
+        network = encoder(device, encoder_name, store)
         return lambda crops: recognisers.unit(network.normalised(at_encoder_size(crops)).flatten(1))
     network = recogniser(name, device, store)
     return lambda crops: network.embed_crops(crops, landmarks, box)

@@ -82,7 +82,8 @@ def execute(
         if config.attack.enabled and config.inspect.unit == "std":
             std = gallery_jobs.gallery_std(run, url, info, config.num_codes)
     std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
-    weights = models.stage_weights(config, described.get("fingerprint", ""), std_digest)
+    way = gallery_jobs.compressed_info(info) if described and config.gallery.search == "compressed" else ""
+    weights = models.stage_weights(config, described.get("fingerprint", "") + way, std_digest)
     opened = retry.opened(run)
     rules = stage_rules(config, weights, out or "", opened)
     if until == "publish":

@@ -27,10 +27,10 @@ def operator(config: Config, weights: str, std: np.ndarray | None) -> Operator:
     scale = None if config.inspect.unit == "absolute" else torch.from_numpy(np.array(std, np.float32)).to(device)
 
     def look(faces: Tensor) -> Tensor:
-        return models.encoder(config.encoder, device, config.engine.models)(models.at_encoder_size(faces))
+        return models.encoder(device, config.encoder, config.engine.models)(models.at_encoder_size(faces))
 
     if config.attack.enabled:
-        models.encoder(config.encoder, device, config.engine.models)
+        models.encoder(device, config.encoder, config.engine.models)
 
     def treat(row: Row, deadline: float) -> Row:
         data = row["refined"] or row["tuned"]

@@ -10,7 +10,7 @@ import torch
 
 from cluster import Operator
 from cluster.retries import is_transient, with_retries
-from gallery_index import Gallery, GalleryError, QueryError
+from gallery_index import Expectation, Gallery, GalleryError, QueryError, ShardedGallery
 from pipelines import models
 from pipelines.config import Config
 from pipelines.manifests import OK
@@ -21,9 +21,7 @@ from scol_ops.fusion import fuse
 def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     """Loads the gallery; the result takes rows of ``invert`` with ``source.person_id``."""
     models.set_up()
-    gallery = with_retries(
-        lambda: Gallery.load(gallery_url, layers=config.num_codes), transient=lambda e: not isinstance(e, GalleryError) and is_transient(e)
-    )
+    gallery = _open(config, weights, gallery_url)
 
     def run(table: pa.Table) -> pa.Table:
         rows = list(iterate(table))
@@ -43,7 +41,22 @@ def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     return run
 
 
-def _search(gallery: Gallery, config: Config, rows: list[Row]) -> list[Row | str]:
+def _open(config: Config, weights: str, url: str) -> Gallery | ShardedGallery:
+    """The gallery that the run was planned with; its fingerprint is in ``weights`` (``models.stage_weights``)."""
+    planned = weights.removeprefix("gallery:").partition("+")[0] if weights.startswith("gallery:") else None
+    expect, layers = Expectation(fingerprint=planned), config.num_codes
+
+    def load() -> Gallery | ShardedGallery:
+        if config.gallery.shards == 1:
+            return Gallery.load(url, expect=expect, layers=layers, search=config.gallery.search)
+        from pipelines.gallery_service import open_sharded
+
+        return open_sharded(url, config.gallery.shards, expect=expect, layers=layers, address=config.engine.ray_address)
+
+    return with_retries(load, transient=lambda e: not isinstance(e, GalleryError) and is_transient(e))
+
+
+def _search(gallery: Gallery | ShardedGallery, config: Config, rows: list[Row]) -> list[Row | str]:
     """Payload, or a reason, for every row. A query that is refused does not take its neighbours with it."""
     ceiling = config.fuse.identity_ceiling
     codes = np.concatenate([as_codes(row["code"]).numpy() for row in rows])

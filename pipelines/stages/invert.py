@@ -18,7 +18,7 @@ def operator(config: Config, weights: str) -> Operator:
     models.set_up()
     device = models.pick_device(config.engine.device)
     store = config.engine.models
-    encoder, generator = models.encoder(config.encoder, device, store), models.generator(config.generator, device, store)
+    encoder, generator = models.encoder(device, config.encoder, store), models.generator(config.generator, device, store)
     recogniser = models.recogniser(models.INVERSION_RECOGNISER, device)
     settings = InvertSettings(**config.invert.model_dump())
 

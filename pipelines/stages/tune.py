@@ -30,7 +30,7 @@ def operator(config: Config, weights: str) -> Operator:
     generator = models.generator(config.generator, device, store)
     for name in (*config.tune.identity, *config.refine.identity):
         if name == "encoder":
-            models.encoder(config.encoder, device, store)
+            models.encoder(device, config.encoder, store)
         else:
             models.recogniser(name, device, store)
     perceptual = None if config.tune.perceptual == "ssim" else models.perceptual(config.tune.perceptual, device, store)

@@ -104,7 +104,7 @@ def test_codes_close_to_the_mean_are_found_exactly(make, blocks):
     mean = np.delete(codes, np.s_[::50], axis=0).mean(axis=0, dtype=np.float64)
     codes[::50] = mean + near - near.mean(axis=0)  # so that the mean stays where it is
     gallery = make(codes)
-    wild = sum(len(layer._wild) for layer in gallery._layers)
+    wild = int((gallery._exact._wild >= 0).sum())
     assert wild == 20
     # Queries that look in the direction of such a code find it first, and once.
     towards = mean + 5 * (codes[:200:50] - mean)
@@ -303,10 +303,10 @@ def test_lower_matmul_precision_changes_nothing(make):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        slack = gallery._layers[0]._slack
+        slack = float(gallery._exact._slack)
         result = gallery.search(queries, 10)
     finally:
         torch.set_float32_matmul_precision(before)
-    assert slack > 20 * gallery._layers[0]._slack
+    assert slack > 20 * float(gallery._exact._slack)
     assert np.array_equal(result.most_ids, expected.most_ids) and np.array_equal(result.least_ids, expected.least_ids)
     assert np.array_equal(result.most_scores, expected.most_scores)

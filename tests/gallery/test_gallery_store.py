@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import signal
@@ -25,7 +26,10 @@ from gallery_index import (
     GalleryExistsError,
     GalleryMismatchError,
     GalleryNotFoundError,
+    batches_of,
     build,
+    check,
+    open_gallery,
     synthetic_codes,
 )
 from gallery_index import builder as builder_module
@@ -178,6 +182,30 @@ def test_harmed_index_is_refused(stored):
     path.write_bytes(_sign(body))
     with pytest.raises(GalleryMismatchError, match="version 3, this program reads"):
         Gallery.load(folder)
+
+
+def test_galleries_of_version_1_are_read(stored):
+    """They had an exact FAISS index a layer, and no digests of rows."""
+    folder, info = stored
+    expected = Gallery.load(folder).search(random_codes(2, 2, 8, seed=1), 3)
+    body = json.loads((folder / "index.json").read_bytes())
+    table = pq.read_table(folder / info.codes[0]).drop_columns(["digest"])
+    pq.write_table(table, folder / info.codes[0], compression="none", use_dictionary=False)
+    for name in ("layer-00-0.faiss", "layer-01-0.faiss"):
+        (folder / name).write_bytes(b"an index")
+        body["indexes"].append(name)
+    for name in (info.codes[0], *body["indexes"]):
+        content = (folder / name).read_bytes()
+        body["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del body["compression"], body["exact"]
+    body["version"] = 1
+    (folder / "index.json").write_bytes(_sign(body))
+    found = Gallery.load(folder).search(random_codes(2, 2, 8, seed=1), 3)
+    assert np.array_equal(found.most_ids, expected.most_ids)
+    assert np.array_equal(found.least_scores, expected.least_scores)
+    assert check(*open_gallery(folder))["codes"] == 60
+    (batch,) = batches_of(*open_gallery(folder))
+    assert build(folder / "again", [batch], weights=WEIGHTS).count == 60
 
 
 def _sign(body):

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
-import pytest
 
 from cluster import PartStore, hash_key
 from pipelines.bench.chaos import Kill, Tally, committed, compare, executions, stored_twice
