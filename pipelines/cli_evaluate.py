@@ -62,6 +62,9 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
     @click.option(
         "--no-photo", is_flag=True, help="Leave out the measures over whole photos, which are slow on large ones."
     )
+    @click.option(
+        "--models", "store", metavar="STORE", help="Model store whose recognisers and LPIPS take part (scol models)."
+    )
     @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: as the machine has cores]")
     @click.option("--ray-address", metavar="HOST:PORT", help="Join this Ray cluster.")
     @json_option
@@ -81,6 +84,7 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
         seed,
         references,
         no_photo,
+        store,
         workers,
         ray_address,
         as_json,
@@ -117,6 +121,7 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
                 references=references,
                 drop=drop,
                 photo=not no_photo,
+                store=store,
                 workers=workers,
                 ray_address=ray_address,
                 say=say,

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from cluster import Engine, KeyRule, PartStore, Pool, Progress, Resources, Stage, hash_key, hash_keys
 from cluster.keys import pack
-from pipelines.config import ENCODER, ENCODER_TRUNK
+from pipelines.config import EMBEDDED, ENCODER, ENCODER_TRUNK
 from pipelines.evaluate import judges as recogniser_list
 from pipelines.evaluate import measure
 from pipelines.evaluate.errors import EvaluateError
@@ -71,14 +71,14 @@ def inside_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     used += config["refine"]["identity"] if config["refine"]["steps"] else []
     used += [ENCODER] if config["attack"]["enabled"] else []
     trunk = (
-        {ENCODER_TRUNK} if config.get("encoder", "embedded") == "embedded" else set()
+        {ENCODER_TRUNK} if config.get("encoder", EMBEDDED) == EMBEDDED else set()
     )  # other encoders are no recognisers
     return tuple(sorted({name for name in used if name != ENCODER} | (trunk if ENCODER in used else set())))
 
 
-def check_settings(recognisers: Sequence[str], distortions: Sequence[str]) -> None:
+def check_settings(recognisers: Sequence[str], distortions: Sequence[str], store: str | None = None) -> None:
     """Raises EvaluateError BAD_SETTING."""
-    known = recogniser_list.available()
+    known = recogniser_list.available(store)
     unknown = [name for name in recognisers if name not in known]
     if unknown:
         raise EvaluateError("BAD_SETTING", f"unknown recogniser {unknown[0]!r}; there are {', '.join(known)}")
@@ -114,6 +114,7 @@ def evaluate(
     ray_address: str | None = None,
     device: str = "auto",
     work: str | None = None,
+    store: str | None = None,
     say: Callable[[str], None] = lambda text: None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
@@ -128,6 +129,7 @@ def evaluate(
         inside: recognisers that the method used; None: found out where `scol protect` made the tree.
         workers: processes; None: as the machine has.
         work: folder of what is finished, which several evaluations may share; by default OUT/work.
+        store: URL of the model store, whose recognisers and LPIPS take part; None for the default one.
         say: takes messages, one line each. progress, stop: see `cluster.Engine`.
 
     Returns:
@@ -138,14 +140,24 @@ def evaluate(
         WeightsError, ClusterError, RunInterrupted: see `cluster` and `scol_ops.models.weights`.
     """
     begin = time.monotonic()
-    recognisers = recogniser_list.available() if recognisers is None else recognisers
-    check_settings(recognisers, distortions)
+    recognisers = recogniser_list.available(store) if recognisers is None else recognisers
+    check_settings(recognisers, distortions, store)
     out = absolute(out or default_out(protected))
     for tree in (originals, protected, *(() if gallery is None else (gallery,))):
         check_out(tree, out)
-    inside = recognisers_inside(protected) if inside is None else tuple(inside)
-    check_settings([*recognisers, *(name for name in inside if name not in recognisers)], ())
-    settings = Settings(tuple(recognisers), tuple(distortions), photo, seed, device)
+    if inside is None:
+        inside = recognisers_inside(protected)
+    else:
+        check_settings([*recognisers, *(name for name in inside if name not in recognisers)], (), store)
+    settings = Settings(
+        tuple(recognisers),
+        tuple(distortions),
+        photo,
+        recogniser_list.lpips_name(store),
+        seed,
+        None if store is None else absolute(store),
+        device,
+    )
     run, parts = Run(out), Run(absolute(work) if work is not None else f"{out.rstrip('/')}/work")
     with tempfile.TemporaryDirectory(prefix="scol-evaluate-") as folder:
         say("listing")
@@ -171,7 +183,7 @@ def evaluate(
         )
         rule = measure_rule(settings, where)
         schema = face_schema(settings)
-        store = PartStore(parts.path("faces"), schema_version=SCHEMA_VERSION)
+        measured = PartStore(parts.path("faces"), schema_version=SCHEMA_VERSION)
         stage = Stage(
             name="measure",
             version=measure.MEASURE_VERSION,
@@ -183,10 +195,10 @@ def evaluate(
             resources=Resources(num_gpus=0.2, threads=1, memory=_WORKER_BYTES),
             item_seconds=_PHOTO_SECONDS,
         )
-        engine(store, [stage], c.photos).run(pairing.tables(), {"measure": rule})
+        engine(measured, [stage], c.photos).run(pairing.tables(), {"measure": rule})
         return _collect(
             run,
-            store,
+            measured,
             pairing,
             rule,
             settings,
@@ -238,7 +250,7 @@ def embed_gallery(
     parts: Run, pairing: Pairing, settings: Settings, engine: Callable[..., Engine]
 ) -> tuple[str, Gallery]:
     """Embed the people of the gallery; returns where the result is, and the result."""
-    dims = {name: recogniser_list.load(name).dim for name in settings.recognisers}
+    dims = {name: recogniser_list.load(name, store=settings.store).dim for name in settings.recognisers}
     schema = reference_schema(settings.recognisers, dims)
     rows = [
         {
@@ -251,7 +263,7 @@ def embed_gallery(
         for r in pairing.references
     ]
     source = pa.Table.from_pylist(rows, reference_source_schema())
-    weights = _fingerprints(settings.recognisers)
+    weights = _fingerprints(settings)
     keys = hash_keys(("embed", measure.EMBED_VERSION, weights), source["key"].to_pylist())
     store = PartStore(parts.path("gallery"), schema_version=SCHEMA_VERSION)
     stage = Stage(
@@ -281,16 +293,19 @@ def _no_reference(schema: pa.Schema, table: pa.Table, reason: str) -> pa.Table:
     return pa.Table.from_pylist(rows, schema)
 
 
-def _fingerprints(recognisers: Sequence[str]) -> str:
-    eyes = f"mtcnn:{detection.weights_fingerprint()}:{sorted(measure.DETECTOR.items())}"
-    return ",".join([eyes, *(f"{name}:{recogniser_list.fingerprint(name)}" for name in recognisers)])
+def _fingerprints(settings: Settings, lpips: bool = False) -> str:
+    eyes = [f"mtcnn:{detection.weights_fingerprint()}:{sorted(measure.DETECTOR.items())}"]
+    eyes += [f"{name}:{recogniser_list.fingerprint(name, settings.store)}" for name in settings.recognisers]
+    if lpips and settings.lpips is not None:
+        eyes.append(f"{settings.lpips}:{recogniser_list.lpips_fingerprint(settings.lpips, settings.store)}")
+    return ",".join(eyes)
 
 
 def measure_rule(settings: Settings, gallery_url: str) -> KeyRule:
     """Keys of the measured photos: what the result depends on besides the pair."""
     own = json.dumps(settings.to_dict(), sort_keys=True)
     gallery = gallery_url.rsplit("/", 1)[-1]  # named by its content
-    return partial(hash_keys, ("measure", measure.MEASURE_VERSION, own, _fingerprints(settings.recognisers), gallery))
+    return partial(hash_keys, ("measure", measure.MEASURE_VERSION, own, _fingerprints(settings, lpips=True), gallery))
 
 
 # ---- adding up -------------------------------------------------------------------------------------------------------
@@ -331,7 +346,7 @@ def _collect(
     schema = face_schema(settings)
     judges = []
     for number, name in enumerate(settings.recognisers):
-        network = recogniser_list.load(name)
+        network = recogniser_list.load(name, store=settings.store)
         found, pairs = thresholds(people.embeddings[number])
         judges.append(Judge(name, network.fingerprint, network.threshold, found, pairs, name in about["inside"]))
     collector = Collector(settings, judges, _people(store, pairing, rule, schema))

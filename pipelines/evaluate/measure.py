@@ -60,15 +60,29 @@ class Settings:
         recognisers: names, see `scol_ops.models.recognisers`.
         distortions: names, see `scol_ops.distortions`; `none` always goes first and is not named here.
         photo: also measure whole photos, not only face crops.
+        lpips: name of the LPIPS to measure, or None.
         seed: of the other people that stand in for perfect protection.
+        store: URL of the model store; None for the default one.
         device: see `models.pick_device`.
     """
 
     recognisers: tuple[str, ...]
     distortions: tuple[str, ...]
     photo: bool = True
+    lpips: str | None = None
     seed: int = 0
+    store: str | None = None
     device: str = "auto"
+
+    @property
+    def picture(self) -> tuple[str, ...]:
+        """Measures over the face crop, for every variant."""
+        return PICTURE if self.lpips is None else (*PICTURE, LPIPS)
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """Measures over whole photos."""
+        return () if not self.photo else WHOLE if self.lpips is None else (*WHOLE, f"photo_{LPIPS}")
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -76,7 +90,7 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Without what results do not depend on."""
-        return {k: v for k, v in asdict(self).items() if k != "device"}
+        return {k: v for k, v in asdict(self).items() if k not in ("device", "store")}
 
 
 def column(measure: str, recogniser: str = "", variant: str = NONE, subject: str = "") -> str:
@@ -87,7 +101,10 @@ def column(measure: str, recogniser: str = "", variant: str = NONE, subject: str
 
 
 IDENTITY = ("ism", "mate", "rank")
-PICTURE = ("psnr", "ssim", "flip")  # over the face crop, for every variant
+PICTURE = ("psnr", "ssim", "flip")
+LPIPS = "lpips"
+LPIPS_SIDE = 64  # smaller pictures do not pass its networks
+LPIPS_PIXELS = 2_000_000  # larger photos have no LPIPS as a whole: its maps would take gigabytes
 CROP_ONLY = ("face_psnr", "face_flip", "mean_change", "max_change")
 WHOLE = ("photo_psnr", "photo_ssim", "photo_flip", "photo_mean_change", "photo_max_change")
 
@@ -114,8 +131,8 @@ def face_schema(settings: Settings) -> pa.Schema:
         pa.field("landmarks", pa.list_(pa.float32(), 10)),
         pa.field("seconds", pa.float32()),
     ]
-    names = [column(m, "", v) for v in settings.variants for m in PICTURE] + list(CROP_ONLY)
-    names += list(WHOLE) if settings.photo else []
+    names = [column(m, "", v) for v in settings.variants for m in settings.picture] + list(CROP_ONLY)
+    names += list(settings.whole)
     for recogniser in settings.recognisers:
         for variant in settings.variants:
             for subject in ("", UNPROTECTED):
@@ -188,16 +205,24 @@ def overlap(a: NDArray, b: NDArray) -> float:
 class Eyes:
     """A worker's detector and recognisers."""
 
-    def __init__(self, recognisers: Sequence[str], device: str = "cpu") -> None:
+    def __init__(
+        self, recognisers: Sequence[str], device: str = "cpu", lpips: str | None = None, store: str | None = None
+    ) -> None:
         models.set_up()
         self.device = models.pick_device(device)
-        self.networks: list[Recogniser] = [judges.load(name, self.device) for name in recognisers]
+        self.networks: list[Recogniser] = [judges.load(name, self.device, store) for name in recognisers]
+        self.lpips = None if lpips is None else judges.load_lpips(lpips, self.device, store)
         self.detector = models.detector(
             self.device, DETECTOR["min_face_size"], DETECTOR["min_confidence"], DETECTOR["max_side"], 4
         )
 
     def faces(self, pixels: Pixels) -> list[Spot]:
         return [Spot.of(face) for face in self.detector.detect([np.ascontiguousarray(pixels)])[0]]
+
+    def distance(self, a: Pixels, b: Pixels) -> float:
+        """LPIPS of two pictures of one size."""
+        with torch.no_grad():
+            return float(self.lpips(to_tensor(a, self.device), to_tensor(b, self.device)))
 
     def embed(self, windows: Sequence[Window]) -> list[NDArray[np.float32]]:
         """Each recogniser's unit embeddings (n, dim) of n windows' faces."""
@@ -217,8 +242,8 @@ class Eyes:
 
 
 @lru_cache(2)
-def _eyes(recognisers: tuple[str, ...], device: str) -> Eyes:
-    return Eyes(recognisers, device)
+def _eyes(settings: Settings) -> Eyes:
+    return Eyes(settings.recognisers, settings.device, settings.lpips, settings.store)
 
 
 # ---- the gallery -----------------------------------------------------------------------------------------------------
@@ -268,7 +293,7 @@ def central_window(eyes: Eyes, url: str, not_this: bytes = b"") -> tuple[Window 
 def embed_operator(settings: Settings, schema: pa.Schema) -> Operator:
     """Rows of `reference_source_schema` to rows of `reference_schema`: of each person the first photo that shows a
     face."""
-    eyes = _eyes(settings.recognisers, settings.device)
+    eyes = _eyes(settings)
 
     def run(table: pa.Table) -> pa.Table:
         rows = []
@@ -322,9 +347,7 @@ class Gallery:
 
 def measure_operator(settings: Settings, schema: pa.Schema, gallery_url: str) -> Operator:
     """Rows of `pairs.PAIR_SCHEMA` to rows of `face_schema`."""
-    worker = Measurer(
-        settings, _eyes(settings.recognisers, settings.device), Gallery.read(gallery_url, settings.recognisers)
-    )
+    worker = Measurer(settings, _eyes(settings), Gallery.read(gallery_url, settings.recognisers))
 
     def run(table: pa.Table) -> pa.Table:
         rows = [answer for row in iterate(table) for answer in worker.photo(row)]
@@ -385,6 +408,8 @@ class Measurer:
         if common["same_size"] and self.settings.photo and min(high, wide) >= 11:
             difference = photo_difference(original, protected)
             common |= {f"photo_{name}": value for name, value in vars(difference).items()}
+            if self.eyes.lpips is not None and height * width <= LPIPS_PIXELS and min(high, wide) >= LPIPS_SIDE:
+                common[f"photo_{LPIPS}"] = self.eyes.distance(original, protected)
         middle = central(np.stack([s.box for s in spots]), width, height)
         found = self.eyes.faces(protected)
         scale = np.array([wide / width, high / height])
@@ -504,6 +529,8 @@ class Measurer:
                 column("ssim", "", variant): ssim(a, b),
                 column("flip", "", variant): flip(a, b),
             }
+            if self.eyes.lpips is not None:
+                out[column(LPIPS, "", variant)] = self.eyes.distance(a, b)
             if variant == NONE:
                 to_crop = invert_affine(crop_transform(one.spot.quad[0], CROP))
                 landmarks = transform_points(torch.from_numpy(one.spot.landmarks), to_crop)[None].float()

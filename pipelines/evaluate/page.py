@@ -238,6 +238,8 @@ def picture_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
         "psnr": "PSNR of the face crop, dB",
         "ssim": "SSIM of the face crop",
         "flip": "FLIP of the face crop",
+        "lpips": "LPIPS of the face crop",
+        "photo_lpips": "LPIPS of the photo",
         "face_psnr": "PSNR of the face alone, dB",
         "face_flip": "FLIP of the face alone",
         "mean_change": "mean change of the crop, levels of 255",

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.evaluate.measure import CROP_ONLY, IDENTITY, OTHER, PICTURE, UNPROTECTED, WHOLE, Settings, column
+from pipelines.evaluate.measure import CROP_ONLY, IDENTITY, OTHER, UNPROTECTED, Settings, column
 from pipelines.evaluate.pairs import OK
 from pipelines.evaluate.statistics import ClusterBootstrap, Distribution, Estimate
 from scol_ops.distortions import NONE
@@ -25,6 +25,7 @@ _RANGES = {
     "psnr": (0.0, 100.0),
     "ssim": (-1.0, 1.0),
     "flip": (0.0, 1.0),
+    "lpips": (0.0, 2.0),
     "mean_change": (0.0, 255.0),
     "max_change": (0.0, 256.0),
 }
@@ -105,8 +106,8 @@ class Collector:
         self._counting = [j for j in judges if not j.inside]
         names = [(judge.name, *cell, m) for judge in judges for cell in self._cells for m in self._measures]
         names += [(AVERAGE, *cell, m) for cell in self._cells for m in self._measures]
-        self._pictures = [column(m, "", v) for v in settings.variants for m in PICTURE] + list(CROP_ONLY)
-        self._pictures += list(WHOLE) if settings.photo else []
+        self._pictures = [column(m, "", v) for v in settings.variants for m in settings.picture] + list(CROP_ONLY)
+        self._pictures += list(settings.whole)
         self._identity_names = names
         self._bootstrap = ClusterBootstrap([*map(str, range(len(names))), *self._pictures], people)
         self.counts: Counter[str] = Counter()
@@ -132,7 +133,7 @@ class Collector:
             if pa.types.is_floating(well.schema.field(name).type)
         }
         first = np.array([face.endswith("-00") for face in well["face_id"].to_pylist()])
-        for name in WHOLE:  # a photo's own, told with each of its faces
+        for name in self.settings.whole:  # a photo's own, told with each of its faces
             if name in values:
                 values[name] = np.where(first, values[name], np.nan)
         for name, found in self.distributions.items():

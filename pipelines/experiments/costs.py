@@ -95,11 +95,15 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
     """Cost of one generated face, from inversion to attack, by the stages' own operators.
 
     Steps are alike, so a few are counted and the profile's number of them is what is told.  Not in it: detection,
-    whose cost is the photo's, and search and fusion, which are matrix products of 16 x N x 512 numbers.
+    whose cost is the photo's, and search and fusion, which are matrix products of L x N x 512 numbers.
+
+    Raises:
+        WeightsError: the profile needs a model that is not in the model store.
     """
 
     def configured(**values: float):
-        return load_config(profile, sets=(*sets, *(f"{k.replace('__', '.')}={v}" for k, v in values.items())))
+        found = load_config(profile, sets=(*sets, *(f"{k.replace('__', '.')}={v}" for k, v in values.items())))
+        return models.resolve(found)
 
     config = configured()
     meter = _Meter()
