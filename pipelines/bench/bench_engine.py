@@ -1,6 +1,6 @@
 """Benchmark of the engine: rows a second beside others, planning, efficiency, overhead.
 
-    python -m pipelines.bench.bench_engine [--only rows,planning,efficiency,overhead] [--rows 1000000] ...
+    python -m pipelines.bench.bench_engine [--only rows,planning,efficiency,overhead,night] [--rows 1000000] ...
 
 - rows: the same Parquet files (--rows rows in --shards files) through a stage that does nothing, by this engine (with
   its manifest: the source's rows are stored as well), by datatrove's local executor, and by plain Ray Data with
@@ -15,6 +15,9 @@
 - overhead: --photos photos of generated people through all stages with the quick profile. Of each generator worker (they
   have nearly all the work) from its first call of an operator to the end of its last: what is not inside operators, by
   what is. So reading and writing parts, waiting for the driver and for other stages' faces count, the start does not.
+
+- night: `scol protect` over --photos-night unchanged photos (`pipelines.bench.night` makes the archive and the night
+  before, with 256 photos in a part), from the start of the process to the end of the run. Making them takes longer.
 
 datatrove and Ray Data run in an environment of their own (requirements-bench.txt, `make bench-engine` makes it). Writes
 build/bench/engine.json; parts that were not measured keep what an earlier call wrote there.
@@ -46,7 +49,7 @@ from pipelines.bench.memory import MemoryWatch
 ROOT = Path(__file__).parents[2]
 BENCH_PYTHON = ROOT / "build" / "bench-venv" / "bin" / "python"
 SYSTEMS = ("scol", "datatrove", "ray_data")
-PARTS = ("rows", "planning", "efficiency", "overhead")
+PARTS = ("rows", "planning", "efficiency", "overhead", "night")
 
 COMMON = [("key", pa.string()), ("status", pa.string()), ("reason", pa.string())]
 ROW = pa.schema([*COMMON, ("id", pa.string()), ("text", pa.string())])
@@ -354,6 +357,18 @@ def _generator_time(calls: Path) -> tuple[float, float, int]:
     return busy, passed, seen
 
 
+def measure_night(photos: int, shard: int = 256) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="scol-bench-") as folder:
+        made = [sys.executable, "-m", "pipelines.bench.night", folder, str(photos), str(shard)]
+        subprocess.run(made, cwd=ROOT, check=True)
+        again = [sys.executable, "-c", "import sys; from pipelines.bench.night import run_again; run_again(*sys.argv[1:])"]
+        done = subprocess.run([*again, folder, str(shard)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["photos"] != photos or any(found.pop("done").values()):
+        raise RuntimeError(f"the night was not unchanged: {found}")
+    return {**found, "shard": shard}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default all)")
@@ -367,6 +382,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=40_960, help="of the efficiency (default 40960)")
     parser.add_argument("--shard-items", type=int, default=64, help="of the efficiency (default 64)")
     parser.add_argument("--photos", type=int, default=256, help="of the overhead (default 256)")
+    parser.add_argument("--photos-night", type=int, default=1_000_000)
     parser.add_argument("--out", type=Path, default=Path("build/bench/engine.json"))
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
@@ -402,6 +418,12 @@ def main() -> None:
             )
             result["efficiency"], result["efficiency_details"] = found.pop("efficiency"), found
             print(f"efficiency of {found['actors']} actors: {result['efficiency']:.3f}")
+        elif part == "night":
+            found = result["night"] = measure_night(arguments.photos_night)
+            print(
+                f"an unchanged night over {found['photos']} photos: {found['seconds']:.1f} s, "
+                f"{found['process_bytes'] / 2**30:.2f} GiB"
+            )
         else:
             found = measure_overhead(arguments.photos, workers)
             result["overhead"], result["overhead_details"] = found.pop("overhead"), found

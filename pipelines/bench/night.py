@@ -85,6 +85,23 @@ def make_run(src: Path, out: Path, size: int, shard: int, say: Callable[[str], N
         protect.make_stages = make_stages
 
 
+def run_again(folder: str, shard: str) -> None:
+    """`scol protect` once more. Prints a JSON object: seconds, peak resident size in bytes, items done by stage."""
+    import json
+    import resource
+
+    begin = time.perf_counter()
+    from pipelines import protect  # the import of PyTorch is part of every night
+    from pipelines.config import load_config
+
+    config = load_config("quick", sets=[f"engine.shard_photos={shard}"])
+    result = protect.protect(f"{folder}/photos", f"{folder}/out", config)
+    seconds = time.perf_counter() - begin
+    done = {name: stage["done"] for name, stage in result["engine"]["stages"].items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"photos": result["photos"], "seconds": seconds, "process_bytes": peak, "done": done}))
+
+
 def main() -> None:
     """`python -m pipelines.bench.night FOLDER PHOTOS SHARD`: makes FOLDER/photos, FOLDER/out and FOLDER/out.run."""
     folder, photos, shard = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
