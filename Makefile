@@ -17,7 +17,7 @@ help:
 	@echo "make demo           set-up, then protect a small archive of generated people, then the report"
 	@echo "make test           set-up, then the tests"
 	@echo "make bench          all benchmarks; one of them: $(addprefix bench-,$(BENCHES))"
-	@echo "make bench-engine   the engine beside datatrove and Ray Data (in an environment of their own), planning, overhead"
+	@echo "make bench-engine   the engine beside datatrove and Ray Data (in an environment of their own), planning, nights, overhead"
 	@echo "make bench-protection  our profile and attacks on 128 people of LFW (hours; ARGS=\"--people 8\" for a look)"
 	@echo "make chaos          kill 200 processes of running jobs, resume, and compare what came out"
 	@echo "make clean          remove .venv and build"
