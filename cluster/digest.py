@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cluster.retries import with_retries
 from cluster.store import DIGEST, PartStore
 
 _PAYS = 64  # parts that may have to be opened before the file is written anew
@@ -61,7 +62,7 @@ def _scan(store: PartStore, stage: str, columns: Sequence[str], light: Sequence[
     file = _saved(store, stage, light)
     new = _unknown(file, names)
     if save and len(new) >= _PAYS:
-        store.save_table(stage, DIGEST, _pieces(store, stage, light, names, file, new))
+        with_retries(lambda: store.save_table(stage, DIGEST, _pieces(store, stage, light, names, file, new)))
         file, new = _saved(store, stage, light), []
     yield from _pieces(store, stage, columns, names, file, new)
 

@@ -270,16 +270,19 @@ class Run:
             raise RunError(f"{self.url}: {name} cannot be read: {error}") from error
 
     def sha256(self, name: str) -> str:
-        """Of a file of the run's folder, hex. Raises RunError where the run has no such file."""
-        fs, path = open_fs(self.path(name))
-        digest = hashlib.sha256()
-        try:
+        """Of a file of the run's folder, hex. Raises RunError where the run has no such file, or it cannot be read."""
+
+        def hashed(fs: fsspec.AbstractFileSystem, path: str) -> str:
+            digest = hashlib.sha256()
             with fs.open(path, "rb") as file:
                 while piece := file.read(1 << 22):
                     digest.update(piece)
-        except OSError as error:
+            return digest.hexdigest()
+
+        try:
+            return self._do(name, hashed)
+        except (OSError, ValueError) as error:
             raise RunError(f"{self.url}: {name} cannot be read: {error}") from error
-        return digest.hexdigest()
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, (to_json(value) + "\n").encode())

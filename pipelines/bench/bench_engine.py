@@ -218,7 +218,7 @@ def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table
 
 
 def planning_part(folder: str, photos: str, done: str) -> None:
-    """Prints a JSON object: seconds, by how much the resident size grew at most, and its peak."""
+    """Prints a JSON object: seconds, and the process's peak resident size in bytes."""
     from pipelines.config import STAGES, VERSIONS
 
     rules = {stage: partial(hash_keys, [hash_key(stage, VERSIONS[stage], "configuration")]) for stage in STAGES}
@@ -230,7 +230,6 @@ def planning_part(folder: str, photos: str, done: str) -> None:
             keys = rules[stage](keys)
             store.write_part(stage, None, pa.table({"key": keys}))
     stages = [Stage(name, "1", TIMES, make_noop, failed_row) for name in STAGES]
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     begin = time.perf_counter()
     plan = Engine(store, stages).plan(make_photos_listing(int(photos)), rules)
     seconds = time.perf_counter() - begin
@@ -238,7 +237,7 @@ def planning_part(folder: str, photos: str, done: str) -> None:
     if len(plan) != int(photos) or set(missing.values()) != {int(photos) - int(done)}:
         raise RuntimeError(f"the plan is wrong: {len(plan)} photos, missing {missing}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "planning_bytes": peak - start, "process_bytes": peak}))
+    print(json.dumps({"seconds": seconds, "process_bytes": peak}))
 
 
 def measure_planning(photos: int, done: int) -> dict[str, Any]:
@@ -409,8 +408,7 @@ def main() -> None:
             found = result["planning"] = measure_planning(arguments.photos_planned, arguments.photos_done)
             print(
                 f"planning {found['photos']} photos: {found['seconds']:.1f} s, "
-                f"{found['planning_bytes'] / 2**30:.2f} GiB "
-                f"(the whole process {found['process_bytes'] / 2**30:.2f} GiB)"
+                f"{found['process_bytes'] / 2**30:.2f} GiB (peak of the whole process)"
             )
         elif part == "efficiency":
             found = measure_efficiency(
