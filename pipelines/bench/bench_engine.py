@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -44,6 +43,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster import Engine, PartStore, Pool, Resources, Stage, hash_key, hash_keys, ray_session
+from cluster.worker import peak_memory
 from pipelines.bench.memory import MemoryWatch
 
 ROOT = Path(__file__).parents[2]
@@ -236,8 +236,8 @@ def planning_part(folder: str, photos: str, done: str) -> None:
     missing = plan.missing()
     if len(plan) != int(photos) or set(missing.values()) != {int(photos) - int(done)}:
         raise RuntimeError(f"the plan is wrong: {len(plan)} photos, missing {missing}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "process_bytes": peak}))
+    # not ru_maxrss, which a process has from the one that started it
+    print(json.dumps({"seconds": seconds, "process_bytes": peak_memory()}))
 
 
 def measure_planning(photos: int, done: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from cluster import Operator, Stage
+from cluster.worker import peak_memory
 from pipelines.manifests import NO_FACE, SCHEMAS
 
 _FOLDER = 1000  # photos in a folder
@@ -88,7 +89,6 @@ def make_run(src: Path, out: Path, size: int, shard: int, say: Callable[[str], N
 def run_again(folder: str, shard: str) -> None:
     """`scol protect` once more. Prints a JSON object: seconds, peak resident size in bytes, items done by stage."""
     import json
-    import resource
 
     begin = time.perf_counter()
     from pipelines import protect  # the import of PyTorch is part of every night
@@ -98,8 +98,8 @@ def run_again(folder: str, shard: str) -> None:
     result = protect.protect(f"{folder}/photos", f"{folder}/out", config)
     seconds = time.perf_counter() - begin
     done = {name: stage["done"] for name, stage in result["engine"]["stages"].items()}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"photos": result["photos"], "seconds": seconds, "process_bytes": peak, "done": done}))
+    words = {"photos": result["photos"], "seconds": seconds, "process_bytes": peak_memory(), "done": done}
+    print(json.dumps(words))
 
 
 def main() -> None:
