@@ -215,18 +215,12 @@ class Folder:
         self.fs.makedirs(self.root, exist_ok=True)
         if self.local:
             # A hard link is the local create-if-absent that never shows half a file.
-            temporary = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.link(temporary, final)
-                return True
-            except FileExistsError:
-                return False
-            finally:
-                self.remove(os.path.basename(temporary))
+            with self._temporary(content) as temporary:
+                try:
+                    os.link(temporary, final)
+                    return True
+                except FileExistsError:
+                    return False
         if self.fs.exists(final):
             return False
         try:
@@ -246,15 +240,21 @@ class Folder:
             self.fs.pipe_file(self.path(name), content)
             return
         os.makedirs(self.root, exist_ok=True)
-        temporary = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
+        with self._temporary(content) as temporary:
+            os.replace(temporary, self.path(name))
+
+    @contextmanager
+    def _temporary(self, content: bytes) -> Iterator[str]:
+        """Path of a local file with this content, safe on the disk; it is gone after the block, if it still is there."""
+        path = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
         try:
-            with open(temporary, "xb") as file:
+            with open(path, "xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, self.path(name))
+            yield path
         finally:
-            self.remove(os.path.basename(temporary))
+            self.remove(os.path.basename(path))
 
     def fetch(self, name: str) -> bytes | None:
         """A small file's content; None where there is none."""
