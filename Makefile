@@ -6,7 +6,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --quiet --no-warn-conflicts
 STAMP  := $(VENV)/.setup-done
 TSTAMP := $(VENV)/.setup-test-done
-BENCHES := align gallery stages models
+BENCHES := align gallery stages models swap
 
 BVENV   := build/bench-venv
 

@@ -23,14 +23,15 @@ _ROWS = 65536  # in a piece
 
 
 def scan_digest(
-    store: PartStore, stage: str, columns: Sequence[str], light: Sequence[str], save: bool = False
+    store: PartStore, stage: str, columns: Sequence[str], light: pa.Schema, save: bool = False
 ) -> Iterator[pa.Table]:
     """Go through some columns of all rows of a stage, in pieces; a key that two parts hold comes twice.
 
     Args:
         store, stage: whose.
         columns: wanted, of `light`.
-        light: columns that the file keeps, `key` among them; with others than before it is made anew.
+        light: columns that the file keeps, `key` among them; with others than before it is made anew. Null where a part
+            of an older version of the stage does not have them.
         save: write the file anew if many parts have to be opened. Only for who may write to the store, while nobody
             takes rows out of it (`PartStore.replace_part`), which would come back.
 
@@ -42,7 +43,7 @@ def scan_digest(
 
 
 def read_digest(
-    store: PartStore, stage: str, columns: Sequence[str], light: Sequence[str], save: bool = False
+    store: PartStore, stage: str, columns: Sequence[str], light: pa.Schema, save: bool = False
 ) -> pa.Table:
     """The same as one table, with one set of rows for each item key (see `PartStore.scan`).
 
@@ -56,20 +57,20 @@ def read_digest(
     return _one_part_each(pa.concat_tables(tables)).select(list(columns))
 
 
-def _scan(store: PartStore, stage: str, columns: Sequence[str], light: Sequence[str], save: bool) -> Iterator[pa.Table]:
+def _scan(store: PartStore, stage: str, columns: Sequence[str], light: pa.Schema, save: bool) -> Iterator[pa.Table]:
     """As `scan_digest`, with the parts' names."""
     names = store.parts(stage)
     file = _saved(store, stage, light)
     new = _unknown(file, names)
     if save and len(new) >= _PAYS:
-        with_retries(lambda: store.save_table(stage, DIGEST, _pieces(store, stage, light, names, file, new)))
+        with_retries(lambda: store.save_table(stage, DIGEST, _pieces(store, stage, light.names, names, file, new, light)))
         file, new = _saved(store, stage, light), []
-    yield from _pieces(store, stage, columns, names, file, new)
+    yield from _pieces(store, stage, columns, names, file, new, light)
 
 
-def _saved(store: PartStore, stage: str, light: Sequence[str]) -> pq.ParquetFile | None:
+def _saved(store: PartStore, stage: str, light: pa.Schema) -> pq.ParquetFile | None:
     file = store.open_table(stage, DIGEST)
-    return file if file is not None and set(file.schema_arrow.names) == {_PART, *light} else None
+    return file if file is not None and set(file.schema_arrow.names) == {_PART, *light.names} else None
 
 
 def _unknown(file: pq.ParquetFile | None, names: list[str]) -> list[str]:
@@ -83,7 +84,13 @@ def _unknown(file: pq.ParquetFile | None, names: list[str]) -> list[str]:
 
 
 def _pieces(
-    store: PartStore, stage: str, columns: Sequence[str], names: list[str], file: pq.ParquetFile | None, new: list[str]
+    store: PartStore,
+    stage: str,
+    columns: Sequence[str],
+    names: list[str],
+    file: pq.ParquetFile | None,
+    new: list[str],
+    light: pa.Schema,
 ) -> Iterator[pa.Table]:
     columns = [*columns, _PART]
     if file is not None:
@@ -92,7 +99,7 @@ def _pieces(
             table = file.read_row_group(group, columns, use_threads=False).select(columns)
             yield table.filter(pc.is_in(table[_PART], value_set=there))
     some, rows = [], 0
-    for name, table in zip(new, store.each_part(stage, columns[:-1], new), strict=True):
+    for name, table in zip(new, store.each_part(stage, columns[:-1], new, light), strict=True):
         some.append(table.select(columns[:-1]).append_column(_PART, pa.array([name] * len(table), pa.string())))
         rows += len(table)
         if rows >= _ROWS:

@@ -376,26 +376,37 @@ class PartStore:
 
     # Reading ---------------------------------------------------------------------------------------------------
 
-    def read_part(self, stage: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    def read_part(
+        self, stage: str, name: str, columns: Sequence[str] | None = None, later: pa.Schema | None = None
+    ) -> pa.Table:
         """Read one part, all rows, all or some columns.
+
+        Args:
+            later: columns of these are null where the part, of an older version of its stage, does not have them.
 
         Raises:
             SchemaVersionError: the part's schema version is newer than the store's.
             StoreError: missing, unreadable, torn, or without one of `columns`.
         """
         path = self.path(stage, name)
-        return self._patient(lambda: self._read_part(path, columns))
+        return self._patient(lambda: self._read_part(path, columns, later))
 
-    def _read_part(self, path: str, columns: Sequence[str] | None) -> pa.Table:
+    def _read_part(self, path: str, columns: Sequence[str] | None, later: pa.Schema | None) -> pa.Table:
         try:
             with self._fs.open(path, "rb") if not self._local else open(path, "rb") as source:
                 file = pq.ParquetFile(source, pre_buffer=not self._local)
                 schema = file.schema_arrow
                 self._check_version(path, schema.metadata or {})
                 absent = [c for c in columns or () if c not in schema.names]
+                unknown = [c for c in absent if later is None or c not in later.names]
+                if unknown:
+                    raise StoreError(path, f"the part has no column {', '.join(unknown)}")
+                read = None if columns is None else [c for c in columns if c not in absent]
+                table = file.read(columns=read, use_threads=False)
+                for column in absent:
+                    table = table.append_column(column, pa.nulls(len(table), later.field(column).type))
                 if absent:
-                    raise StoreError(path, f"the part has no column {', '.join(absent)}")
-                table = file.read(columns=None if columns is None else list(columns), use_threads=False)
+                    table = table.select(list(columns))
         except StoreError:
             raise
         except (pa.ArrowInvalid, OSError) as error:
@@ -431,7 +442,13 @@ class PartStore:
                 path, f"written with schema version {version}, this program reads up to {self.schema_version}"
             )
 
-    def each_part(self, stage: str, columns: Sequence[str], names: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    def each_part(
+        self,
+        stage: str,
+        columns: Sequence[str],
+        names: Sequence[str] | None = None,
+        later: pa.Schema | None = None,
+    ) -> Iterator[pa.Table]:
         """Go through a stage part by part as they are, so that a key that two parts hold comes twice (see `scan`).
 
         Some parts are read ahead by threads.
@@ -439,19 +456,20 @@ class PartStore:
         Args:
             columns: to read.
             names: of the parts; None for all.
+            later: as for `read_part`.
 
         Raises:
             StoreError: as for `read_part`.
         """
         names = self.parts(stage) if names is None else names
         if len(names) < 2:
-            yield from (self.read_part(stage, name, columns) for name in names)
+            yield from (self.read_part(stage, name, columns, later) for name in names)
             return
         threads = 4 if self._local else 16
         with ThreadPoolExecutor(threads) as pool:
             ahead: deque = deque()
             for name in names:
-                ahead.append(pool.submit(self.read_part, stage, name, columns))
+                ahead.append(pool.submit(self.read_part, stage, name, columns, later))
                 if len(ahead) >= 4 * threads:
                     yield ahead.popleft().result()
             while ahead:

@@ -1,4 +1,4 @@
-"""`scol experiment`: the paper's tables."""
+"""`scol experiment`: the paper's tables, and the ablation."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ def register(main: click.Group, guarded: Callable, say: Callable[[str], None]) -
     @experiment.command("list")
     @guarded
     def list_experiments():
-        """Names and titles."""
-        from pipelines.experiments import tables
+        """Names and titles, and the ablation's variants by group."""
+        from pipelines.experiments import named, variants
 
-        for found in tables.EXPERIMENTS.values():
-            click.echo(f"{found.name:8} {found.title} ({found.dataset})")
-        click.echo(f"{tables.COST:8} Cost of a face (no photos needed)")
+        for found in named.experiments():
+            click.echo(f"{found.name:20} {found.title} ({found.dataset or 'no photos needed'})")
+        click.echo("\nVariants of the ablation, by --group:")
+        for group, (about, some) in variants.GROUPS.items():
+            click.echo(f"{group:20} {about}: {' '.join(v.name for v in some)}")
+        click.echo(f"{'(unless asked)':20} {' '.join(variants.DEFAULT)}")
 
     @experiment.command("run")
     @click.argument("name")
@@ -45,12 +48,14 @@ def register(main: click.Group, guarded: Callable, say: Callable[[str], None]) -
         "--out", metavar="FOLDER", help="Trees, evaluations and the table.  [default: build/experiments/NAME]"
     )
     @click.option(
-        "--limit", "people", type=click.IntRange(min=1), default=128, help="People to probe, each with one photo."
+        "--limit", "people", type=click.IntRange(min=1), help="People to probe, each with one photo.  [default: 128; ablation: 16]"
     )
     @click.option("--distractors", type=click.IntRange(min=1), default=1000, help="Others in the gallery.")
     @click.option("--seed", type=int, default=0, help="Of the draw of people.")
     @click.option(
-        "--profile", type=click.Choice(["quick", "standard", "paper"]), default="paper", help="What is varied."
+        "--profile",
+        type=click.Choice(["quick", "standard", "paper"]),
+        help="What is varied.  [default: paper; ablation: standard]",
     )
     @click.option(
         "--set", "sets", metavar="KEY=VALUE", multiple=True, help="A setting of all lines of ours; repeatable."
@@ -65,29 +70,58 @@ def register(main: click.Group, guarded: Callable, say: Callable[[str], None]) -
     @click.option(
         "--swaps",
         metavar="FOLDER",
-        help="table3, table4: a face swapper's outputs: FOLDER/original/... and FOLDER/LINE/... (tau-3, eps-8, ...).",
+        help="table3, table4: a face swapper's outputs: FOLDER/original/... and FOLDER/LINE/... (tau-3, eps-8, ...).  "
+        "[default: the embedded swap oracle's]",
+    )
+    @click.option("--variants", metavar="NAME,...", default="", help="ablation: these, see `scol experiment list`.")
+    @click.option("--group", "groups", metavar="GROUP", multiple=True, help="ablation: all variants of it; repeatable.")
+    @click.option(
+        "--variants-file", metavar="FILE", help="ablation: your own, a TOML file with a section of settings for each."
     )
     @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: as the machine has cores]")
     @guarded
-    def run(name, data, dataset, out, people, distractors, seed, profile, sets, others, swaps, workers):
-        """Run NAME (table1 ... table5), or go on with it; a larger --limit goes on from a smaller one.
+    def run(
+        name,
+        data,
+        dataset,
+        out,
+        people,
+        distractors,
+        seed,
+        profile,
+        sets,
+        others,
+        swaps,
+        variants,
+        groups,
+        variants_file,
+        workers,
+    ):
+        """Run NAME (see `scol experiment list`), or go on with it; a larger --limit goes on from a smaller one.
 
         Prints the table, and writes it to OUT/NAME.md with all figures in OUT/NAME.json.
         """
-        from pipelines.experiments import tables
+        from pipelines.experiments import ablation, named, tables
+        from pipelines.experiments.variants import select
         from pipelines.protect import Reporter
 
+        found = named.find(name)
+        chosen = []
+        if name == ablation.NAME:
+            chosen = select([n for n in variants.split(",") if n], groups, variants_file)
+        elif variants or groups or variants_file:
+            raise click.UsageError(f"--variants, --group and --variants-file are of the ablation, not of {name}")
         options = tables.Options(
             data=data,
-            dataset=dataset or (tables.EXPERIMENTS[name].dataset if name in tables.EXPERIMENTS else ""),
+            dataset=dataset or found.dataset,
             out=out or f"build/experiments/{name}",
-            people=people,
+            people=people or found.people,
             distractors=distractors,
             seed=seed,
-            profile=profile,
+            profile=profile or found.profile,
             sets=sets,
             others=_named(others),
             swaps=swaps,
             workers=workers,
         )
-        click.echo(tables.run(name, options, say, lambda: Reporter(sys.stderr)))
+        click.echo(named.run(name, options, chosen, say, lambda: Reporter(sys.stderr)))

@@ -18,10 +18,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipelines import public_models
+from scol_ops.distortions import NONE, Distortion
 
-STAGES = ("align", "invert", "fuse", "tune", "attack", "publish")
+STAGES = ("align", "invert", "fuse", "tune", "attack", "strengthen", "publish")
+OPTIONAL = ("strengthen",)  # those of them that a run leaves out where its configuration has nothing for them to do
 # Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
-VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "1", "attack": "1", "publish": "1"}
+VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "2", "attack": "1", "strengthen": "1", "publish": "2"}
 RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
 ENCODER = "encoder"
 ENCODER_TRUNK = "mobilefacenet"  # the recogniser whose features the encoder reads (scol_ops.models.encoder)
@@ -42,13 +44,20 @@ MARGINS |= dict.fromkeys(public_models.RECOGNISERS, 0.0)
 REFINE_MARGINS = {"mobilefacenet": -0.5, "dlib_resnet": 0.5, "faceres": 0.1, ENCODER: -0.3}
 REFINE_MARGINS |= dict.fromkeys(public_models.RECOGNISERS, -0.3)
 
+# Settings that sections had not from the beginning.
+_LATER = {"tune": ("blur", "jpeg_quality"), "attack": ("momentum", "translation_sigma")}
+# What the closed loop goes by, of the section publish.
+_LOOKED_AT = ("judge", "max_ism", "max_ism_distorted", "distortions")
+
 # What differs from the fields' defaults, in one place.
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
         "gallery.synthetic": 5000,
         "tune.steps": 15,
         "refine.steps": 30,
+        "refine.start": 0.4,
         "attack.steps": 5,
+        "strengthen.rounds": 0,
         "engine.face_seconds": 300.0,
     },
     "standard": {},
@@ -73,6 +82,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "attack.eps": 8 / 255,
         "attack.steps": 10,
         "attack.step_size": 2 / 255,
+        "strengthen.rounds": 0,
         "engine.face_seconds": 1800.0,
     },
 }
@@ -170,6 +180,11 @@ class GalleryConfig(Section):
 class FuseConfig(Section):
     """Identity-obfuscating fusion of the most similar codes of other people."""
 
+    source: Literal["similar", "random"] = Field(
+        "similar",
+        description="the k most similar codes of other people | one code of other people, drawn by the face's seed, for "
+        "comparison with them (k and weighting say nothing then; exact search alone)",
+    )
     k: int = Field(10, ge=1, le=1000, description="most similar codes to fuse, at each layer")
     weighting: Literal["mean", "softmax"] = Field("mean", description="plain mean, or softmax of the similarities")
     temperature: float = Field(0.1, gt=0, le=100, description="of the softmax, in units of similarity")
@@ -265,6 +280,10 @@ class TuneConfig(IdentitySection):
     diversity: float = Field(
         1.0, ge=0, le=2, description="strength of random resize and shift before the features; 0: none"
     )
+    blur: bool = Field(False, description="random blur as well (EOT)")
+    jpeg_quality: QualityRange = Field(
+        None, description="random JPEG of a quality in this range (1..100) as well (EOT); none: off"
+    )
     residual_sigma: float = Field(
         0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
     )
@@ -280,19 +299,30 @@ class RefineConfig(IdentitySection):
     margins: Numbers = _margins_field(REFINE_MARGINS)
     steps: int = Field(80, ge=0, le=10_000, description="Adam steps on the residual; 0: off")
     lr: float = Field(0.01, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
-    start: float = Field(0.4, ge=0, le=1, description="share of the tuned residual to begin with")
+    start: float = Field(0.5, ge=0, le=1, description="share of the tuned residual to begin with")
     l2_weight: float = Field(5.0, ge=0, le=1e4, description="weight of the pixel L2 to the photo")
-    ssim_weight: float = Field(1.0, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM to the photo")
+    ssim_weight: float = Field(0.5, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM to the photo")
+    flip_weight: float = Field(
+        1.0, ge=0, le=1e4, description="weight of the FLIP of the change, mean over the face: what a person sees of it"
+    )
+    flip_target: float = Field(
+        0.065,
+        ge=0,
+        le=1,
+        description="`refine.flip_weight` is only the first one and moves until the change has this FLIP (of colours "
+        "alone, without edges: about 0.6 of the whole); 0: it stays",
+    )
     visible_weight: float = Field(
-        200.0, ge=0, le=1e5, description="weight of the squared change of what an eye sees on a screen (as FLIP models it)"
+        200.0, ge=0, le=1e5, description="weight of the squared change of what an eye sees: no place may change too much"
     )
     id_lock: float = Field(0.0, ge=0, le=1e3, description="weight of the pull to the fused identity")
     hinge: float = Field(0.35, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
     diversity: float = Field(1.0, ge=0, le=2, description="strength of random resize and shift before the features")
-    blur: bool = Field(False, description="random blur as well")
+    blur: bool = Field(True, description="random blur as well (EOT)")
     jpeg_quality: QualityRange = Field(
-        None, description="random JPEG of a quality in this range (1..100) as well; none: off"
+        (60, 95), description="random JPEG of a quality in this range (1..100) as well (EOT); none: off"
     )
+    photo_scale: bool = Field(True, description="the features see the face at the size that it has in the photo")
     residual_sigma: float = Field(
         1.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
     )
@@ -314,17 +344,53 @@ class AttackConfig(Section):
 
     enabled: bool = Field(True, description="off: the refined face is published as it is")
     eps: float = Field(
-        2 / 255,
+        1 / 255,
         ge=0,
         le=1,
         description="bound of the change, in [0, 1] pixel units (paper: 8/255)",
     )
     steps: int = Field(10, ge=0, le=1000, description="PGD steps")
-    step_size: float = Field(0.5 / 255, ge=0, le=1, description="of one signed step, in [0, 1] pixel units")
+    step_size: float = Field(0.25 / 255, ge=0, le=1, description="of one signed step, in [0, 1] pixel units")
     random_start: float = Field(1.0, ge=0, le=1, description="share of eps of the random start")
     diversity: float = Field(0.0, ge=0, le=2, description="random resize and shift (EOT); 0: the paper")
     blur: bool = Field(False, description="random blur (EOT)")
     jpeg_quality: QualityRange = Field(None, description="random JPEG quality range (EOT), 1..100; none: off")
+    momentum: float = Field(0.0, ge=0, le=1, description="decay of earlier steps' gradients (MI); 0: the paper")
+    translation_sigma: float = Field(
+        0.0, ge=0, le=32, description="Gaussian smoothing of the gradient, px of the crop (TI); 0: the paper"
+    )
+
+
+class StrengthenConfig(Section):
+    """Closed loop: faces that the judge still knows in the photo's file, as saved or after `publish.distortions`, are
+    refined and attacked again, by stronger settings each round."""
+
+    rounds: int = Field(1, ge=0, le=20, description="most rounds of a face; 0: off, the stage is left out")
+    steps: int = Field(60, ge=0, le=10_000, description="refinement steps of a round")
+    hinge_factor: float = Field(1.6, ge=1, le=100, description="`refine.hinge` is multiplied by it each round")
+    margin_step: float = Field(0.1, ge=0, le=2, description="the margins of `refine` fall by it each round, cosine")
+    visible_factor: float = Field(
+        1.2,
+        ge=1,
+        le=100,
+        description="`refine.flip_weight`, `visible_weight`, `l2_weight`, `ssim_weight` are divided by it each round, "
+        "`flip_target` multiplied",
+    )
+    eps_factor: float = Field(
+        1.5, ge=1, le=100, description="`attack.eps` and its step are multiplied by it each round"
+    )
+    max_eps: float = Field(
+        8 / 255,
+        ge=0,
+        le=1,
+        description="up to this bound of the attack, in [0, 1] pixel units; never below `attack.eps`",
+    )
+    min_psnr: float = Field(
+        34.0,
+        ge=0,
+        le=100,
+        description="dB over the face crop before saving; a round that falls below is thrown away and the face's last",
+    )
 
 
 class PublishConfig(Section):
@@ -339,6 +405,18 @@ class PublishConfig(Section):
         le=1,
         description="ok up to this cosine to the original, weak above; none: the judge's own threshold",
     )
+    distortions: Names = Field(
+        ("jpeg75+half",),
+        description="transformations after which the judge looks at each face of the saved file again, named as for "
+        "`scol evaluate --distortion`; empty: none",
+    )
+    judge_distorted: bool = Field(
+        True,
+        description="what the judge sees after `publish.distortions` decides the verdict too; false: it is only told",
+    )
+    max_ism_distorted: Annotated[float | None, BeforeValidator(_none_word)] = Field(
+        None, ge=-1, le=1, description="the bar after `publish.distortions`; none: the same as of the file as saved"
+    )
     min_psnr: float = Field(0.0, ge=0, le=100, description="weak below this PSNR over the face crop, dB; 0: no limit")
     on_fail: Literal["skip", "copy"] = Field(
         "skip", description="a photo with a failed face: leave it out, or copy it unprotected"
@@ -350,6 +428,15 @@ class PublishConfig(Section):
         if name not in ALL_RECOGNISERS:
             raise ValueError(f"unknown recogniser {name!r}; there are {', '.join(ALL_RECOGNISERS)}")
         return name
+
+    @field_validator("distortions")
+    @classmethod
+    def _known_distortions(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            Distortion(name)
+        if NONE in names or len(set(names)) < len(names):
+            raise ValueError(f"each once, and without {NONE!r}, the file as saved, which is always looked at: {names}")
+        return names
 
 
 class EngineConfig(Section):
@@ -411,6 +498,7 @@ class Config(Section):
     refine: RefineConfig = RefineConfig()
     inspect: InspectConfig = InspectConfig()
     attack: AttackConfig = AttackConfig()
+    strengthen: StrengthenConfig = StrengthenConfig()
     publish: PublishConfig = PublishConfig()
     engine: EngineConfig = EngineConfig()
 
@@ -446,10 +534,22 @@ class Config(Section):
                 f"publish.judge: {self.encoder_trunk!r} is part of the encoder, which {(through or ['attack'])[0]} works through; "
                 "what is used inside never judges"
             )
-        for section in ("refine", "attack"):
+        for section in ("tune", "refine", "attack"):
             quality = getattr(self, section).jpeg_quality
             if quality is not None and not 1 <= quality[0] <= quality[1] <= 100:
                 raise ValueError(f"{section}.jpeg_quality: LOW,HIGH with 1 <= LOW <= HIGH <= 100, got {quality}")
+        if self.strengthen.rounds:
+            if not self.refines_again and not self.attack.enabled:
+                raise ValueError("strengthen.rounds: neither refinement nor attack is there to be strengthened")
+            if self.strengthen.min_psnr < self.publish.min_psnr:
+                raise ValueError(
+                    f"strengthen.min_psnr: {self.strengthen.min_psnr:g} dB is below publish.min_psnr, "
+                    f"{self.publish.min_psnr:g}: strengthened faces would be weak for their quality"
+                )
+        if self.fuse.source == "random" and self.gallery.search != "exact":
+            raise ValueError("fuse.source: random needs gallery.search = exact, since indexes find what is similar")
+        if self.fuse.source == "random" and self.fuse.identity_ceiling is not None:
+            raise ValueError("fuse.identity_ceiling: fuse.source = random does not look at it")
         if self.gallery.url is None and self.fuse.k >= self.gallery.synthetic:
             raise ValueError(f"fuse.k: {self.fuse.k} codes cannot come from a gallery of {self.gallery.synthetic}")
         return self
@@ -465,6 +565,11 @@ class Config(Section):
         return public_models.codes_of(self.crop_size) if self.generator in public_models.GENERATORS else EMBEDDED_CODES
 
     @property
+    def refines_again(self) -> bool:
+        """Whether rounds of ``strengthen`` refine: a refinement that is off stays off there."""
+        return bool(self.refine.steps and self.refine.identity and self.strengthen.steps)
+
+    @property
     def encoder_trunk(self) -> str:
         """The recogniser that the encoder reads the features of, or was made from."""
         return ENCODER_TRUNK if self.encoder == EMBEDDED else E4E_TRUNK
@@ -475,15 +580,24 @@ class Config(Section):
         def of(section: str) -> dict[str, Any]:
             return getattr(self, section).model_dump(mode="json")
 
-        tune = of("tune")
-        if self.tune.perceptual == "ssim":  # without LPIPS nothing is said of it, so that keys are those of before it
+        # What is off is not said, so that keys are those of before it could be had.
+        tune, attack = ({k: v for k, v in of(s).items() if v or k not in later} for s, later in _LATER.items())
+        if self.tune.perceptual == "ssim":
             del tune["perceptual"], tune["lpips_weight"]
+        fuse = of("fuse")
+        if self.fuse.source == "similar":
+            del fuse["source"]
         parts: dict[str, dict[str, Any]] = {
             "align": {"align": of("align"), "crop_size": self.crop_size, "seed": self.seed},
             "invert": {"invert": of("invert"), "generator": self.generator},
-            "fuse": {"fuse": of("fuse")},
+            "fuse": {"fuse": fuse},
             "tune": {"tune": tune, "refine": of("refine")},
-            "attack": {"inspect": of("inspect"), "attack": of("attack")},
+            "attack": {"inspect": of("inspect"), "attack": attack},
+            # The settings of refinement and attack are in the keys of the stages before.
+            "strengthen": {
+                "strengthen": of("strengthen"),
+                "publish": {name: of("publish")[name] for name in _LOOKED_AT},
+            },
             "publish": {"publish": of("publish")},
         }
         if stage not in parts:

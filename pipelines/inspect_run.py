@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipelines import presence
 from pipelines.config import STAGES, Config
-from pipelines.manifests import ERROR, SOURCE, WEAK, Run, RunError, duration, read_stage, summary
+from pipelines.manifests import ERROR, SOURCE, WEAK, Run, RunError, duration, left_out, read_stage, summary
 
 
 def status(url: str) -> dict[str, Any]:
@@ -34,7 +34,8 @@ def status(url: str) -> dict[str, Any]:
         return {"run": url, "photos": 0, "faces": 0, "stages": {}, "drivers": drivers, **nothing}
     plan = run.plan()
     stages = {}
-    for stage in (SOURCE, *STAGES):
+    absent = left_out(plan)
+    for stage in (SOURCE, *(s for s in STAGES if s not in absent)):
         rows = read_stage(run, stage, ["key", "status"])
         done = pc.count_distinct(rows["key"]).as_py() if rows.num_rows else 0
         stages[stage] = {"done": done, "rows": dict(Counter(rows["status"].to_pylist()))}
@@ -59,7 +60,7 @@ def status_lines(found: dict[str, Any]) -> list[str]:
     for driver in living:
         now |= driver.get("stages", {})
     for stage, entry in found["stages"].items():
-        line = f"  {stage:8} {entry['done']:>7}/{found['photos']} photos"
+        line = f"  {stage:10} {entry['done']:>7}/{found['photos']} photos"
         live = now.get(stage)
         if live is not None and stage != SOURCE:
             line += f"  {live['total'] - live['done']:>7} left"
@@ -195,7 +196,7 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
         f"{unreadable} unreadable)",
         "time a face": f"{per_face:.1f} s ({basis})",
         "workers": f"{workers} here",
-        "time": f"about {duration(seconds)}",
+        "time": f"about {duration(seconds)}" + _more_words(config, run_url),
         "memory": f"about {peak / 2**30:.1f} GiB a worker (measured now)" if run_url is None else "not measured",
     }
     return {
@@ -214,6 +215,13 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
         "peak_bytes": peak if run_url is None else None,
         "words": words,
     }
+
+
+def _more_words(config: Config, run_url: str | None) -> str:
+    """Who goes back to the closed loop is known only then; an earlier run's times have it in them."""
+    if not config.strengthen.rounds or run_url is not None:
+        return ""
+    return f", and more for faces that go back (up to {config.strengthen.rounds} round(s) of {config.strengthen.steps} steps)"
 
 
 def _this_machine() -> dict[str, float]:

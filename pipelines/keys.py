@@ -32,13 +32,17 @@ def stage_rules(
     out: str = "",
     opened: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> dict[str, KeyRule]:
-    """By stage, the rule from the keys at the stage before; all keys are known before anything runs.
+    """By stage, the rule from the keys at the stage before; all keys are known before anything runs. A stage that the run
+    leaves out has the keys of the one before.
 
     Args:
         opened: of ``retry.opened``.
     """
     rules: dict[str, KeyRule] = {}
     for stage in STAGES:
+        if stage == "strengthen" and not config.strengthen.rounds:  # left out: the next one follows from the one before
+            rules[stage] = _same
+            continue
         # What is the same for all photos is hashed once.
         common = hash_key(
             stage, VERSIONS[stage], config.canonical(stage), weights[stage], out if stage == "publish" else ""
@@ -47,6 +51,10 @@ def stage_rules(
         if opened.get(stage):
             rules[stage] = partial(_current, rules[stage], opened[stage])
     return rules
+
+
+def _same(keys: list[str]) -> list[str]:
+    return keys
 
 
 def _current(rule: KeyRule, opened: Collection[str], keys: list[str]) -> list[str]:

@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,7 @@ from cluster.remote import OBJECT_STORES, open_fs, protocols
 from cluster.retries import is_transient, with_retries
 from cluster.digest import read_digest
 from cluster.store import PartStore
-from pipelines.config import STAGES
+from pipelines.config import OPTIONAL, STAGES
 
 T = TypeVar("T")
 
@@ -76,6 +76,10 @@ HISTORY = pa.list_(
             ("hinge", pa.float32()),
         ]
     )
+)
+
+ROUNDS = pa.list_(
+    pa.struct([("round", pa.int32()), ("psnr", pa.float32()), ("ism", pa.float32()), ("ism_worst", pa.float32())])
 )
 
 _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
@@ -122,6 +126,20 @@ _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
         ("loss_before", pa.float32()),
         ("loss_after", pa.float32()),
     ],
+    "strengthen": [
+        ("protected", pa.binary()),
+        ("rounds", pa.int32()),
+        ("kept", pa.int32()),
+        ("ended", pa.string()),
+        ("psnr", pa.float32()),
+        ("psnr_before", pa.float32()),
+        ("ism", pa.float32()),
+        ("ism_worst", pa.float32()),
+        ("worst", pa.string()),
+        ("ism_before", pa.float32()),
+        ("ism_worst_before", pa.float32()),
+        ("history", ROUNDS),
+    ],
     "publish": [
         ("path", pa.string()),
         ("action", pa.string()),
@@ -136,7 +154,11 @@ _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
         ("judge", pa.string()),
         ("ism", pa.float32()),
         ("ism_jpeg", pa.float32()),
+        ("ism_worst", pa.float32()),
+        ("worst", pa.string()),
+        ("distorted", pa.list_(pa.struct([("name", pa.string()), ("ism", pa.float32())]))),
         ("max_ism", pa.float32()),
+        ("max_ism_distorted", pa.float32()),
         ("ism_mobilefacenet", pa.float32()),
         ("ism_dlib_resnet", pa.float32()),
         ("ism_faceres", pa.float32()),
@@ -164,8 +186,8 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 
 # What is read of every row every night; the rest (pictures, codes, histories) is read where it is wanted.
-LIGHT: dict[str, list[str]] = {
-    stage: [field.name for field in schema if not (pa.types.is_nested(field.type) or pa.types.is_binary(field.type))]
+LIGHT: dict[str, pa.Schema] = {
+    stage: pa.schema([f for f in schema if not (pa.types.is_nested(f.type) or pa.types.is_binary(f.type))])
     for stage, schema in SCHEMAS.items()
 }
 
@@ -400,8 +422,20 @@ class Run:
             raise RunError(f"{self.url}: no run of scol (neither a plan nor rows of a stage are there)")
 
     def plan(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """One row a photo of the latest run, by path: photo_id, path, and its key at every stage."""
-        return self.read_table("plan.parquet", columns)
+        """One row a photo of the latest run, by path: photo_id, path, and its key at every stage.
+
+        A stage that the run left out, or that the plan of an older version does not know, has the keys of the one before.
+        """
+        columns = PLAN_SCHEMA.names if columns is None else list(columns)
+        with self._open_table("plan.parquet") as file:
+            there = file.schema_arrow.names
+            known = {column: _known_stage(column, there) for column in columns}
+            absent = [column for column in known.values() if column not in there]
+            if absent:
+                raise RunError(f"{self.path('plan.parquet')}: no column {', '.join(absent)}")
+            table = file.read(columns=list(dict.fromkeys(known.values())), use_threads=False)
+        whole = pa.table({column: table[name] for column, name in known.items()})
+        return whole.replace_schema_metadata(table.schema.metadata)
 
     def plan_schema(self) -> pa.Schema:
         """The plan's columns and what it says about itself, without its rows."""
@@ -413,6 +447,19 @@ def _send(fs: fsspec.AbstractFileSystem, local: str, path: str) -> None:
     if OBJECT_STORES.isdisjoint(protocols(fs)):
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     fs.put_file(local, path)
+
+
+def _known_stage(column: str, there: Collection[str]) -> str:
+    """The column, or where it is a stage that is not there, the nearest before that is."""
+    if column in STAGES and column not in there:
+        return next((stage for stage in reversed(STAGES[: STAGES.index(column)]) if stage in there), column)
+    return column
+
+
+def left_out(plan: pa.Table) -> list[str]:
+    """Those of a plan's stages that the run leaves out: their keys are those of the stage before."""
+    before = {stage: STAGES[STAGES.index(stage) - 1] for stage in OPTIONAL}
+    return [stage for stage in OPTIONAL if plan.num_rows and plan[stage].equals(plan[before[stage]])]
 
 
 def plan_about(plan: pa.Table | pa.Schema) -> dict[str, str]:
@@ -464,7 +511,7 @@ def read_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None)
     if stage not in SCHEMAS:
         raise RunError(f"no stage {stage!r}; there are {', '.join(SCHEMAS)}")
     keys = run.plan([stage])[stage]
-    if columns is None or not set(columns) <= set(LIGHT[stage]):
+    if columns is None or not set(columns) <= set(LIGHT[stage].names):
         return run.store.read_rows(stage, keys.to_pylist(), columns, schema=SCHEMAS[stage])
     return in_order(read_digest(run.store, stage, list(dict.fromkeys(["key", *columns])), LIGHT[stage]), keys, stage).select(
         list(columns)
@@ -552,6 +599,18 @@ def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
     }
 
 
+def _strengthened(run: Run) -> dict[str, Any]:
+    """What the closed loop did."""
+    rows = read_stage(run, "strengthen", ["rounds", "ended"]).to_pylist()
+    again = [row for row in rows if row["rounds"]]
+    return {
+        "judged": sum(row["rounds"] is not None for row in rows),
+        "faces": len(again),
+        "rounds": sum(row["rounds"] for row in again),
+        "ended": dict(sorted(Counter(row["ended"] for row in again).items())),
+    }
+
+
 def summary(run: Run | str) -> dict[str, Any]:
     """Totals of a run as they stand, from the manifests; see docs/manifests.md (`summary.json`).
 
@@ -562,16 +621,18 @@ def summary(run: Run | str) -> dict[str, Any]:
     photos = read_photos(run)
     counts = Counter(photos["status"].to_pylist())
     actions = Counter(photos["action"].to_pylist())
-    measures = ["psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg"]
+    measures = ["psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg", "ism_worst"]
     faces = read_stage(run, "publish", ["face_id", "status", "reason", "judge", "max_ism", *measures])
     face_counts = Counter(
         s for s, f in zip(faces["status"].to_pylist(), faces["face_id"].to_pylist(), strict=True) if f
     )
     reasons = Counter((r or "").split(":")[0] for r in faces["reason"].to_pylist() if r)
     seconds: dict[str, float] = {}
-    for stage in STAGES:
+    absent = left_out(run.plan())
+    for stage in (s for s in STAGES if s not in absent):
         column = read_stage(run, stage, ["seconds"])["seconds"]
         seconds[stage] = round(float(pc.sum(column).as_py() or 0.0), 3)
+    judged = face_counts[OK] + face_counts[WEAK]
     spreads = {name: _statistics(faces[name]) for name in measures}
     judges = {j for j in faces["judge"].to_pylist() if j}
     limits = {round(m, 4) for m in faces["max_ism"].to_pylist() if m is not None}
@@ -580,6 +641,8 @@ def summary(run: Run | str) -> dict[str, Any]:
         "faces": sum(face_counts.values()),
         **{status: counts.get(status, 0) for status in (*STATUSES, "pending")},
         "face_status": {status: face_counts.get(status, 0) for status in (OK, WEAK, ERROR)},
+        "weak_share": round(face_counts[WEAK] / judged, 4) if judged else None,
+        "strengthened": None if "strengthen" in absent else _strengthened(run),
         "published": actions.get("protected", 0),
         "copied": actions.get("copied", 0),
         "reasons": dict(sorted(reasons.items())),

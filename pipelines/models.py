@@ -223,12 +223,18 @@ def stage_weights(config: Config, gallery: str, std: str = "") -> dict[str, str]
     attack = [of_encoder] if config.attack.enabled else []
     if std and config.attack.enabled:
         attack.append(f"gallery-std:{std}")
+    strengthening: list[str] = []
+    if config.strengthen.rounds:
+        locked = [of_generator] if config.refine.id_lock and config.refine.identity else []
+        judge = f"{config.publish.judge}:{recogniser_fingerprint(config.publish.judge, store)}"
+        strengthening = [*locked, *_feature_fingerprints(config.refine.identity, config), *attack, judge]
     return {
         "align": f"mtcnn:{detection.weights_fingerprint()}",
         "invert": ",".join([of_generator, of_encoder, *_feature_fingerprints((INVERSION_RECOGNISER,), config)]),
         "fuse": f"gallery:{gallery}",
         "tune": ",".join(tuning),
         "attack": ",".join(attack),
+        "strengthen": ",".join(dict.fromkeys(strengthening)),
         "publish": ",".join(judging),
     }
 
@@ -338,6 +344,14 @@ _CARDS = (
         "trained here: pipelines/training",
         "Apache-2.0",
         (_ENCODER,),
+    ),
+    (
+        "swapper",
+        "swap oracle's mapper",
+        "experiments (table3, table4), bench-swap; no stage",
+        "trained here: pipelines/training",
+        "Apache-2.0",
+        ("swapper.safetensors",),
     ),
     (
         "mobilefacenet",

@@ -493,11 +493,14 @@ def table_of(result: dict[str, Any]) -> str:
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
+    again = result["strengthened"]
     rows = [
         ("photos", str(result["photos"])),
         ("faces", str(result["faces"])),
         ("photos protected", str(result["published"])),
         ("  of them weak", str(result["weak"])),
+        ("faces weak, %", number(None if result["weak_share"] is None else 100 * result["weak_share"], ".1f")),
+        *([("faces strengthened", str(again["faces"])), ("  in rounds", str(again["rounds"]))] if again else []),
         ("without a face (copied)", str(result["no_face"])),
         ("failed", str(result["error"])),
         ("PSNR of the face crop, dB", number(result["psnr"], ".2f")),

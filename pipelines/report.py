@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from pipelines.config import STAGES
 from pipelines.html_page import (
     PICTURE_SIDE, Budget, Pixels, data_url, document, escape, histogram_svg, name_html, number, ticks_between,
 )  # fmt: skip
@@ -35,7 +34,8 @@ SAMPLE = 24  # faces shown of those that are well protected
 WEAK_SHOWN = 60  # weak faces shown with pictures; the rest by name
 PICTURE_BYTES = 9_000_000  # most base64 characters of pictures in a report
 
-_MEASURES = ("psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg")
+_LAST = ("attack", "strengthen")  # a face's last picture is of the later one that has any
+_MEASURES = ("psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg", "ism_worst")
 _FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "path", "judge", "max_ism", *_MEASURES]
 
 
@@ -124,7 +124,8 @@ def read_pictures(run: Run | str, face_ids: Iterable[str]) -> dict[str, FacePict
                 last = (done["out_path"], _read_photo(done["out_path"]))
             cut = _cut(last[1], row, len(original))
         if cut is None:
-            made = read_crops(run, face_ids, "attack", "protected") if made is None else made
+            if made is None:
+                made = {f: p for stage in _LAST for f, p in read_crops(run, face_ids, stage, "protected").items()}
             out[face] = FacePictures(original, made.get(face))
         else:
             out[face] = FacePictures(original, cut, saved=True)
@@ -256,9 +257,23 @@ def _banner(data: _Data) -> str:
     return f'<div class="banner {kind}" role=status>{text}</div>'
 
 
+def _strengthened_tiles(found: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
+    if found is None:
+        return []
+    words = f"{found['faces']:,} of {found['judged']:,}"
+    mean = number(found["rounds"] / found["faces"], 1) if found["faces"] else "–"
+    passed = f"{found['ended'].get('passed', 0):,} of {found['faces']:,}" if found["faces"] else "–"
+    return [
+        ("faces strengthened", words, ""),
+        ("rounds of these, mean", mean, ""),
+        ("of these now below the bar", passed, ""),
+    ]
+
+
 def _tiles(data: _Data) -> str:
     t = data.totals
     work = sum(t["stage_seconds"].values())
+    weak = "–" if t["weak_share"] is None else f"{100 * t['weak_share']:.1f} %"
     tiles = [
         ("photos", f"{t['photos']:,}", ""),
         ("faces", f"{t['faces']:,}", ""),
@@ -267,6 +282,8 @@ def _tiles(data: _Data) -> str:
         ("photos without a face", f"{t[NO_FACE]:,}", ""),
         ("photos failed", f"{t[ERROR]:,}", ERROR if t[ERROR] else ""),
         ("photos not reached", f"{t['pending']:,}", ERROR if t["pending"] else ""),
+        ("faces weak", weak, WEAK if t["weak_share"] else ""),
+        *_strengthened_tiles(t["strengthened"]),
         ("PSNR of the face crop, mean", number(t["psnr"], 2, "dB"), ""),
         ("SSIM of the face crop, mean", number(t["ssim"], 3), ""),
         ("FLIP, mean", number(t["flip"], 3), ""),
@@ -373,7 +390,7 @@ def _distributions(data: _Data) -> str:
         histogram([r["ism"] for r in done], f"ISM{judge}", "ISM, cosine (lower: better protected)", marks),
     ]
     if any(r["ism_jpeg"] is not None for r in done):
-        charts.append(histogram([r["ism_jpeg"] for r in done], f"ISM{judge}, after half size and JPEG 75",
+        charts.append(histogram([r["ism_jpeg"] for r in done], f"ISM{judge}, after JPEG 75 and half size",
                                 "ISM, cosine (lower: better protected)", marks))
     if any(r["flip"] is not None for r in done):
         charts.append(histogram([r["flip"] for r in done], "FLIP", "FLIP, 0 to 1 (lower: less visible)"))
@@ -382,7 +399,7 @@ def _distributions(data: _Data) -> str:
 
 def _times(data: _Data) -> str:
     rows, totals = [], {}
-    for stage in STAGES:
+    for stage in data.totals["stage_seconds"]:
         seconds = _finite(read_stage(data.run, stage, ["seconds"])["seconds"].to_pylist())
         seconds = [s for s in seconds if s > 0]  # rows that were only carried through took no time
         totals[stage] = sum(seconds)

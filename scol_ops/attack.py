@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scol_ops.diversity import diversify
+from scol_ops.filters import low_pass
 from scol_ops.tuning import DeadlineExceeded
 
 
@@ -22,7 +23,9 @@ from scol_ops.tuning import DeadlineExceeded
 class AttackSettings:
     """eps: bound of the change in [0, 1] units (the paper's 8/255).  steps: PGD steps (ours), 0 switches off.
     step_size: of one signed step, in [0, 1] units.  random_start: share of eps of the uniform start.
-    diversity, blur, jpeg_quality: expectation over transformation, off in the paper.
+    diversity, blur, jpeg_quality: expectation over transformation, off in the paper.  momentum: decay of the gradients
+    of earlier steps (``momentum``).  translation_sigma: the gradient is smoothed by a Gaussian of so many crop pixels, as
+    if the picture were seen at all small shifts (TI: Dong et al. 2019, arXiv:1904.02884, eq. 7).  Both 0 in the paper.
     """
 
     eps: float = 8 / 255
@@ -32,6 +35,8 @@ class AttackSettings:
     diversity: float = 0.0
     blur: bool = False
     jpeg_quality: tuple[int, int] | None = None
+    momentum: float = 0.0
+    translation_sigma: float = 0.0
 
 
 @dataclass
@@ -54,6 +59,13 @@ def attack_loss(encoder: Callable[[Tensor], Tensor], picture: Tensor, target: Te
     """
     squares = (encoder(picture) - target).square() * components
     return squares.sum(dim=(1, 2)) / components.sum(dim=(1, 2)).clamp_min(1)
+
+
+def momentum(accumulated: Tensor, gradient: Tensor, decay: float) -> Tensor:
+    """``decay * accumulated + gradient / mean |gradient|``, (B, 3, H, W): MI-FGSM (Dong et al. 2018, arXiv:1710.06081),
+    eq. 6, with the mean in place of the sum (only the sign is used)."""
+    size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
+    return decay * accumulated + gradient / size.clamp_min(1e-20)
 
 
 def attack(
@@ -81,11 +93,13 @@ def attack(
         face is returned, and never one worse than the picture it was given.
 
     Raises:
-        ValueError: eps or step size negative, shapes that do not agree.
+        ValueError: eps, step size, momentum or translation_sigma negative, shapes that do not agree.
         DeadlineExceeded: see ``deadline``.
     """
     if settings.eps < 0 or settings.step_size < 0 or settings.steps < 0:
         raise ValueError(f"eps, step_size and steps must not be negative: {settings}")
+    if settings.momentum < 0 or settings.translation_sigma < 0:
+        raise ValueError(f"momentum and translation_sigma must not be negative: {settings}")
     if target.shape != components.shape or target.shape[0] != picture.shape[0]:
         raise ValueError(f"shapes {tuple(picture.shape)}, {tuple(target.shape)}, {tuple(components.shape)}")
     begin = time.monotonic()
@@ -97,6 +111,7 @@ def attack(
         bound = 2 * settings.eps * (torch.ones_like(picture[:, :1]) if mask is None else mask)  # [-1, 1] units
         start = torch.rand(picture.shape, generator=rng).to(picture) * 2 - 1
         delta = start * settings.random_start * bound
+        accumulated = torch.zeros_like(picture)
         for step in range(settings.steps + 1):
             if deadline is not None and time.monotonic() > deadline:
                 raise DeadlineExceeded(f"attack step {step} of {settings.steps}")
@@ -113,5 +128,6 @@ def attack(
                 break
             (gradient,) = torch.autograd.grad(loss.sum(), delta)
             with torch.no_grad():
-                delta = (delta - 2 * settings.step_size * gradient.sign()).clamp(-bound, bound)
+                accumulated = momentum(accumulated, low_pass(gradient, settings.translation_sigma), settings.momentum)
+                delta = (delta - 2 * settings.step_size * accumulated.sign()).clamp(-bound, bound)
     return AttackResult(best, before, best_loss, time.monotonic() - begin)

@@ -56,6 +56,23 @@ def random_resize_shift(x: Tensor, generator: torch.Generator, strength: float =
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
+def at_photo_scale(x: Tensor, side: float) -> Tensor:
+    """The crop as it is after pasting: at the size that it has in the photo, and back.
+
+    Args:
+        x: (B, 3, S, S) in [-1, 1].
+        side: of the crop in pixels of the photo; from S on nothing is lost and ``x`` comes back as it is.
+
+    Returns:
+        The same shape, clamped to [-1, 1]; differentiable.
+    """
+    size, small = x.shape[-1], max(8, round(side))
+    if small >= size:
+        return x
+    x = F.interpolate(x, (small, small), mode="bilinear", antialias=True, align_corners=False)
+    return F.interpolate(x, (size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
+
+
 def random_blur(x: Tensor, generator: torch.Generator, max_sigma: float = 1.5) -> Tensor:
     """Gaussian blur with a random sigma (pixels) in [0, max_sigma]; differentiable."""
     sigma = _uniform(generator, 0.0, max_sigma)

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Weighting = Literal["mean", "softmax"]
@@ -40,6 +42,22 @@ def fusion_weights(scores: Tensor, weighting: Weighting = "mean", temperature: f
     if weighting == "mean":
         return torch.full_like(scores, 1.0 / scores.shape[-1])
     return torch.softmax(scores / temperature, dim=-1)
+
+
+def draw_code(allowed: NDArray[np.bool_], seed: int) -> int:
+    """Index of one of the allowed codes, each as likely: what the paper's figure "fused against random code" tunes from.
+
+    Args:
+        allowed: (N,) bool, whether a code may be taken.
+        seed: of the draw, non-negative; the same seed draws the same code.
+
+    Raises:
+        ValueError: no code may be taken.
+    """
+    rows = np.flatnonzero(allowed)
+    if not len(rows):
+        raise ValueError("no code may be drawn")
+    return int(rows[np.random.default_rng(seed).integers(len(rows))])
 
 
 def fuse(

@@ -2,9 +2,9 @@
 
 The first two steps of FLIP (Andersson et al. 2020, "FLIP: A Difference Evaluator for Alternating Images", sections 4.1.1
 and 4.1.2; constants of its contrast sensitivity functions from table 1 there): filter by what an eye resolves at the
-usual viewing distance, colour far more than lightness, then compare in CIELAB with Hunt's effect.  FLIP itself raises
-the difference to a power below 1 and adds edges and points; its gradient is infinite where pictures are equal, so a
-loss takes the squared difference instead.
+usual viewing distance, colour far more than lightness, then compare in CIELAB with Hunt's effect.  ``colour_flip`` goes
+on as FLIP does (sections 4.1.3 and 4.1.4): a power below 1, so that few places that change much count less than many that
+change a little.  FLIP's edges and points are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ _XYZ = ((0.4123908, 0.3575843, 0.1804808), (0.2126390, 0.7151687, 0.0721923), (0
 # Sums of Gaussians a sqrt(pi / b) exp(-pi^2 x^2 / b), x in degrees: (channel, a, b) of lightness, red-green, blue-yellow.
 _SENSITIVITY = ((0, 1.0, 0.0047), (1, 1.0, 0.0053), (2, 34.1, 0.04), (2, 13.5, 0.025))
 _DELTA = 6 / 29  # CIELAB's linear part
+# FLIP's q_c; and the share of the largest difference at which its map bends, and the value there (p_c, p_t).
+_POWER, _BEND, _AT_BEND = 0.7, 0.4, 0.95
+# Added to a difference in L, a, b: below what an eye sees, and enough to keep the power's gradient finite at zero.
+_UNSEEN = 0.004
 
 
 @functools.lru_cache(8)
@@ -86,3 +90,36 @@ def _lab_root(t: Tensor) -> Tensor:
 def visible_difference(perceived: Tensor, wanted: Tensor) -> Tensor:
     """Mean squared distance of two ``perceived_colours``, in units of L's range (100) squared; scalar."""
     return ((perceived - wanted) / 100).square().sum(dim=1).mean()
+
+
+@functools.lru_cache(8)
+def _largest(pixels_per_degree: float) -> float:
+    """HyAB distance of green and blue, the largest that there is, to the power of ``_POWER``."""
+    colours = torch.tensor([[-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]])[:, :, None, None]
+    green, blue = perceived_colours(colours, pixels_per_degree).chunk(2)
+    return float(_hyab(green, blue)) ** _POWER
+
+
+def _hyab(a: Tensor, b: Tensor) -> Tensor:
+    """Distance of colours (B, 3, H, W) -> (B, H, W): lightness and colour add up (Abasi et al. 2020)."""
+    difference = a - b
+    # The root's gradient at zero is infinite without the offset.
+    return difference[:, 0].abs() + (difference[:, 1:].square().sum(dim=1) + 1e-9).sqrt()
+
+
+def colour_flip(perceived: Tensor, wanted: Tensor, pixels_per_degree: float = PIXELS_PER_DEGREE) -> Tensor:
+    """FLIP's colour difference of each pixel, differentiable; FLIP itself raises it further at edges and points.
+
+    Args:
+        perceived, wanted: (B, 3, H, W), ``perceived_colours`` of two pictures.
+        pixels_per_degree: as they were made with.
+
+    Returns:
+        (B, H, W) in 0..1.  Equal pictures have 0.0012, since the power's gradient must stay finite.
+    """
+    power = (_hyab(perceived, wanted) + _UNSEEN) ** _POWER
+    largest = _largest(pixels_per_degree)
+    bend = _BEND * largest
+    return torch.where(
+        power < bend, power * (_AT_BEND / bend), _AT_BEND + (power - bend) * (1 - _AT_BEND) / (largest - bend)
+    )

@@ -7,6 +7,7 @@ at tuning.  See METHOD, "Seen when it was tried".)
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,25 +15,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scol_ops.diversity import diversify
+from scol_ops.diversity import at_photo_scale, diversify
 from scol_ops.losses import (
     IdentityFeature,
     id_lock_loss,
     identity_hinge_loss,
     multiscale_ssim_loss,
 )
-from scol_ops.perception import perceived_colours, visible_difference
+from scol_ops.perception import colour_flip, perceived_colours, visible_difference
 from scol_ops.tuning import DeadlineExceeded, TuneResult, confine, masked_psnr
+
+
+_STEERING = 0.1  # how much the logarithm of FLIP's weight moves in a step, for each e-fold off the target
 
 
 @dataclass(frozen=True)
 class RefineSettings:
     """steps: Adam steps on the residual (0 switches the refinement off).  lr: in units of [-1, 1] a step.
     start: share of the tuned residual that the search begins with.  l2_weight, ssim_weight, visible_weight: pull to the
-    photo, by pixels, by structure and by what an eye sees (``perception``).
+    photo, by pixels, by structure and by the squared change of what an eye sees.  flip_weight: pull to the photo by the
+    mean FLIP over the mask, which leaves most places alone and changes few (``perception.colour_flip``).  flip_target:
+    that FLIP, to which the weight is steered step by step, so that faces come out alike whatever the features'
+    gradients; 0: the weight stays.
     id_lock: pull to the locked identity.  hinge: push from the original's.  diversity, blur, jpeg_quality: random
-    transformations before the features (expectation over transformation).  residual_sigma: low-pass of the
-    residual in crop pixels, 0 for none.  limit: largest change of a pixel in [-1, 1] units, 0 for none.
+    transformations before the features (expectation over transformation).  photo_scale: the features see the face at
+    the size that it has in the photo, where finer change is lost.  residual_sigma: low-pass of the residual in crop
+    pixels, 0 for none.  limit: largest change of a pixel in [-1, 1] units, 0 for none.
     """
 
     steps: int = 100
@@ -41,11 +49,14 @@ class RefineSettings:
     l2_weight: float = 10.0
     ssim_weight: float = 1.0
     visible_weight: float = 0.0
+    flip_weight: float = 0.0
+    flip_target: float = 0.0
     id_lock: float = 0.0
     hinge: float = 1.0
     diversity: float = 1.0
     blur: bool = False
     jpeg_quality: tuple[int, int] | None = None
+    photo_scale: bool = False
     residual_sigma: float = 0.0
     limit: float = 0.0
 
@@ -60,6 +71,7 @@ def refine(
     settings: RefineSettings = RefineSettings(),
     seed: int = 0,
     deadline: float | None = None,
+    photo_side: float | None = None,
 ) -> TuneResult:
     """Optimise the residual in pixels.
 
@@ -69,6 +81,7 @@ def refine(
         identity, margins: as in ``tune``.
         locked: per feature, the identity to stay at (unit vectors); None switches the lock off.
         settings, seed, deadline: as in ``tune``.
+        photo_side: side of the crop in pixels of the photo, for ``photo_scale``; None: as large as the crop.
 
     Returns:
         ``TuneResult``; the picture is clamped to [-1, 1].
@@ -84,19 +97,24 @@ def refine(
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         of_original = [f(original) for f in identity]
-        colours = perceived_colours(original) if settings.visible_weight else None
+        colours = perceived_colours(original) if settings.visible_weight or settings.flip_weight else None
+    area = mask.sum().clamp_min(1e-6)
     residual = (settings.start * (tuned - original)).clone().requires_grad_(True)
     optimiser = torch.optim.Adam([residual], lr=settings.lr)
     history: list[dict[str, float]] = []
+    flip_weight = settings.flip_weight
     for step in range(settings.steps):
         if deadline is not None and time.monotonic() > deadline:
             raise DeadlineExceeded(f"refinement step {step} of {settings.steps}")
         # Cosine to a tenth: large moves first, then settle.
-        rate = settings.lr * (0.55 + 0.45 * float(torch.cos(torch.tensor(torch.pi * step / settings.steps))))
+        rate = settings.lr * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
         picture = confine(original + residual, original, mask, settings.residual_sigma)
-        seen = diversify(picture, rng, settings.diversity, settings.blur, settings.jpeg_quality)
+        seen = picture
+        if settings.photo_scale and photo_side is not None:
+            seen = at_photo_scale(seen, photo_side)
+        seen = diversify(seen, rng, settings.diversity, settings.blur, settings.jpeg_quality)
         features = [f(seen) for f in identity]
         hinge = identity_hinge_loss(features, of_original, margins)
         loss = settings.hinge * hinge + settings.l2_weight * (picture - original).square().mean()
@@ -104,9 +122,19 @@ def refine(
         if settings.ssim_weight:
             loss = loss + settings.ssim_weight * multiscale_ssim_loss(picture, original)
         if colours is not None:
-            visible = visible_difference(perceived_colours(picture), colours)
-            losses["visible"] = float(visible.detach())
-            loss = loss + settings.visible_weight * visible
+            perceived = perceived_colours(picture)
+            if settings.visible_weight:
+                visible = visible_difference(perceived, colours)
+                losses["visible"] = float(visible.detach())
+                loss = loss + settings.visible_weight * visible
+            if settings.flip_weight:
+                flip = (colour_flip(perceived, colours) * mask[:, 0]).sum() / area
+                losses["flip"] = float(flip.detach())
+                loss = loss + flip_weight * flip
+                # Not before what tuning left has settled, or its large change would drive the weight too far up.
+                if settings.flip_target and 3 * step >= settings.steps:
+                    off = math.log(max(float(flip.detach()), 1e-6) / settings.flip_target)
+                    flip_weight *= math.exp(_STEERING * max(-1.0, min(1.0, off)))
         if locked is not None and settings.id_lock:
             lock = id_lock_loss(features, locked)
             losses["id_lock"] = float(lock.detach())

@@ -37,7 +37,8 @@ class TuneSettings:
     (``all`` but the mapping network; ``convolutions`` leaves the style layers; ``late`` keeps the 4..32 px
     blocks).  l2_weight, ssim_weight: reconstruction; lpips_weight: in place of SSIM's where LPIPS is given.  id_lock: the paper's lambda (1).  hinge: weight of the
     hinge on the similarity to the original.  diversity: strength of random resize and shift before the
-    identity features, 0 for none.  residual_sigma: low-pass of the residual in crop pixels, 0 for none.
+    identity features, 0 for none; blur, jpeg_quality: random blur and JPEG as well (expectation over transformation,
+    off in the paper).  residual_sigma: low-pass of the residual in crop pixels, 0 for none.
     target_psnr: stop early when the reconstruction inside the mask reaches it and the hinge is met (dB).
     """
 
@@ -50,6 +51,8 @@ class TuneSettings:
     id_lock: float = 1.0
     hinge: float = 1.0
     diversity: float = 1.0
+    blur: bool = False
+    jpeg_quality: tuple[int, int] | None = None
     residual_sigma: float = 0.0
     target_psnr: float = 40.0
     bf16: bool = False
@@ -181,7 +184,7 @@ def tune(
                 loss = loss + settings.lpips_weight * perceptual.to_reference(reference, shown).mean()
             losses = {"reconstruction": float(loss.detach())}
             if identity and (settings.id_lock or settings.hinge):
-                seen = diversify(picture, rng, settings.diversity)
+                seen = diversify(picture, rng, settings.diversity, settings.blur, settings.jpeg_quality)
                 features = [f(seen) for f in identity]
                 lock = id_lock_loss(features, locked)
                 hinge = identity_hinge_loss(features, of_original, margins)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -35,6 +34,7 @@ import faiss
 import numpy as np
 import torch
 
+from cluster.worker import peak_memory
 from gallery_index import CodeBatch, Gallery, Plan, Store, build, check, synthetic_codes
 from gallery_index.builder import GalleryBuilder
 from gallery_index.info import GalleryInfo
@@ -428,7 +428,7 @@ def main(arguments: list[str] | None = None) -> int:
             else:
                 result["rebuild"] = about | rebuild(options, Path(folder), clock)
                 print(", ".join(f"{k} {v:.4g}" for k, v in result["rebuild"].items() if isinstance(v, int | float)))
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            peak = peak_memory() / 2**20
             result.setdefault("peak_megabytes", {})[part] = peak
             options.out.write_text(json.dumps(result, indent=1))
             print(f"{part}: peak memory of the process so far {peak:.0f} MiB; written to {options.out}", flush=True)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster.worker import peak_memory
 from pipelines.config import EMBEDDED, ENCODER, load_config
 from pipelines.machine import machine, machine_line
 from pipelines.public_models import CARDS
@@ -88,7 +88,7 @@ def call(network: nn.Module, size: int, device: torch.device) -> tuple[Callable[
 
 def measure(name: str, repeat: int, device: torch.device) -> dict[str, Any]:
     """Numbers of one network, in this process."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     network = build(name).to(device)
     if device.type == "cuda":
         runtime.channels_last(network)
@@ -127,8 +127,8 @@ def measure(name: str, repeat: int, device: torch.device) -> dict[str, Any]:
         "seconds_forward": seconds(forward),
         "seconds_both": seconds(both),
     }
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else (after - before) * 1024
+    grown = peak_memory() - before
+    result["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else grown
     return result
 
 

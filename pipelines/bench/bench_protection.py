@@ -18,15 +18,14 @@ from pathlib import Path
 from cluster import ray_session
 from pipelines.config import PROFILES
 from pipelines.evaluate import judges
-from pipelines.experiments.comparison import UNPROTECTED, compare, protection_table, record
+from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, compare, protection_table, record
 from pipelines.experiments.datasets import DatasetError, read_dataset
 from pipelines.experiments.methods import ATTACKS, Method
-from pipelines.experiments.protocol import choose, lay_out
+from pipelines.experiments.protocol import REPORTED_PEOPLE, REPORTED_SEED, choose, lay_out
 from pipelines.manifests import to_json
 from pipelines.protect import Reporter
 from scol_ops.distortions import NONE
 
-DISTORTION = "jpeg75+half"
 PHOTOS = ("../shared/data/lfw-dev", "shared/data/lfw-dev")
 
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     default = next((p for p in PHOTOS if Path(p).is_dir()), PHOTOS[0])
     parser.add_argument("--photos", default=default, help=f"LFW [default: {default}]")
     parser.add_argument("--dataset", default="lfw", help="its layout: lfw, celeba-hq, vggface2-hq [default: lfw]")
-    parser.add_argument("--people", type=int, default=128, help="[default: 128]")
+    parser.add_argument("--people", type=int, default=REPORTED_PEOPLE, help="[default: 128]")
     parser.add_argument("--distractors", type=int, default=1000, help="[default: 1000]")
     parser.add_argument(
         "--profiles", default="standard", help=f"of {', '.join(PROFILES)}, joined by commas; may be empty"
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="[default: all three]; may be empty")
     parser.add_argument("--surrogates", default="", help="of the attacks [default: what the first profile works on]")
     parser.add_argument("--eps", type=float, default=8.0, help="bound of the attacks, levels of 255 [default: 8]")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=REPORTED_SEED)
     parser.add_argument("--workers", type=int, help="processes [default: as the machine has cores]")
     parser.add_argument("--folder", default="build/protection", help="[default: build/protection]")
     parser.add_argument("--json", default="build/bench/protection.json")
@@ -84,8 +83,6 @@ def main(argv: list[str] | None = None) -> int:
             originals.resolve(),
             gallery.resolve(),
             Path(options.folder).resolve(),
-            recognisers=judges.available(),
-            distortions=(DISTORTION,),
             references=options.people + options.distractors,
             workers=options.workers,
             say=say,

@@ -57,7 +57,7 @@ def measure(faces: int, profile: str, workers: int) -> dict[str, object]:
         watch.stopped.set()
         run = Run(f"{folder}/out.run")
         stages = {}
-        for stage in STAGES:
+        for stage in (s for s in STAGES if s in summary["engine"]["stages"]):
             rows = read_stage(run, stage)
             seconds = [s for s in rows["seconds"].to_pylist() if s is not None]
             stages[stage] = {"faces": len(seconds), "seconds": sum(seconds), "faces_per_second": len(seconds) / max(sum(seconds), 1e-9),

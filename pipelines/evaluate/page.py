@@ -307,7 +307,8 @@ def plain_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *body))
 
 
-def _html_table(rows: Iterable[Sequence[str]]) -> str:
+def html_table(rows: Iterable[Sequence[str]]) -> str:
+    """HTML: the first row is the head, the first column names its row."""
     head, *body = rows
     top = "".join(f"<th scope=col{'' if i == 0 else ' class=n'}>{escape(cell)}</th>" for i, cell in enumerate(head))
     lines = "".join(
@@ -425,7 +426,7 @@ def _judges_html(figures: Mapping[str, Any]) -> str:
         )
         for j in figures["recognisers"]
     ]
-    return _html_table(rows) + (
+    return html_table(rows) + (
         "<p class=soft>Thresholds come from the gallery's pairs of different people; a dash: too few "
         "of them to tell.</p>"
     )
@@ -439,15 +440,15 @@ def write_page(
         (
             "summary",
             "Summary",
-            _tiles(figures) + _html_table(identity_rows(figures)) + "<p class=soft>In brackets: 95 % bootstrap "
+            _tiles(figures) + html_table(identity_rows(figures)) + "<p class=soft>In brackets: 95 % bootstrap "
             "interval over people. Rank-1-U: share of faces whose most similar person in the gallery is not the person "
             "shown; higher hides better. The average is over the recognisers that the method did not use.</p>",
         ),
-        ("distortions", "After distortions", _html_table(distortion_rows(figures))),
-        ("pictures", "What it cost", _html_table(picture_rows(figures))),
+        ("distortions", "After distortions", html_table(distortion_rows(figures))),
+        ("pictures", "What it cost", html_table(picture_rows(figures))),
         ("examples", "Examples", _examples_html(examples, judges)),
         ("distributions", "Distributions", _histograms(summary, judges)),
-        ("counts", "Counts", _html_table([("what", "number"), *count_rows(figures)])),
+        ("counts", "Counts", html_table([("what", "number"), *count_rows(figures)])),
         ("recognisers", "Recognisers", _judges_html(figures)),
     ]
     header = f"<p>{name_html(figures['protected'])} against {name_html(figures['originals'])}</p>{_banner(figures)}"

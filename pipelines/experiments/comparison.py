@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Progress
-from pipelines.evaluate import job
+from pipelines.evaluate import job, judges
 from pipelines.evaluate.page import plain_table
 from pipelines.evaluate.summary import AVERAGE, PROTECTED
 from pipelines.experiments.methods import Made, Method, make
@@ -21,6 +21,7 @@ from scol_ops.distortions import NONE
 
 Say = Callable[[str], None]
 UNPROTECTED = Method("unprotected", "folder")
+DISTORTION = "jpeg75+half"  # after which every table shows the photos again
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Line:
             "method": vars(self.method),
             "seconds_per_face": self.made.seconds_per_face,
             "failed": self.made.failed,
+            "weak": self.made.weak,
+            "strengthened": self.made.strengthened,
             **{name: self.figures[name] for name in names},
         }
 
@@ -58,13 +61,14 @@ def compare(
     gallery: Path,
     folder: Path,
     *,
-    recognisers: Sequence[str],
-    distortions: Sequence[str],
     references: int,
+    recognisers: Sequence[str] | None = None,
+    distortions: Sequence[str] = (DISTORTION,),
     workers: int | None = None,
     seed: int = 0,
     say: Say = lambda text: None,
     progress: Callable[[], Callable[[Progress], None] | None] = lambda: None,
+    run_url: str | None = None,
 ) -> list[Line]:
     """Make and evaluate all methods' trees.
 
@@ -72,13 +76,15 @@ def compare(
         methods: in the order of the lines; names differ.
         originals, gallery: of `protocol.lay_out`.
         folder: where trees and evaluations go.
-        recognisers, distortions, references, seed: see `scol evaluate`.
+        references, recognisers, distortions, seed: see `scol evaluate`; recognisers None: all that can be had.
         workers: processes of each job.
         say: takes messages. progress: makes a new one for each job.
+        run_url: see `make`.
 
     Raises:
         what `make` and `evaluate` raise.
     """
+    recognisers = judges.available() if recognisers is None else recognisers
     lines = []
     for method in methods:
         begin = time.monotonic()
@@ -86,7 +92,9 @@ def compare(
         if method is UNPROTECTED:
             made = Made(str(originals), None)
         else:
-            made = make(method, originals, folder / "trees", workers=workers, say=say, progress=progress())
+            made = make(
+                method, originals, folder / "trees", workers=workers, say=say, progress=progress(), run_url=run_url
+            )
         say(f"{method.name}: evaluating")
         figures = job.evaluate(
             str(originals),
@@ -128,14 +136,15 @@ def number(estimate: Mapping[str, Any] | None, scale: float = 1, digits: int = 3
 
 
 def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants: Sequence[str]) -> str:
-    """Markdown: Rank-1-U by recogniser before and after distortions, ISM, and what it cost."""
+    """Markdown: Rank-1-U by recogniser before and after distortions, ISM, what it cost, and of ours the share of faces
+    that its own judge calls weak and how many faces the closed loop sent back."""
     head = ["method", "photos as"]
     head += [f"Rank-1-U {name}, %" for name in recognisers] + [
         "Rank-1-U average, % [95 %]",
         "ISM",
         "accepted as original, %",
     ]
-    head += ["PSNR, dB", "SSIM", "FLIP", "s a face"]
+    head += ["PSNR, dB", "SSIM", "FLIP", "weak, %", "went back", "s a face"]
     rows = [head]
     for line in lines:
         for variant in variants:
@@ -159,6 +168,8 @@ def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants
                     number(line.picture("psnr", variant), 1, 2),
                     number(line.picture("ssim", variant)),
                     number(line.picture("flip", variant)),
+                    "-" if not first or line.made.weak is None else f"{100 * line.made.weak:.1f}",
+                    "-" if not first or line.made.strengthened is None else str(line.made.strengthened),
                     "-" if not first or line.made.seconds_per_face is None else f"{line.made.seconds_per_face:.1f}",
                 ]
             )

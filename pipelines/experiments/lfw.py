@@ -191,7 +191,7 @@ _COLUMNS = {
     "align": ["width", "height", "box", "landmarks", "quad"],
     "publish": ["status", "out_path", "psnr", "ssim", "flip", "face_psnr"],
 }
-_CROPS = {"align": ["crop"], "invert": ["code"], "fuse": ["fused"], "tune": ["tuned", "refined"],
+_CROPS = {"align": ["crop"], "invert": ["code"], "fuse": ["fused", "target"], "tune": ["tuned", "refined"],
           "attack": ["protected"]}
 
 
@@ -251,7 +251,7 @@ def read_probes(run: Run, stages: bool = False) -> tuple[list[Probe], dict[str, 
 def judges_inside(config: dict[str, Any]) -> set[str]:
     """Recognisers that the method itself used: what they say of its result proves nothing."""
     inside = set(config["tune"]["identity"])
-    if config["refine"]["steps"]:
+    if config["refine"]["steps"] or config.get("strengthen", {}).get("rounds", 0):
         inside |= set(config["refine"]["identity"])
     return inside - {ENCODER}
 

@@ -77,11 +77,13 @@ class Method:
 @dataclass
 class Made:
     """A tree that a method made: where it is, seconds of one core a face (None where nobody knows), photos that
-    failed."""
+    failed; of ours the share of faces that its own judge calls weak, and how many of them went back in the closed loop."""
 
     tree: str
     seconds_per_face: float | None
     failed: dict[str, str] = field(default_factory=dict)
+    weak: float | None = None
+    strengthened: int | None = None
 
 
 def make(
@@ -92,8 +94,13 @@ def make(
     workers: int | None,
     say: Say,
     progress: Callable[[Progress], None] | None = None,
+    run_url: str | None = None,
 ) -> Made:
     """Protect `originals` by a method into `FOLDER/NAME`; what is done already is not done again.
+
+    Args:
+        run_url: the run's folder of methods of ours, which share what their settings have in common; None: beside each
+            tree.
 
     Raises:
         what `protect` raises, and SourceError.
@@ -103,8 +110,10 @@ def make(
         return Made(str(method.folder), None)
     if method.kind == "ours":
         config = load_config(method.profile, sets=method.sets, engine__workers=workers)
-        result = protect(str(originals), str(out), config, say=say)
-        return Made(str(out), result["seconds_per_face"], {code: str(n) for code, n in result["reasons"].items()})
+        result = protect(str(originals), str(out), config, run_url=run_url, say=say)
+        failed = {code: str(n) for code, n in result["reasons"].items()}
+        again = result["strengthened"] and result["strengthened"]["faces"]
+        return Made(str(out), result["seconds_per_face"], failed, result["weak_share"], again)
     return _attack(method, originals, out, workers, progress)
 
 

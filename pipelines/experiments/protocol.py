@@ -6,12 +6,17 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.experiments.datasets import DatasetError, DatasetPhoto
 
+# Whose results are reported (`make bench-protection`): people of this draw are never developed on.
+REPORTED_PEOPLE = 128
+REPORTED_SEED = 0
+DEVELOPMENT_SEED = 1000  # of draws of development people; a draw's own seed is added
 
 @dataclass(frozen=True)
 class Protocol:
@@ -23,7 +28,13 @@ class Protocol:
     distractors: dict[str, str]
 
 
-def choose(photos: Iterable[DatasetPhoto], people: int, distractors: int = 1000, seed: int = 0) -> Protocol:
+def choose(
+    photos: Iterable[DatasetPhoto],
+    people: int,
+    distractors: int = 1000,
+    seed: int = 0,
+    exclude: Collection[str] = (),
+) -> Protocol:
     """Draw people with two or more photos, and others.
 
     Args:
@@ -31,16 +42,19 @@ def choose(photos: Iterable[DatasetPhoto], people: int, distractors: int = 1000,
         people: how many to probe; a larger number has those of a smaller one among it, and keeps their photos.
         distractors: most others, one photo each.
         seed: of all draws.
+        exclude: people who are neither probed nor in the gallery, as if the data set had none of them.
 
     Raises:
         DatasetError: fewer people with two photos than asked for.
     """
     by_person: dict[str, list[str]] = {}
     for photo in photos:
-        by_person.setdefault(photo.person, []).append(photo.path)
+        if photo.person not in exclude:
+            by_person.setdefault(photo.person, []).append(photo.path)
     several = sorted(person for person, paths in by_person.items() if len(paths) > 1)
     if len(several) < people:
-        raise DatasetError(f"{people} people with two photos are wanted, there are {len(several)}")
+        besides = f" besides {len(exclude)} who are left out" if exclude else ""
+        raise DatasetError(f"{people} people with two photos are wanted, there are {len(several)}{besides}")
     random.Random(f"{seed}/people").shuffle(several)
     pairs = {
         person: random.Random(f"{seed}/{person}").sample(sorted(by_person[person]), 2) for person in several[:people]
@@ -52,6 +66,23 @@ def choose(photos: Iterable[DatasetPhoto], people: int, distractors: int = 1000,
         person: random.Random(f"{seed}/{person}").choice(sorted(by_person[person])) for person in others[:distractors]
     }
     return Protocol({p: a for p, (a, _) in pairs.items()}, {p: b for p, (_, b) in pairs.items()}, chosen)
+
+
+def reported(photos: Sequence[DatasetPhoto]) -> frozenset[str]:
+    """People whom `make bench-protection` protects by default; all who have two photos, where these are fewer."""
+    counts = Counter(photo.person for photo in photos)
+    people = min(REPORTED_PEOPLE, sum(number > 1 for number in counts.values()))
+    return frozenset(choose(photos, people, 0, REPORTED_SEED).probes)
+
+
+def develop(photos: Iterable[DatasetPhoto], people: int, distractors: int = 1000, seed: int = 0) -> Protocol:
+    """A draw of people to develop on: as `choose`, without those who are `reported`.
+
+    Raises:
+        DatasetError: too few people are left.
+    """
+    photos = list(photos)
+    return choose(photos, people, distractors, DEVELOPMENT_SEED + seed, exclude=reported(photos))
 
 
 def lay_out(protocol: Protocol, root: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:

@@ -1,16 +1,19 @@
 """What a face swapper makes of protected sources: DSR and deepfake PSNR, from folders of its outputs.
 
+The outputs are somebody's (SimSwap, FaceDancer, ...) or the embedded oracle's (`oracle.py`).
+
 DSR (defence success rate): share of sources whose swap, made from the protected photo, is no longer recognised as the
 source: its cosine to the unprotected original is at or below the recogniser's threshold (false accept rate 1 % over
     LFW's pairs, its card).
-Told beside it: the same share for swaps made from the originals, without which it is worth little.  Deepfake PSNR:
-between the swap made from the original and the one made from the protected photo (dB; lower is better protected).
+Told beside it: the same share for swaps made from the originals, without which it is worth little, and DSR among the
+sources whose original's swap is recognised.  Deepfake PSNR: between the swap made from the original and the one made
+from the protected photo (dB; lower is better protected).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,8 @@ from scol_ops.warp import GeometryError
 
 @dataclass(frozen=True)
 class SwapFigures:
-    """By recogniser: `dsr`, and `without`, the same share of swaps made from unprotected sources. `deepfake_psnr`: dB.
+    """By recogniser: `dsr`, `without`, the same share of swaps made from unprotected sources, and `of_recognised`, DSR
+    of the sources whose unprotected swap is recognised (none: no entry). `deepfake_psnr`: dB. `swapper`: who made them.
 
     `sources`: compared. `missing`: originals without both swaps. `unreadable`: a file cannot be read, or the source
     shows no face. `no_face`: swaps that show none, which count as defended.
@@ -38,10 +42,16 @@ class SwapFigures:
     missing: int
     unreadable: int
     no_face: int
+    of_recognised: dict[str, float] = field(default_factory=dict)
+    swapper: str = "folder"
 
 
 def measure_swaps(
-    originals: str | Path, of_originals: str | Path, of_protected: str | Path, recognisers: Sequence[str]
+    originals: str | Path,
+    of_originals: str | Path,
+    of_protected: str | Path,
+    recognisers: Sequence[str],
+    swapper: str = "folder",
 ) -> SwapFigures:
     """Compare two folders of swaps, paired with the originals by relative path without suffix.
 
@@ -96,4 +106,10 @@ def measure_swaps(
         missing,
         unreadable,
         no_face,
+        {name: 1 - sum(flags) / len(flags) for name in recognisers if (flags := _where(known[name], before[name]))},
+        swapper,
     )
+
+
+def _where(values: Sequence[bool], chosen: Sequence[bool]) -> list[bool]:
+    return [value for value, yes in zip(values, chosen, strict=True) if yes]

@@ -18,15 +18,16 @@ from pipelines.evaluate import judges
 from pipelines.evaluate.page import plain_table
 from pipelines.evaluate.summary import AVERAGE
 from pipelines.experiments import costs
-from pipelines.experiments.comparison import UNPROTECTED, Line, compare, number, percent, record
+from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, Line, compare, number, percent, record
 from pipelines.experiments.datasets import read_dataset
 from pipelines.experiments.methods import ATTACKS, Method
 from pipelines.experiments.protocol import choose, lay_out
 from pipelines.experiments.swaps import SwapFigures, measure_swaps
 from pipelines.manifests import to_json
+from scol_ops.models.swapper import EMBEDDER
 from scol_ops.models.weights import WeightsError
 
-DISTORTION = "jpeg75+half"
+ORACLE = "embedded oracle"
 Say = Callable[[str], None]
 
 
@@ -45,7 +46,8 @@ class Options:
         profile: of `scol protect`, which the experiment varies.
         sets: further settings, for all lines of ours.
         others: name -> folder with another defence's outputs for the protocol's originals (table1).
-        swaps: folder with a face swapper's outputs, see docs/evaluate.md (table3, table4).
+        swaps: folder with a face swapper's outputs, see docs/experiments.md (table3, table4); None: the
+            embedded oracle's.
         workers: processes.
     """
 
@@ -64,13 +66,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Experiment:
-    """`methods`: of the options; `table`: Markdown from their lines and, by line, what was measured of swaps."""
+    """`methods`: of the options; `table`: Markdown from their lines and, by line, what was measured of swaps; `swaps`:
+    whether it needs them."""
 
     name: str
     title: str
     dataset: str
     methods: Callable[[Options], list[Method]]
     table: Callable[[Sequence[Line], Mapping[str, SwapFigures]], str]
+    swaps: bool = False
 
 
 # ---- table 1 ---------------------------------------------------------------------------------------------------------
@@ -255,29 +259,30 @@ def table2(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
     return plain_table(rows)
 
 
-def _swap_cells(found: SwapFigures | None) -> tuple[str, str, str]:
+def _swap_cells(found: SwapFigures | None) -> tuple[str, ...]:
     if found is None:
-        return "-", "-", "-"
-    dsr = [v for v in found.dsr.values()]
-    without = [v for v in found.without.values()]
-    return (
-        f"{100 * sum(dsr) / len(dsr):.1f}",
-        f"{100 * sum(without) / len(without):.1f}",
-        _plain(found.deepfake_psnr, 2),
-    )
+        return "-", "-", "-", "-"
+    shares = (_share(values) for values in (found.dsr, found.without, found.of_recognised))
+    return (*shares, _plain(found.deepfake_psnr, 2))
+
+
+def _share(by_judge: Mapping[str, float]) -> str:
+    return f"{100 * sum(by_judge.values()) / len(by_judge):.1f}" if by_judge else "-"
 
 
 def _swap_table(head: str, paper: Mapping[float, tuple[float, float]], names: tuple[str, str]):
     def table(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
+        by = f" ({ORACLE})" if any(found.swapper == ORACLE for found in swaps.values()) else ""
         rows = [
             (
                 head,
                 "ISM",
                 "Rank-1-U, %",
                 "PSNR, dB",
-                "DSR, %",
+                f"DSR{by}, %",
                 "of unprotected, %",
-                "deepfake PSNR, dB",
+                "of recognised swaps, %",
+                f"deepfake PSNR{by}, dB",
                 *(f"paper: {n}" for n in names),
             )
         ]
@@ -352,6 +357,7 @@ EXPERIMENTS = {
             "vggface2-hq",
             sweep("tau", "inspect.tau", (1, 2, 3, 4, 5), "attack.enabled=true"),
             _swap_table("tau", PAPER_3, ("DSR, %", "deepfake PSNR, dB")),
+            swaps=True,
         ),
         Experiment(
             "table4",
@@ -359,6 +365,7 @@ EXPERIMENTS = {
             "vggface2-hq",
             sweep("eps", "attack.eps", (4, 8, 16), "attack.enabled=true"),
             _swap_table("eps, of 255", PAPER_4, ("source PSNR, dB", "deepfake PSNR, dB")),
+            swaps=True,
         ),
     )
 }
@@ -383,7 +390,7 @@ def run(
     about: dict[str, Any] = {"experiment": name, "options": asdict(options)}
     if name == COST:
         text, about["costs"] = table5(options, say)
-        return _write(out, name, text, about | {"machine": record([])["machine"]})
+        return write(out, name, text, about | {"machine": record([])["machine"]})
     experiment = EXPERIMENTS[name]
     protocol = choose(
         read_dataset(options.dataset or experiment.dataset, options.data),
@@ -398,29 +405,66 @@ def run(
             originals,
             gallery,
             out,
-            recognisers=judges.available(),
-            distortions=(DISTORTION,),
             references=options.people + options.distractors,
             workers=options.workers,
             say=say,
             progress=progress,
         )
-    swaps = swaps_of(lines, originals, options.swaps, say) if options.swaps is not None else {}
-    text = f"{experiment.title}. {_people(options, lines)}\n\n" + experiment.table(lines, swaps)
-    return _write(out, name, text, record(lines, **about, swaps={k: asdict(v) for k, v in swaps.items()}))
+    swaps = {}
+    if options.swaps is not None:
+        swaps = swaps_of(lines, originals, options.swaps, say)
+    elif experiment.swaps:
+        swaps = swaps_by_oracle(lines, originals, out / "swaps", options.seed, say)
+    about_swaps = "" if not swaps else " " + _about_swaps(swaps)
+    text = f"{experiment.title}. {_people(options, lines)}{about_swaps}\n\n" + experiment.table(lines, swaps)
+    return write(out, name, text, record(lines, **about, swaps={k: asdict(v) for k, v in swaps.items()}))
 
 
-def swaps_of(lines: Sequence[Line], originals: Path, folder: str, say: Say) -> dict[str, SwapFigures]:
-    """Of each line of ours whose name has a folder in `folder`, beside `original`."""
+def swaps_of(
+    lines: Sequence[Line],
+    originals: Path,
+    folder: str | Path,
+    say: Say,
+    swapper: str = "folder",
+    *,
+    blind: Sequence[str] = (),
+) -> dict[str, SwapFigures]:
+    """Of each line of ours whose name has a folder in `folder`, beside `original`. `blind`: they do not judge."""
     found = {}
     for line in lines:
         place = Path(folder) / line.method.name
         if line.method.kind == "ours" and place.is_dir():
             say(f"{line.method.name}: swaps")
-            names = [n for n in judges.available() if n not in line.method.used]
+            names = [n for n in judges.available() if n not in (*line.method.used, *blind)]
             if names:
-                found[line.method.name] = measure_swaps(originals, Path(folder) / "original", place, names)
+                found[line.method.name] = measure_swaps(originals, Path(folder) / "original", place, names, swapper)
     return found
+
+
+def swaps_by_oracle(
+    lines: Sequence[Line], originals: Path, folder: Path, seed: int, say: Say
+) -> dict[str, SwapFigures]:
+    """As `swaps_of`, of swaps that the embedded oracle makes into `folder`; those that are there are not made again."""
+    from pipelines.experiments.oracle import Oracle, make_swaps  # networks
+
+    oracle = Oracle(seed)
+    ours = [(line.method.name, line.made.tree) for line in lines if line.method.kind == "ours"]
+    for name, tree in (("original", originals), *ours):
+        made = make_swaps(oracle, tree, folder / name)
+        say(f"{name}: {made.swaps} swaps, {made.made} made now, {len(made.failed)} sources cannot be swapped")
+    return swaps_of(lines, originals, folder, say, ORACLE, blind=(EMBEDDER,))
+
+
+def _about_swaps(swaps: Mapping[str, SwapFigures]) -> str:
+    judged = sorted({name for found in swaps.values() for name in found.dsr})
+    text = (
+        "DSR: swaps of protected sources at or below the threshold (false accepts 1 % over LFW's pairs) of "
+        f"{', '.join(judged)}; beside it the same share of the originals' swaps, and DSR of the sources whose original's "
+        "swap is recognised."
+    )
+    if any(found.swapper == ORACLE for found in swaps.values()):
+        text += f" The swapper is the embedded oracle, which looks at sources through {EMBEDDER}."
+    return text
 
 
 def _people(options: Options, lines: Sequence[Line]) -> str:
@@ -432,7 +476,8 @@ def _people(options: Options, lines: Sequence[Line]) -> str:
     )
 
 
-def _write(out: Path, name: str, text: str, figures: Mapping[str, Any]) -> str:
+def write(out: Path, name: str, text: str, figures: Mapping[str, Any]) -> str:
+    """OUT/NAME.md and OUT/NAME.json; returns the text."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     (out / f"{name}.json").write_text(to_json(dict(figures)) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ def make_stages(
     photos: int = 1,
     until: str = "publish",
 ) -> list[Stage]:
-    """The chain of stages for the engine.
+    """The chain of stages for the engine, without ``strengthen`` where it has no rounds.
 
     Args:
         config: of the run.
@@ -101,13 +101,32 @@ def make_stages(
             joins={"align": ["crop", *geometry], "invert": ["code"], "fuse": ["target"]},
             shard_items=slow,
         ),
+    ]
+    if config.strengthen.rounds:
+        joins = {"source": ["url"], "align": ["crop", *geometry, "width", "height"]}
+        if config.attack.enabled:
+            joins |= {"invert": ["code"], "fuse": ["target"]}
+        if config.refine.id_lock:
+            joins["fuse"] = [*joins.get("fuse", []), "fused"]
+        chain.append(
+            stage(
+                "strengthen",
+                partial(load, "strengthen", config, weights["strengthen"], std),
+                "generator",
+                columns=[*common, "protected"],
+                joins=joins,
+                shard_items=slow,
+            )
+        )
+    joins = {"source": ["path", "url"], "align": ["crop", *geometry, "width", "height"]}
+    chain.append(
         stage(
             "publish",
             partial(load, "publish", config, weights["publish"], out),
             "photos",
             columns=[*common, "protected"],
             item_seconds=limit,
-            joins={"source": ["path", "url"], "align": ["crop", *geometry, "width", "height"]},
-        ),
-    ]
-    return chain[: STAGES.index(until) + 1]
+            joins=joins | ({"attack": ["protected"]} if config.strengthen.rounds else {}),
+        )
+    )
+    return [s for s in chain if STAGES.index(s.name) <= STAGES.index(until)]

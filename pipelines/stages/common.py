@@ -24,7 +24,7 @@ from scol_ops.tuning import DeadlineExceeded
 from scol_ops.warp import crop_transform, invert_affine, transform_boxes, transform_points
 
 Row = dict[str, Any]
-_HARD_MARGIN = 30.0
+HARD_MARGIN = 30.0  # s, beyond twice the time limit: then the process is ended
 
 
 class FaceError(Exception):
@@ -120,7 +120,7 @@ def each_face(
         begin = time.monotonic()
         try:
             # The inner limit is checked between steps and costs nothing; the outer one ends what does not come back.
-            with time_limit(limit * 1.1, 2 * limit + _HARD_MARGIN):
+            with time_limit(limit * 1.1, 2 * limit + HARD_MARGIN):
                 answer = treat(row, begin + limit)
             answer = base_row(row, weights, time.monotonic() - begin) | answer
         except (Exception, ItemTimeout) as error:
@@ -171,6 +171,12 @@ def geometry_in_crop(
     box = torch.from_numpy(np.array(row[prefix + "box"], np.float64)).reshape(1, 4)
     landmarks = transform_points(landmarks, to_crop)[None].float().to(device)
     return landmarks, transform_boxes(box, to_crop).float().to(device)
+
+
+def photo_side(row: Mapping[str, Any], prefix: str = "") -> float:
+    """Side of a face's crop in pixels of its photo (mean of the quad's four)."""
+    corners = np.array(row[prefix + "quad"], np.float64).reshape(4, 2)
+    return float(np.linalg.norm(corners - np.roll(corners, 1, axis=0), axis=1).mean())
 
 
 def as_codes(vector: np.ndarray, device: torch.device | str = "cpu") -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,12 +11,12 @@ import torch
 
 from cluster import Operator
 from cluster.retries import is_transient, with_retries
-from gallery_index import Expectation, Gallery, GalleryError, QueryError, ShardedGallery
+from gallery_index import Expectation, Gallery, GalleryError, QueryError, SearchResult, ShardedGallery
 from pipelines import models
 from pipelines.config import Config
 from pipelines.manifests import OK
 from pipelines.stages.common import Row, as_codes, as_vector, base_row, failed, iterate, to_table
-from scol_ops.fusion import fuse
+from scol_ops.fusion import draw_code, fuse
 
 
 def operator(config: Config, weights: str, gallery_url: str) -> Operator:
@@ -60,15 +61,18 @@ def _search(gallery: Gallery | ShardedGallery, config: Config, rows: list[Row]) 
     """Payload, or a reason, for every row. A query that is refused does not take its neighbours with it."""
     ceiling = config.fuse.identity_ceiling
     codes = np.concatenate([as_codes(row["code"]).numpy() for row in rows])
+    random = config.fuse.source == "random"
     try:
         result = gallery.search(
             codes,
-            config.fuse.k,
+            1 if random else config.fuse.k,
             exclude_photo_ids=[row["photo_id"] for row in rows],
             exclude_person_ids=[row["source.person_id"] for row in rows],
             identity_embeddings=None if ceiling is None else np.stack([row["identity"] for row in rows]),
             identity_ceiling=ceiling,
         )
+        if random:
+            result = _drawn(gallery, rows, codes, result)
     except QueryError as error:
         if len(rows) == 1:
             return [f"GALLERY: {error}"]
@@ -93,3 +97,21 @@ def _search(gallery: Gallery | ShardedGallery, config: Config, rows: list[Row]) 
             }
         )
     return answers
+
+
+def _drawn(
+    gallery: Gallery | ShardedGallery, rows: list[Row], codes: np.ndarray, result: SearchResult
+) -> SearchResult:
+    """The result with a code drawn for each row, at all layers the same one's, in place of the most similar."""
+    photos, people = (np.array(names, object) for names in (gallery.photo_ids, gallery.person_ids))
+    chosen = []
+    for row in rows:
+        allowed = photos != row["photo_id"]
+        if row["source.person_id"] is not None:
+            allowed &= people != row["source.person_id"]
+        chosen.append(draw_code(allowed, row["seed"]))
+    every = np.arange(len(gallery))
+    drawn = gallery.search(codes, 1, exclude_mask=lambda query: every != chosen[query])
+    return replace(
+        result, most_ids=drawn.most_ids, most_scores=drawn.most_scores, most_vectors=drawn.most_vectors
+    )

@@ -3,39 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from cluster import Operator
 from pipelines import models
 from pipelines.config import RECOGNISERS, Config
 from pipelines.manifests import ERROR, NO_FACE, OK, WEAK
-from pipelines.photo import Limits, Photo, PhotoError, decode, encode
+from pipelines.photo import Photo, PhotoError, decode
 from pipelines.sources import SourceError, read_bytes, write_output
-from pipelines.stages.common import (
-    Row,
-    base_row,
-    decode_png,
-    failed,
-    geometry_in_crop,
-    iterate,
-    reason_of,
-    to_table,
-    to_tensor,
-)
+from pipelines.stages.common import Row, base_row, decode_png, failed, geometry_in_crop, iterate, reason_of, to_table
+from pipelines.stages.judging import Place, bars_of, look, reason_of_weakness
 from pipelines.stages.reading import Reader
+from pipelines.stages.saving import Pasting, limits_of
 from scol_ops.alignment import align_crops
-from scol_ops.metrics import flip, ism, psnr, ssim, to_uint8
-from scol_ops.paste import face_mask, paste_back
+from scol_ops.distortions import NONE
+from scol_ops.metrics import flip, psnr, ssim, to_uint8
+from scol_ops.paste import face_mask
+from scol_ops.strengthening import Seen
 
-_JPEG_QUALITY = 75
+_JPEG = "jpeg75+half"  # of the column `ism_jpeg`, whatever `publish.distortions` says
 
 
 def operator(config: Config, weights: str, out: str) -> Operator:
@@ -45,8 +35,8 @@ def operator(config: Config, weights: str, out: str) -> Operator:
     names = dict.fromkeys((*RECOGNISERS, config.publish.judge))
     networks = {name: models.recogniser(name, device, config.engine.models) for name in names}
     judge = networks[config.publish.judge]
-    limit = judge.threshold if config.publish.max_ism is None else config.publish.max_ism
-    limits = Limits(config.align.max_pixels, config.align.max_bytes)
+    bars = bars_of(config, judge)
+    limits = limits_of(config)
     reader = Reader(limits.max_bytes)
 
     def ahead(table: pa.Table) -> None:
@@ -118,89 +108,49 @@ def operator(config: Config, weights: str, out: str) -> Operator:
         }
 
     def _save(rows: list[Row]) -> tuple[Photo, Photo, Row]:
-        photo = decode(reader.read(rows[0]["source.url"]), limits)
-        size = config.crop_size
-        if (photo.width, photo.height) != (rows[0]["align.width"], rows[0]["align.height"]):
-            raise SourceError("CHANGED", "the photo has changed since its faces were found")
-        originals = torch.cat([decode_png(row["align.crop"]) for row in rows])
-        protected = torch.cat([decode_png(row["protected"]) for row in rows])
-        masks = torch.cat([face_mask(geometry_in_crop(row, size, device, "align.")[0], size) for row in rows])
-        quads = torch.from_numpy(np.stack([np.array(row["align.quad"]).reshape(4, 2) for row in rows]))
-        # Tuning, refinement and attack have confined the change to the mask already.
-        pixels = paste_back(photo.pixels, originals, protected, masks, quads, masked=True)
-        done = _written(rows[0], encode(photo, pixels), "protected", "; ".join(photo.notes) or None)
+        pasting = Pasting(reader.read(rows[0]["source.url"]), rows, config)
+        photo = pasting.photo
+        # A face that was not strengthened is as the attack left it.
+        data = pasting.file(torch.cat([decode_png(row["protected"] or row["attack.protected"]) for row in rows]))
+        done = _written(rows[0], data, "protected", "; ".join(photo.notes) or None)
         # What counts is what anybody will read: the file, not the pixels that were meant.
         return photo, decode(read_bytes(done["out_path"], 2 * limits.max_bytes), limits), done
 
     def _judge(row: Row, photo: Photo, saved: Photo) -> Row:
         size = config.crop_size
-        window = FaceWindow(row, photo.width, photo.height)
-        one, two = (to_tensor(p.pixels[window.rows, window.columns]) for p in (photo, saved))
+        place = Place(row, photo.width, photo.height)
+        one, two = place.of(photo), place.of(saved)
         quad = torch.from_numpy(np.array(row["align.quad"]).reshape(1, 4, 2))
         before, after = (to_uint8(align_crops(p.pixels, quad, size)[0]) for p in (photo, saved))
         landmarks, _ = geometry_in_crop(row, size, device, "align.")
         face = face_mask(landmarks, size)[0, 0].numpy() > 0.5
+        others = {name: network for name, network in networks.items() if network is not judge}
+        own = one.embed(judge)
+        seen = look(judge, own, two, (_JPEG, *config.publish.distortions))
+        counted = Seen({name: seen.cosines[name] for name in (NONE, *config.publish.distortions)})
         found: Row = {
             "psnr": psnr(before, after),
             "ssim": ssim(before, after),
             "flip": flip(before, after, face),
             "face_psnr": psnr(before, after, face),
             "judge": judge.name,
-            "max_ism": limit,
+            "ism": seen.saved,
+            "ism_jpeg": seen.cosines[_JPEG],
+            "ism_worst": counted.cosines[counted.worst],
+            "worst": counted.worst,
+            "distorted": [{"name": n, "ism": c} for n, c in counted.cosines.items() if n != NONE],
+            "max_ism": bars.saved,
+            "max_ism_distorted": bars.distorted if config.publish.judge_distorted else None,
+            f"ism_{judge.name}": seen.saved,
         }
-        with torch.no_grad():
-            for name, network in networks.items():
-                own = network.embed_photo(one, window.landmarks, window.box)
-                found[f"ism_{name}"] = float(ism(own, network.embed_photo(two, window.landmarks, window.box))[0])
-            own = judge.embed_photo(one, window.landmarks, window.box)
-            small, landmarks, box = half_jpeg(saved.pixels[window.rows, window.columns], window)
-            found["ism_jpeg"] = float(ism(own, judge.embed_photo(small, landmarks, box))[0])
-        found["ism"] = found[f"ism_{judge.name}"]
-        if found["ism"] > limit:
-            reason = f"WEAK_IDENTITY: {judge.name} sees cosine {found['ism']:.3f} to the original, above {limit:.3f}"
-        elif found["psnr"] < config.publish.min_psnr:
+        for name, network in others.items():
+            found[f"ism_{name}"] = look(network, one.embed(network), two, ()).saved
+        reason = reason_of_weakness(judge.name, counted, bars, config.publish.judge_distorted)
+        if reason is None and found["psnr"] < config.publish.min_psnr:
             reason = f"WEAK_QUALITY: {found['psnr']:.1f} dB over the face crop, below {config.publish.min_psnr:.1f}"
-        else:
+        if reason is None:
             return found | {"status": OK}
         return found | {"status": WEAK, "reason": reason, "failed_stage": "publish"}
 
     run.ahead = ahead
     return run
-
-
-class FaceWindow:
-    """The part of a photo about a face, so that a large photo is not made a float tensor as a whole.
-
-    Attributes:
-        rows, columns: slices of the photo: all that the recognisers' alignments sample, unless the photo ends there.
-        landmarks, box: (1, 5, 2) and (1, 4) in the window's pixels.
-    """
-
-    def __init__(self, row: Mapping[str, Any], width: int, height: int) -> None:
-        quad = np.array(row["align.quad"], np.float64).reshape(4, 2)
-        box = np.array(row["align.box"], np.float64).reshape(2, 2)
-        points = np.concatenate([quad, box])
-        low, high = points.min(0), points.max(0)
-        margin = 0.25 * (high - low).max() + 2
-        left, top = (max(0, int(v)) for v in np.floor(low - margin))
-        right, bottom = (int(v) for v in np.ceil(high + margin))
-        self.rows, self.columns = slice(top, min(height, bottom + 1)), slice(left, min(width, right + 1))
-        shift = np.array([left, top])
-        landmarks = np.array(row["align.landmarks"], np.float64).reshape(1, 5, 2) - shift
-        self.landmarks = torch.from_numpy(landmarks).float()
-        self.box = torch.from_numpy((box - shift).reshape(1, 4)).float()
-
-
-def half_jpeg(pixels: np.ndarray, window: FaceWindow) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A window at half size and through JPEG, as a messenger would send it: picture, landmarks, box."""
-    height, width = (max(1, n // 2) for n in pixels.shape[:2])
-    image = Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-    buffer.seek(0)
-    with Image.open(buffer, formats=("JPEG",)) as again:
-        picture = to_tensor(np.asarray(again.convert("RGB")))
-    scale = torch.tensor([width / pixels.shape[1], height / pixels.shape[0]])
-    landmarks = (window.landmarks + 0.5) * scale - 0.5
-    box = (window.box + 0.5) * scale.repeat(2) - 0.5
-    return picture, landmarks, box

@@ -10,7 +10,7 @@ import torch
 from cluster import Operator
 from pipelines import models
 from pipelines.config import Config, Section
-from pipelines.stages.common import Row, as_codes, decode_png, each_face, encode_png, geometry_in_crop
+from pipelines.stages.common import Row, as_codes, decode_png, each_face, encode_png, geometry_in_crop, photo_side
 from scol_ops.metrics import psnr, ssim, to_uint8
 from scol_ops.paste import face_mask
 from scol_ops.refinement import RefineSettings, refine
@@ -73,6 +73,7 @@ def operator(config: Config, weights: str) -> Operator:
                 refining,
                 seed=row["seed"] ^ 1,
                 deadline=deadline,
+                photo_side=photo_side(row, "align."),
             )
         original, after = to_uint8(face[0]), to_uint8(refined.picture[0])
         return {

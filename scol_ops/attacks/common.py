@@ -1,4 +1,4 @@
-"""What the attacks share: the bound, the loss of dodging, and momentum."""
+"""What the attacks share: the bound, the loss of dodging, and where it starts."""
 
 from __future__ import annotations
 
@@ -41,13 +41,6 @@ def of_original(picture: Tensor, identity: Sequence[IdentityFeature]) -> list[Te
 def dodging_loss(picture: Tensor, identity: Sequence[IdentityFeature], original: Sequence[Tensor]) -> Tensor:
     """Cosine to the original's features, mean over the surrogates: (B,), to be made small."""
     return torch.stack([(f(picture) * o).sum(1) for f, o in zip(identity, original, strict=True)]).mean(0)
-
-
-def momentum(accumulated: Tensor, gradient: Tensor, decay: float) -> Tensor:
-    """``decay * accumulated + gradient / mean |gradient|``: MI-FGSM eq. 6, with the mean in place of the sum (only the
-    sign is used)."""
-    size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True)
-    return decay * accumulated + gradient / size.clamp_min(1e-20)
 
 
 def nudged(picture: Tensor, low: Tensor, high: Tensor) -> Tensor:

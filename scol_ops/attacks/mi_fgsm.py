@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scol_ops.attack import AttackResult
-from scol_ops.attacks.common import bounds, check, dodging_loss, momentum, nudged, of_original
+from scol_ops.attack import AttackResult, momentum
+from scol_ops.attacks.common import bounds, check, dodging_loss, nudged, of_original
 from scol_ops.losses import IdentityFeature
 
 

@@ -3,9 +3,8 @@
 Input diversity: Xie et al., "Improving Transferability of Adversarial Examples with Input Diversity" (CVPR 2019,
 arXiv:1803.06978): with probability 0.7 the surrogates see the picture shrunk and padded at random.  Translation
 invariance: Dong et al., "Evading Defenses to Transferable Adversarial Examples by Translation-Invariant Attacks"
-    (CVPR 2019, arXiv:1904.02884), eq. 7:
-the gradient is convolved with a Gaussian kernel (15 x 15, sigma 3).  Loss of dodging, L-infinity.  The papers' own
-numbers: eps 16 of 255, 10 steps, decay 1.
+(CVPR 2019, arXiv:1904.02884), eq. 7: the gradient is convolved with a Gaussian kernel (15 x 15, sigma 3).  Loss of
+dodging, L-infinity.  The papers' own numbers: eps 16 of 255, 10 steps, decay 1.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scol_ops.attack import AttackResult
-from scol_ops.attacks.common import bounds, check, dodging_loss, momentum, nudged, of_original
+from scol_ops.attack import AttackResult, momentum
+from scol_ops.attacks.common import bounds, check, dodging_loss, nudged, of_original
 from scol_ops.losses import IdentityFeature
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scol_ops.attack import AttackResult
-from scol_ops.attacks.common import bounds, check, momentum, nudged, of_original
+from scol_ops.attack import AttackResult, momentum
+from scol_ops.attacks.common import bounds, check, nudged, of_original
 from scol_ops.diversity import random_resize_shift
 from scol_ops.losses import IdentityFeature
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from scol_ops.models.encoder import Encoder
 from scol_ops.models.mobilestylegan import MobileStyleGAN, state_dict_from_ir
 from scol_ops.models.openvino_ir import read_constants
+from scol_ops.models.swapper import Swapper
 
 DATA = Path(__file__).parent / "data"
 SCALE = ".int8_scale"  # see pack
@@ -26,6 +27,7 @@ TRUNK_PREFIX = "face.network."  # entries of the encoder that are MobileFaceNet'
 SHA256 = {
     # Mean of 65,536 W codes of seed 0: ``python -m pipelines.training.mean_code`` makes it again.
     "mobilestylegan_mean.safetensors": "e4583dbad36362b9f9ce5a1089d6ac41ad95106a63dc02a25ebcf120ba5c6a22",
+    "swapper.safetensors": "2b30a2d4bee68668b252217a5168b081729553bb458613ff072ca095a7a2632b",
     "encoder.safetensors": "065b05781009f7e94f5c35c2eefc364aec976e5613d489f4844f67085dff2292",
     "mobilestylegan_head256.safetensors": "746ad758517a624a2c4e36757b201974e101e30e1e8d1efd48b304c265d9573e",
     "random_face/MappingNetwork.xml": "73e2096cad6e696e4af47df2477e048ab4c42c0e0dec83c7c66604822689e55b",
@@ -154,3 +156,14 @@ def load_encoder(device: torch.device | str = "cpu") -> Encoder:
     state |= {k: v for k, v in encoder.state_dict().items() if k.endswith("num_batches_tracked")}
     encoder.load_state_dict(state, strict=True)
     return encoder.eval().requires_grad_(False).to(device)
+
+
+def load_swapper(device: torch.device | str = "cpu") -> Swapper:
+    """The swap oracle's mapper, in eval mode, parameters frozen.
+
+    Raises:
+        WeightsError: see ``read_verified``.
+    """
+    mapper = Swapper()
+    mapper.load_state_dict(read_safetensors("swapper.safetensors"), strict=True)
+    return mapper.eval().requires_grad_(False).to(device)

@@ -9,7 +9,7 @@ from cluster import PartStore, StoreError, hash_key
 from cluster.digest import read_digest
 from cluster.store import DIGEST
 
-LIGHT = ["key", "n", "word"]
+LIGHT = pa.schema([("key", pa.string()), ("n", pa.int64()), ("word", pa.string())])
 
 
 def part(numbers):
@@ -46,7 +46,7 @@ def test_rows_are_those_of_a_scan_and_parts_are_opened_once(tmp_path, monkeypatc
     assert read(store, save=True) == expected and len(names) == 140
     fill(store, 3, start=70)
     assert read(store).num_rows == expected.num_rows + 12 and len(names) == 143
-    read_digest(store, "s", ["n"], ["key", "n"])  # other columns are kept: all are opened
+    read_digest(store, "s", ["n"], LIGHT.remove(2))  # other columns are kept: all are opened
     assert len(names) == 143 + 73
 
 
@@ -89,3 +89,20 @@ def test_a_torn_file_is_made_anew_and_one_that_cannot_be_written_is_told(tmp_pat
     with pytest.raises(StoreError, match="disk"):
         read(store, save=True)
     assert sorted(p.name for p in (tmp_path / "s").iterdir() if p.name.startswith(".")) == []
+
+
+def test_columns_that_older_parts_lack_are_null(tmp_path):
+    """A stage's newer version has a column more; parts of the older one stay in the store."""
+    store = PartStore(tmp_path)
+    fill(store, 40)
+    later = LIGHT.append(pa.field("score", pa.float32()))
+    rows = [{"key": hash_key(n), "n": n, "word": "w", "score": 0.5} for n in range(80, 120)]
+    for row in rows:
+        store.write_part("s", None, pa.Table.from_pylist([row], later))
+    for _ in range(2):
+        found = read_digest(store, "s", ["n", "score"], later, save=True)
+        scores = dict(zip(found["n"].to_pylist(), found["score"].to_pylist(), strict=True))
+        assert scores == {n: None for n in range(80)} | {n: 0.5 for n in range(80, 120)}
+    assert (tmp_path / "s" / DIGEST).exists()
+    with pytest.raises(StoreError, match="no column other"):
+        store.read_part("s", store.parts("s")[0], ["n", "other"], later)

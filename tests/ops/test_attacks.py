@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from scol_ops.attack import momentum
 from scol_ops.attacks import MIFGSMSettings, TIDIMSettings, TIPIMSettings, mi_fgsm, ti_dim, tip_im
-from scol_ops.attacks.common import bounds, momentum
+from scol_ops.attacks.common import bounds
 from scol_ops.attacks.ti_dim import diverse, gaussian_kernel
 from scol_ops.attacks.tip_im import discrepancy, gain, identity_loss
 from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from scol_ops.diversity import diversify, jpeg, quantisation_tables, random_resize_shift
+from scol_ops.diversity import at_photo_scale, diversify, jpeg, quantisation_tables, random_resize_shift
 from scol_ops.losses import id_lock_loss, identity_hinge_loss, multiscale_ssim_loss, reconstruction_loss, ssim_map
 
 
@@ -88,3 +88,15 @@ def test_draws_are_seeded_and_strength_zero_is_the_identity():
     )
     assert torch.equal(one, two) and not torch.equal(one, other)
     assert random_resize_shift(x, torch.Generator(), 0) is x
+
+
+def test_photo_scale_keeps_what_the_photo_can_hold():
+    x = picture(3)
+    assert at_photo_scale(x, 64) is x and at_photo_scale(x, 200) is x
+    ramp = torch.linspace(-0.8, 0.8, 64).expand(1, 3, 64, 64)
+    assert float((at_photo_scale(ramp, 32) - ramp)[..., 4:-4].abs().max()) < 0.01
+    board = (((torch.arange(64)[:, None] + torch.arange(64)) % 2).float() - 0.5).expand(1, 3, -1, -1)
+    assert float(at_photo_scale(board, 24)[..., 4:-4, 4:-4].abs().max()) < 0.05
+    leaf = x.clone().requires_grad_(True)
+    at_photo_scale(leaf, 30).sum().backward()
+    assert leaf.grad.abs().sum() > 0

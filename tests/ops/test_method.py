@@ -1,5 +1,6 @@
 """Inversion, tuning, refinement and attack on the embedded generator (few steps: their rules, not their quality)."""
 
+import dataclasses
 import time
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from scol_ops.attack import AttackSettings, attack, attack_loss
 from scol_ops.filters import low_pass
 from scol_ops.inversion import InvertSettings, invert
+from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
 from scol_ops.models.weights import load_mobilestylegan
 from scol_ops.refinement import RefineSettings, refine
 from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, pristine, select_parameters, tune
@@ -101,6 +103,58 @@ def test_refinement_lowers_similarity_and_returns_to_the_photo(faces, mask):
     assert float((limited.picture - original).abs().max()) <= 0.05 + 1e-6
 
 
+def test_refinement_with_flip_changes_fewer_places(faces, mask):
+    original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
+    pictures = {}
+    for name, weight in (("flip_weight", 0.5), ("visible_weight", 100.0)):
+        settings = RefineSettings(steps=30, lr=0.03, diversity=0.0, hinge=1.0, l2_weight=0.0, ssim_weight=0.0)
+        pictures[name] = refine(
+            start, original, mask, [thumbnail], [0.5], settings=dataclasses.replace(settings, **{name: weight})
+        )
+    flip, squared = (pictures[n].picture - original for n in ("flip_weight", "visible_weight"))
+    assert pictures["flip_weight"].history[-1]["flip"] < 0.5 * pictures["flip_weight"].history[0]["flip"]
+
+    def spread(change):  # participation ratio: 1 where all pixels change alike, near 0 where few do
+        energy = change.square().sum(1).flatten()
+        return float(energy.mean() ** 2 / energy.square().mean())
+
+    assert spread(flip) < spread(squared)
+
+
+def test_refinement_steers_to_the_flip_asked_for(faces, mask):
+    original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
+    network, geometry = load_recogniser("mobilefacenet"), ffhq_mean_geometry(1, 256)
+    reached = {}
+    for weight in (0.6, 5.0):
+        for target in (0.0, 0.06):
+            settings = RefineSettings(
+                steps=60, start=0.5, diversity=0.0, hinge=0.35, l2_weight=0.0, ssim_weight=0.5, residual_sigma=1.0,
+                flip_weight=weight, flip_target=target,
+            )  # fmt: skip
+            found = refine(
+                start, original, mask, [lambda x: network.embed_crops(x, *geometry)], [-0.5], settings=settings
+            )
+            reached[weight, target] = found.history[-1]["flip"]
+    assert reached[0.6, 0.0] > 1.5 * reached[5.0, 0.0]
+    assert reached[5.0, 0.06] == pytest.approx(0.06, rel=0.2), reached
+    # A weight that is far too small gets near in so few steps, no more.
+    assert 0.06 < reached[0.6, 0.06] < 0.9 * reached[0.6, 0.0], reached
+
+
+def test_refinement_at_the_photo_s_scale_works_on_what_is_left_there(faces, mask):
+    """A feature that sees only fine detail cannot steer a face that is small in its photo."""
+    original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
+
+    def fine(x):
+        return torch.nn.functional.normalize((x - low_pass(x, 2.0)).flatten(1), dim=1)
+
+    settings = RefineSettings(steps=1, lr=0.03, diversity=0.0, photo_scale=True)
+    hinge = {}
+    for side in (None, 256.0, 20.0):
+        hinge[side] = refine(start, original, mask, [fine], [-1.0], settings=settings, photo_side=side).history[0]["hinge"]
+    assert hinge[None] == hinge[256.0] and abs(hinge[20.0] - hinge[None]) > 0.05
+
+
 def test_low_pass_keeps_a_constant_and_removes_a_checkerboard():
     flat = torch.full((1, 3, 32, 32), 0.3)
     assert torch.allclose(low_pass(flat, 2.0), flat, atol=1e-6)
@@ -114,7 +168,7 @@ def linear_encoder(x):
     return (torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) @ weights).unflatten(1, (2, 512))
 
 
-@pytest.mark.parametrize("settings", [AttackSettings(), AttackSettings(eps=4 / 255, diversity=1.0, blur=True)])
+@pytest.mark.parametrize("settings", [AttackSettings(), AttackSettings(eps=4 / 255, diversity=1.0, blur=True), AttackSettings(momentum=1, translation_sigma=3)])
 def test_attack_improves_its_loss_within_its_bound(faces, mask, settings):
     pictures = faces[1][:2]
     target = linear_encoder(faces[1][[2, 2]])
@@ -139,6 +193,46 @@ def test_attack_without_components_or_steps_changes_nothing(faces):
     assert torch.equal(attack(linear_encoder, pictures, target, every, settings=AttackSettings(steps=0)).picture, pictures)
     with pytest.raises(ValueError):
         attack(linear_encoder, pictures, target, every, settings=AttackSettings(eps=-1))
+    with pytest.raises(ValueError, match="momentum"):
+        attack(linear_encoder, pictures, target, every, settings=AttackSettings(momentum=-0.5))
+
+
+def test_momentum_and_smoothing_change_the_attack_s_steps(faces):
+    """By hand, one step: the sign of the smoothed gradient; momentum counts from the second step on."""
+    picture, target = faces[1][:1] * 0.9, linear_encoder(faces[1][1:2])
+    every = torch.ones_like(target, dtype=torch.bool)
+
+    def steps(number, **settings):
+        settings = AttackSettings(steps=number, step_size=1 / 255, random_start=0.0, **settings)
+        return attack(linear_encoder, picture, target, every, settings=settings).picture - picture
+
+    moved = picture.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(attack_loss(linear_encoder, moved, target, every).sum(), moved)
+    for sigma in (0.0, 3.0):
+        wanted = -2 / 255 * low_pass(gradient, sigma).sign()
+        assert torch.allclose(steps(1, translation_sigma=sigma), wanted, atol=1e-6)
+        assert torch.allclose(steps(1, translation_sigma=sigma, momentum=1.0), wanted, atol=1e-6)
+    assert not torch.allclose(steps(1, translation_sigma=3.0), steps(1), atol=1e-6)
+    assert not torch.allclose(steps(6, momentum=1.0), steps(6), atol=1e-6)
+
+
+def test_tuning_s_features_see_what_transformations_leave(generator, faces, mask):
+    """Half of the draws transform; a hinge that rests (margin 1) leaves the pictures themselves as they were."""
+    seen, pictures = [], []
+    for more in ({}, {"jpeg_quality": (20, 20)}):
+        found = []
+
+        def feature(x, found=found):
+            found.append(x.detach())
+            return thumbnail(x)
+
+        settings = TuneSettings(steps=5, diversity=0.0, id_lock=0.0, hinge=1.0, **more)
+        pictures.append(tune(generator, faces[0][1:2], faces[1][:1], mask, [feature], [1.0], settings, seed=4).picture)
+        seen.append(found)
+    assert torch.equal(*pictures)
+    changes = [float((a - b).abs().max()) for a, b in zip(*seen, strict=True)]
+    assert changes[:2] == [0, 0], "the original and the fused face are seen as they are"
+    assert min(changes[2:]) == 0 and max(changes[2:]) > 0.05, changes
 
 
 def test_inversion_refinement_comes_closer(generator, faces):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from scol_ops.perception import PIXELS_PER_DEGREE, opponent_colours, perceived_colours, visible_difference
+from scol_ops.perception import PIXELS_PER_DEGREE, colour_flip, opponent_colours, perceived_colours, visible_difference
 
 
 def flat(colour):
@@ -65,3 +65,32 @@ def test_wrong_input():
         perceived_colours(torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="positive"):
         perceived_colours(torch.zeros(1, 3, 8, 8), 0)
+
+
+@pytest.mark.parametrize("first, second", [((0.8, 0.5, 0.4), (0.75, 0.55, 0.4)), ((0, 1, 0), (0, 0, 1)), ((0.9, 0.1, 0.1), (0.1, 0.1, 0.9))])
+def test_colour_flip_of_flat_pictures_is_flip(first, second):
+    mine = colour_flip(perceived_colours(flat(first)), perceived_colours(flat(second)))[0, 16, 16]
+    pictures = [np.full((32, 32, 3), c, np.float32) for c in (first, second)]
+    assert float(mine) == pytest.approx(flip_of_flat(*pictures), rel=3e-3)
+
+
+def test_colour_flip_prefers_few_places_to_many():
+    """The same squared change in one place shows less than spread; a squared loss cannot tell them apart."""
+    grey = torch.zeros(1, 3, 96, 96)
+    spot, spread = grey.clone(), grey.clone()
+    spot[..., 32:64, 32:64] += 0.3
+    spread += 0.1
+    wanted = perceived_colours(grey)
+    of_spot, of_spread = (float(colour_flip(perceived_colours(p), wanted).mean()) for p in (spot, spread))
+    assert of_spot < 0.5 * of_spread
+    assert (spot - grey).square().sum() == pytest.approx(float((spread - grey).square().sum()), rel=1e-5)
+
+
+def test_colour_flip_has_a_finite_gradient_at_equality():
+    picture = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wanted = perceived_colours(picture)
+    picture.requires_grad_(True)
+    loss = colour_flip(perceived_colours(picture), wanted)
+    assert loss.shape == (1, 40, 40) and float(loss.detach().max()) < 0.002
+    loss.sum().backward()
+    assert torch.isfinite(picture.grad).all()

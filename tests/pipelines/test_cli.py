@@ -146,7 +146,7 @@ def test_status(run: Path) -> None:
     assert (found["weak"], found["error"], found["pending"]) == (1, 1, 1)
     assert found["stages"]["tune"]["rows"] == {"ok": 2, "error": 2}
     shown = scol("status", str(run)).output
-    assert "tune           3/3 photos" in shown and "pending        1" in shown
+    assert "tune             3/3 photos" in shown and "pending        1" in shown
 
 
 def test_errors(run: Path) -> None:

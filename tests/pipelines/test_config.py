@@ -102,6 +102,8 @@ def test_keys_of_stages_follow_their_own_settings_only() -> None:
     assert changed("tune.steps=5") == ["tune"] == changed("refine.limit=0.5")
     assert changed("inspect.tau=2") == ["attack"] == changed("attack.steps=3")
     assert changed("publish.on_fail=copy") == ["publish"]
+    assert changed("strengthen.steps=5") == ["strengthen"]
+    assert changed("publish.distortions=half") == ["strengthen", "publish"] == changed("publish.max_ism=0.3")
     assert changed("seed=1") == ["align"], "later stages follow through the key of the stage before"
     for setting in (
         "engine.workers=3",
@@ -121,6 +123,7 @@ def test_sections_have_all_fields_of_the_operators_settings() -> None:
     from scol_ops.inversion import InvertSettings
     from scol_ops.models.recognisers import RECOGNISERS
     from scol_ops.refinement import RefineSettings
+    from scol_ops.strengthening import StrengthenSettings
     from scol_ops.tuning import TuneSettings
 
     for section, kind, extra in (
@@ -128,6 +131,7 @@ def test_sections_have_all_fields_of_the_operators_settings() -> None:
         (module.RefineConfig, RefineSettings, {"identity", "margins"}),
         (module.AttackConfig, AttackSettings, {"enabled"}),
         (module.InvertConfig, InvertSettings, set()),
+        (module.StrengthenConfig, StrengthenSettings, set()),
     ):
         assert set(section.model_fields) == {f.name for f in fields(kind)} | extra
     assert module.RECOGNISERS == RECOGNISERS
@@ -152,3 +156,16 @@ def test_the_encoder_and_the_recogniser_in_it_do_not_judge_each_other() -> None:
     assert load_config(sets=[*others, "attack.enabled=false"]).publish.judge == "mobilefacenet"
     (found,) = problems("tune.identity=dlib_resnet,encoder", *others[1:], "attack.enabled=false")
     assert "which tune works through" in found
+
+
+def test_what_is_off_is_not_in_a_stages_key() -> None:
+    """Settings that came later leave the keys of runs without them as they were, so that nothing is made again."""
+    plain = load_config()
+    for stage, name, text in (
+        ("tune", "blur", "true"),
+        ("tune", "jpeg_quality", "60,95"),
+        ("attack", "momentum", "0.5"),
+        ("attack", "translation_sigma", "2"),
+    ):
+        given = load_config(sets=[f"{stage}.{name}={text}"])
+        assert name not in plain.stage_config(stage)[stage] and given.stage_config(stage)[stage][name]

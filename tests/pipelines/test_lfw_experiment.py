@@ -86,6 +86,7 @@ def run(tree) -> Run:
                       "landmarks": face.landmarks.reshape(-1).tolist(), "crop": png(small(person, side=256))},
             "invert": {"code": codes if person == "Ada" else None}, "fuse": {},
             "tune": {"tuned": png(after256), "refined": None}, "attack": {"protected": png(after256)},
+            "strengthen": {},
             "publish": {"path": path, "action": "protected", "out_path": str(saved), "psnr": 30.0 + i, "ssim": 0.95,
                         "flip": 0.1, "face_psnr": 29.0},
         }

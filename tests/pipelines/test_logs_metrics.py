@@ -8,7 +8,10 @@ import re
 import time
 import urllib.request
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -77,14 +80,14 @@ def exported(text: str) -> dict[str, list[tuple[dict[str, str], float]]]:
     return found
 
 
-def test_ray_exports_what_the_driver_counts(tmp_path: Path) -> None:
-    Metrics()(Progress("tune", 1, 3, {}, 1.0, workers={"generator": (1, 2)}))  # no Ray: nothing happens
-    shard = shard_of(Run(str(tmp_path / "run")))
-    with ray_session(num_cpus=1):
+def scraped() -> dict:
+    """What Ray exports of one driver. Alone in a process: counters live as long as it, across sessions of Ray."""
+    with TemporaryDirectory() as folder, ray_session(num_cpus=1):
         import ray
 
         node = ray.nodes()[0]
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        shard = shard_of(Run(str(Path(folder) / "run")))
         metrics = Metrics()
         workers = {"generator": (1, 2)}
         metrics(Progress("tune", 0, 9, {}, 0.0))
@@ -97,6 +100,14 @@ def test_ray_exports_what_the_driver_counts(tmp_path: Path) -> None:
             time.sleep(1)
             with urllib.request.urlopen(url, timeout=30) as answer:
                 found = exported(answer.read().decode())
+        return found
+
+
+def test_ray_exports_what_the_driver_counts(tmp_path: Path) -> None:
+    Metrics()(Progress("tune", 1, 3, {}, 1.0, workers={"generator": (1, 2)}))  # no Ray: nothing happens
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        found = process.submit(scraped).result()
+    wanted = {f"ray_{name}" for name in METRICS}
     assert wanted <= set(found), wanted - set(found)
 
     def value(name: str, **labels: str) -> float:

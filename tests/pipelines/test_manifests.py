@@ -285,29 +285,58 @@ def stage_keys(source: pa.Table, config: Config, *more) -> dict[str, list[str]]:
     return derive(stage_rules(config, *more), source["key"].to_pylist())
 
 
+def loop(*more: str) -> Config:
+    return load_config(sets=["strengthen.rounds=1", *more])
+
+
 def test_keys_change_from_the_stage_concerned_on(archive: Path) -> None:
     source = source_table(list_source(str(archive)).photos)
-    base = stage_keys(source, load_config(), WEIGHTS, "/out")
+    base = stage_keys(source, loop(), WEIGHTS, "/out")
     every = [key for stage in STAGES for key in base[stage]]
     assert len(set(every)) == len(every) == 3 * len(STAGES)
 
     def changed(keys: dict[str, list[str]]) -> list[str]:
         return [stage for stage in STAGES if keys[stage] != base[stage]]
 
-    assert changed(stage_keys(source, load_config(), WEIGHTS, "/out")) == []
-    assert changed(stage_keys(source, load_config(sets=["tune.steps=1"]), WEIGHTS, "/out")) == [
+    assert changed(stage_keys(source, loop(), WEIGHTS, "/out")) == []
+    assert changed(stage_keys(source, loop("tune.steps=1"), WEIGHTS, "/out")) == [
         "tune",
         "attack",
+        "strengthen",
         "publish",
     ]
-    assert changed(stage_keys(source, load_config(), WEIGHTS | {"fuse": "g"}, "/out"))[0] == "fuse"
-    assert changed(stage_keys(source, load_config(), WEIGHTS, "/elsewhere")) == ["publish"]
-    assert changed(stage_keys(source, load_config(sets=["engine.workers=7"]), WEIGHTS, "/out")) == []
+    assert changed(stage_keys(source, loop(), WEIGHTS | {"fuse": "g"}, "/out"))[0] == "fuse"
+    assert changed(stage_keys(source, loop(), WEIGHTS, "/elsewhere")) == ["publish"]
+    assert changed(stage_keys(source, loop("engine.workers=7"), WEIGHTS, "/out")) == []
+
+    bar = ["strengthen", "publish"]
+    assert changed(stage_keys(source, loop("publish.max_ism=0.3"), WEIGHTS, "/out")) == bar
+    assert changed(stage_keys(source, loop("strengthen.steps=5"), WEIGHTS, "/out")) == bar
+    assert changed(stage_keys(source, loop("publish.judge_distorted=false"), WEIGHTS, "/out")) == ["publish"]
 
     (archive / "b.jpg").write_bytes(b"other content")
-    again = stage_keys(source_table(list_source(str(archive)).photos), load_config(), WEIGHTS, "/out")
+    again = stage_keys(source_table(list_source(str(archive)).photos), loop(), WEIGHTS, "/out")
     for stage in STAGES:
         assert [new == old for new, old in zip(again[stage], base[stage], strict=True)] == [True, False, True]
+
+
+def test_a_stage_that_is_left_out_has_the_keys_of_the_one_before(archive: Path, tmp_path: Path) -> None:
+    source = source_table(list_source(str(archive)).photos)
+    off = "strengthen.rounds=0"
+    keys = stage_keys(source, load_config(sets=[off]), WEIGHTS, "/out")
+    assert keys["strengthen"] == keys["attack"] and len(set(keys["publish"]) | set(keys["attack"])) == 6
+    assert stage_keys(source, load_config(sets=[off, "strengthen.steps=9"]), WEIGHTS, "/out") == keys
+    run, columns = Run(str(tmp_path / "run")), [source["photo_id"], source["path"], source["key"], *keys.values()]
+    run.write_plan(pa.table(columns, manifests.PLAN_SCHEMA), {"source": "/src"})
+    assert manifests.left_out(run.plan()) == ["strengthen"]
+    # A plan that an older version wrote knows nothing of it.
+    old = run.plan().drop_columns(["strengthen"])
+    run.write_tables("plan.parquet", old.schema, [old])
+    assert run.plan()["strengthen"] == old["attack"] and manifests.left_out(run.plan()) == ["strengthen"]
+    assert manifests.plan_about(run.plan()) == {"source": "/src"}
+    assert run.plan(["strengthen", "path"]).column_names == ["strengthen", "path"]
+    with pytest.raises(RunError, match="no column stages"):
+        run.plan(["stages"])
 
 
 def test_samples_are_seeded_and_other_files_are_counted(archive: Path) -> None:

@@ -36,7 +36,7 @@ def test_progress_in_a_log_is_plain_lines_with_rate_and_time_left() -> None:
     reporter(progress("publish", 4, failed=1))
     reporter.close()
     first, second = stream.getvalue().splitlines()
-    assert first == "2/10 photos, 1 min 0 s so far, align 2, invert 2, fuse 2, tune 6, attack 2"
+    assert first == "2/10 photos, 1 min 0 s so far, align 2, invert 2, fuse 2, tune 6, attack 2, strengthen 2"
     # 2 of 8 in a minute; those that an earlier run had done do not count for the rate
     assert second.startswith("4/10 photos, 2.0 photos/min, 3 min 0 s left") and second.endswith(", 1 failed")
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
@@ -106,6 +106,8 @@ def result(**more) -> dict:
         "published": 2,
         "ok": 1,
         "weak": 1,
+        "weak_share": 0.5,
+        "strengthened": None,
         "no_face": 0,
         "error": 1,
         "pending": 0,
@@ -125,6 +127,10 @@ def test_table_has_a_line_for_everything_that_counts() -> None:
     assert (
         rows["failed"] == "1" and rows["PSNR of the face crop, dB"] == "33.46" and rows["SSIM of the face crop"] == "-"
     )
+    assert rows["faces weak, %"] == "50.0" and "faces strengthened" not in rows
+    again = {"judged": 2, "faces": 1, "rounds": 3, "ended": {"rounds": 1}}
+    rows = {line[:28].strip(): line[28:].strip() for line in table_of(result(strengthened=again)).splitlines()}
+    assert (rows["faces strengthened"], rows["in rounds"]) == ("1", "3")
     assert rows["ISM by faceres"] == "0.250" and rows["seconds a face (all stages)"] == "41.0"
 
 

@@ -49,7 +49,7 @@ class Archive:
         for version in (0, 1):
             for stage in (SOURCE, *STAGES):
                 rows = [self.row(stage, path, version) for path in paths]
-                groups = [rows[:1], rows[1:]] if stage in ("tune", "attack") else [rows]
+                groups = [rows[:1], rows[1:]] if stage in ("tune", "attack", "strengthen") else [rows]
                 for group in groups:
                     table = pa.Table.from_pylist(group, SOURCE_SCHEMA) if stage == SOURCE else to_table(stage, group)
                     self.run.store.write_part(stage, None, table)
@@ -91,6 +91,7 @@ class Archive:
             "fuse": {"fused": code(path, version), "target": code(path, version), "most_ids": ["synthetic-5", *others]},
             "tune": {"tuned": picture(path, version + 2), "refined": picture(path, version + 4)},
             "attack": {"protected": picture(path, version + 6)},
+            "strengthen": {"protected": picture(path, version + 8)},
             "publish": {
                 "path": path,
                 "action": "protected",

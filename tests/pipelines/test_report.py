@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines import report
 from pipelines.config import STAGES
-from pipelines.manifests import PLAN_SCHEMA, SCHEMAS, SOURCE, Run, RunError
+from pipelines.manifests import PLAN_SCHEMA, SCHEMAS, SOURCE, Run, RunError, read_stage
 
 NASTY = '<img src=x onerror="document.title=1">&\'"\u202egpj.exe\n.jpg'
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -66,6 +66,8 @@ def make_run(folder: Path, photos: list[dict], run_json: bool = True) -> Run:
                     value = {"align": {"crop": png(i)}, "invert": {"code": code},
                              "fuse": {"fused": code, "target": code},
                              "attack": {"protected": png(i + 1000)},
+                             "strengthen": {"protected": png(i + 2000) if i % 2 else None, "rounds": i % 3,
+                                            "ended": "passed" if i % 3 < 2 else "rounds"},
                              "publish": {"path": item["path"], "out_path": item["path"], "action": "protected",
                                          "psnr": 30 + i % 7 / 2, "ssim": 0.95, "flip": 0.1, "face_psnr": 28.0,
                                          "judge": "faceres", "max_ism": 0.545,
@@ -151,6 +153,12 @@ def test_counts_and_banner(mixed):
     assert (tiles["photos"], tiles["faces"]) == ("78", "52")
     assert (tiles["photos protected"], tiles["photos weak"], tiles["photos failed"]) == ("40", "5", "32")
     assert tiles["photos without a face"] == "1" and tiles["photos not reached"] == "0"
+    # 51 faces have a verdict, 5 of them weak; the made-up loop sent two of three back
+    strengthened = [row["rounds"] for row in read_stage(mixed[0], "strengthen").to_pylist() if row["status"] == "ok"]
+    again = [rounds for rounds in strengthened if rounds]
+    assert tiles["faces strengthened"] == f"{len(again)} of {len(strengthened)}" and tiles["faces weak"] == "9.8 %"
+    assert tiles["rounds of these, mean"] == f"{sum(again) / len(again):.1f}"
+    assert tiles["of these now below the bar"] == f"{again.count(1)} of {len(again)}"
     assert "32 of 78 photos failed" in page.text and "5 faces are weakly protected" in page.text
     assert "not finished" not in page.text
     assert "empty.png" in page.sections["others"]
@@ -284,6 +292,13 @@ def test_pictures_come_from_the_saved_file(tmp_path):
     pictures = report.read_pictures(run, [name])[name]
     assert not pictures.saved and np.array_equal(pictures.protected, np.asarray(Image.open(io.BytesIO(png(1000)))))
     assert "the saved file could not be read" in report.render(run)
+
+
+def test_of_a_strengthened_face_the_last_picture_is_that_one(tmp_path):
+    run = make_run(tmp_path, [photo("a.png", "ok"), photo("b.png", "ok")])
+    last = [report.read_pictures(run, [f"{i:016x}-00"])[f"{i:016x}-00"].protected for i in (0, 1)]
+    for pixels, number in zip(last, (1000, 2001), strict=True):
+        assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(png(number)))))
 
 
 def test_histogram():

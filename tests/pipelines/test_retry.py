@@ -34,7 +34,7 @@ class Job:
     def plan(self) -> dict[str, list[str]]:
         source = source_table(list_source(str(self.src)).photos)
         opened = retry.opened(self.run)
-        rules = stage_rules(load_config(), WEIGHTS, str(self.out), opened)
+        rules = stage_rules(load_config(sets=["strengthen.rounds=1"]), WEIGHTS, str(self.out), opened)
         rules["publish"] = chain(rules["publish"], renewal(self.run, str(self.out), opened.get("publish", ())))
         keys = derive(rules, source["key"].to_pylist())
         self.ids = source["photo_id"].to_pylist()
@@ -66,7 +66,7 @@ class Job:
 def job(tmp_path: Path) -> Job:
     job = Job(tmp_path)
     failures = {"b.jpg": ("tune", "TIMEOUT"), "c.jpg": ("publish", "CHANGED"), "d.jpg": ("align", "CORRUPT")}
-    assert job.work(job.plan(), failures) == 24
+    assert job.work(job.plan(), failures) == 28
     return job
 
 
@@ -89,10 +89,11 @@ def test_what_failed_is_made_again_from_its_stage_on(job: Job) -> None:
         "fuse": ["d.jpg"],
         "tune": ["b.jpg", "d.jpg"],
         "attack": ["b.jpg", "d.jpg"],
+        "strengthen": ["b.jpg", "d.jpg"],
         "publish": ["b.jpg", "c.jpg", "d.jpg"],
     }
     # c.jpg fails again in the same way: it can be opened again, and its next attempt is then the one that counts.
-    assert job.work(after, {"c.jpg": ("publish", "CHANGED")}) == 10
+    assert job.work(after, {"c.jpg": ("publish", "CHANGED")}) == 12
     assert differences(after, job.plan()) == {}
     assert retry.retry(job.run).photos == {"publish": 1}
     third = job.plan()
@@ -103,7 +104,7 @@ def test_what_failed_is_made_again_from_its_stage_on(job: Job) -> None:
 def test_only_what_was_asked_for(job: Job) -> None:
     before = job.plan()
     assert retry.retry(job.run, ["TIMEOUT"]).photos == {"tune": 1}
-    assert differences(before, job.plan()) == {stage: ["b.jpg"] for stage in ("tune", "attack", "publish")}
+    assert differences(before, job.plan()) == {stage: ["b.jpg"] for stage in ("tune", "attack", "strengthen", "publish")}
     assert retry.retry(job.run, ["CORRUPT"], stage="tune").photos == {}
     with pytest.raises(RunError, match="no failed row has the reason TIMEUOT; there are: C"):
         retry.retry(job.run, ["TIMEUOT"])

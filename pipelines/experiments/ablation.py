@@ -1,0 +1,306 @@
+"""`scol experiment run ablation`: which settings hide identity from recognisers that were not inside.
+
+Each variant (`variants`) protects the same development people, who are apart from those whose results are reported
+(`protocol.develop`), once for each recogniser that is to judge: where it is among the variant's features, another
+takes its place, as in `table1`.  So every recogniser judges, and none judges what it was used for.  All variants and
+splits share one run folder: what their settings have in common, such as the faces and their codes, is made once.
+
+Faces are compared with the base's as well: they are the same, so differences have narrower intervals than means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import Progress, ray_session
+from pipelines.config import ALL_RECOGNISERS, Config, ConfigError, load_config
+from pipelines.evaluate import judges
+from pipelines.evaluate.job import inside_of
+from pipelines.evaluate.measure import column
+from pipelines.evaluate.page import plain_table
+from pipelines.experiments.comparison import compare, number
+from pipelines.experiments.datasets import read_dataset
+from pipelines.experiments.faces import SEEN, Faces, estimates, less, mean, read_faces
+from pipelines.experiments.methods import Method
+from pipelines.experiments.protocol import develop, lay_out, reported
+from pipelines.experiments.tables import Options, write
+from pipelines.experiments.variants import COMMON, Variant, VariantError
+from pipelines.machine import machine
+from scol_ops.distortions import NONE
+
+NAME = "ablation"
+TITLE = "Variants of our method, each judged by recognisers that it did not use"
+PEOPLE = 16  # by default
+SPLIT = "-judged-by-"
+
+Say = Callable[[str], None]
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+def splits(variant: Variant, options: Options) -> dict[str, Method]:
+    """Judge -> the method that it judges; judges that are not inside share one.
+
+    A recogniser that cannot be left out (the encoder's trunk, where a variant works through the encoder) judges
+    nothing.
+
+    Raises:
+        VariantError: settings that are unknown or do not go together, or leave nobody to judge.
+    """
+    names = judges.available()
+    sets = (*COMMON, *options.sets, *variant.sets)
+    config, spared = _configuration(variant, options, sets, names)
+    found = {}
+    for judge in names:
+        name, more = variant.name, spared
+        if judge in _inside(config):
+            features = _without(judge, config, names)
+            name, more = f"{variant.name}{SPLIT}{judge}", (*_features(config, features), f"publish.judge={judge}")
+            if judge in _inside(config, features):
+                continue
+        found[judge] = Method(name, "ours", profile=options.profile, sets=(*sets, *more))
+        _load(variant, options, found[judge].sets)
+    if not found:
+        raise VariantError([f"{variant.name}: every recogniser is inside, nobody is left to judge"])
+    return found
+
+
+def _load(variant: Variant, options: Options, sets: Sequence[str]) -> Config:
+    try:
+        return load_config(options.profile, sets=sets)
+    except ConfigError as error:
+        raise VariantError([f"{variant.name}: {problem}" for problem in error.problems]) from error
+
+
+def _configuration(
+    variant: Variant, options: Options, sets: Sequence[str], names: Sequence[str]
+) -> tuple[Config, tuple[str, ...]]:
+    """The variant's configuration, and what had to be set for it: a judge of its verdicts that is not inside."""
+    for name in (*names, *ALL_RECOGNISERS):
+        spared = (f"publish.judge={name}",)
+        try:
+            return load_config(options.profile, sets=(*sets, *spared)), spared
+        except ConfigError:
+            continue
+    return _load(variant, options, sets), ()  # no judge is to blame: this says what is wrong
+
+
+def _inside(config: Config, features: Mapping[str, Sequence[str]] | None = None) -> tuple[str, ...]:
+    tree = config.model_dump(mode="json")
+    for section, names in (features or {}).items():
+        tree[section]["identity"] = list(names)
+    return inside_of(tree)
+
+
+def _without(judge: str, config: Config, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Section -> its identity features without a judge: the first recogniser that is in no section takes its place."""
+    own = {section: getattr(config, section).identity for section in ("tune", "refine")}
+    everywhere = tuple(dict.fromkeys(feature for features in own.values() for feature in features))
+    spare = tuple(name for name in names if name not in everywhere)[:1]
+    return {
+        section: tuple(n for n in features if n != judge) + (spare if judge in features else ())
+        for section, features in own.items()
+    }
+
+
+def _features(config: Config, features: Mapping[str, Sequence[str]]) -> list[str]:
+    """The settings that say so; margins stay with their features, and a new feature has its default one."""
+    sets = []
+    for section, names in features.items():
+        own = getattr(config, section)
+        sets.append(f"{section}.identity={','.join(names)}")
+        if own.margins:
+            given = dict(zip(own.identity, own.margins, strict=True))
+            margins = (given.get(name, own.default_margins[name]) for name in names)
+            sets.append(f"{section}.margins={','.join(map(str, margins))}")
+    return sets
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A variant and its faces: those in the middle of the photos, one a person.
+
+    Attributes:
+        methods, faces, seconds: by judge: what it judges, the faces' measures, seconds of one core a face.
+    """
+
+    variant: Variant
+    methods: dict[str, Method]
+    faces: dict[str, Faces]
+    seconds: dict[str, float | None]
+
+    def mean(self, chosen: Sequence[str]) -> Faces:
+        """Each face's means over some judges."""
+        return mean([self.faces[judge] for judge in chosen])
+
+
+def common_judges(found: Sequence[Measured]) -> list[str]:
+    """Judges of all variants, over whom means can be compared."""
+    return [judge for judge in found[0].faces if all(judge in one.faces for one in found)]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(found: Sequence[Measured], people: int) -> str:
+    """Markdown: for each variant the mean over judges and each judge's line, as saved and after the distortion.
+
+    Args:
+        found: the base first.
+        people: how many were protected.
+    """
+    chosen = common_judges(found)
+    parts = []
+    for seen in SEEN:
+        rows = [("variant", "judged by", "faces", "Rank-1-U, %", "ISM", "ISM less the base's", *_PICTURES, "s a face")]
+        for one in found:
+            if chosen:
+                average, base = one.mean(chosen), found[0].mean(chosen)
+                known = [one.seconds[judge] for judge in chosen if one.seconds[judge] is not None]
+                seconds = sum(known) / len(known) if known else None
+                rows.append(_row(one, f"mean of {len(chosen)}", average, base, seconds, people, seen, one is found[0]))
+            for judge, faces in one.faces.items():
+                base = found[0].faces.get(judge, {})
+                rows.append(_row(one, judge, faces, base, one.seconds[judge], people, seen, one is found[0]))
+        parts.append(f"{'As saved' if seen == NONE else f'After {seen}'}:\n\n{plain_table(rows)}")
+    means = f"Means are over {', '.join(chosen)}." if chosen else "No recogniser judges all variants: no means."
+    return "\n\n".join([*parts, means])
+
+
+_PICTURES = ("PSNR, dB", "SSIM", "FLIP")
+
+
+def _row(
+    one: Measured, judge: str, faces: Faces, base: Faces, seconds: float | None, people: int, seen: str, first: bool
+) -> tuple[str, ...]:
+    own, change = estimates(faces), None if first else estimates(less(faces, base))
+
+    def cell(name: str, scale: float = 1, digits: int = 3) -> str:
+        return number(own[column(name, "", seen)], scale, digits, True)
+
+    return (
+        one.variant.name,
+        judge,
+        f"{len(faces)} of {people}",
+        cell("rank1_u", 100, 1),
+        cell("ism"),
+        "-" if change is None else number(change[column("ism", "", seen)], 1, 3, True),
+        cell("psnr", 1, 2),
+        cell("ssim"),
+        cell("flip"),
+        "-" if seconds is None else f"{seconds:.1f}",
+    )
+
+
+def record(found: Sequence[Measured]) -> list[dict[str, Any]]:
+    """For the JSON file."""
+    chosen = common_judges(found)
+
+    def figures(faces: Faces, base: Faces) -> dict[str, Any]:
+        return {"faces": len(faces), **estimates(faces), "less_base": estimates(less(faces, base))}
+
+    return [
+        {
+            **asdict(one.variant),
+            "mean": figures(one.mean(chosen), found[0].mean(chosen)) if chosen else None,
+            "mean_of": chosen,
+            "judges": {
+                judge: {
+                    "method": one.methods[judge].name,
+                    "inside": one.methods[judge].used,
+                    "settings": one.methods[judge].sets,
+                    "seconds_per_face": one.seconds[judge],
+                    **figures(faces, found[0].faces.get(judge, {})),
+                }
+                for judge, faces in one.faces.items()
+            },
+        }
+        for one in found
+    ]
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+def run(
+    options: Options,
+    variants: Sequence[Variant],
+    say: Say = lambda text: None,
+    progress: Callable[[], Callable[[Progress], None] | None] = lambda: None,
+) -> str:
+    """Run the variants, or go on with them; returns the table (Markdown).
+
+    OUT/ablation.md and OUT/ablation.json hold it, written anew after each variant.
+
+    Args:
+        options: `others` and `swaps` are not used.
+        variants: of `variants.select`, the base first.
+
+    Raises:
+        VariantError: all variants' mistakes, before anything is made.
+        DatasetError: the data set is not there, or has too few people besides the reported ones.
+        Others as `comparison.compare`.
+    """
+    planned = plan(variants, options)
+    photos = list(read_dataset(options.dataset, options.data))
+    protocol = develop(photos, options.people, options.distractors, options.seed)
+    kept = len(reported(photos))
+    out = Path(options.out).resolve()
+    originals, gallery = lay_out(protocol, options.data, out / "photos")
+    found, text = [], ""
+    with ray_session():
+        for variant, methods in planned:
+            lines = {
+                line.method.name: line
+                for line in compare(
+                    list({m.name: m for m in methods.values()}.values()),
+                    originals,
+                    gallery,
+                    out,
+                    references=options.people + options.distractors,
+                    workers=options.workers,
+                    seed=options.seed,
+                    say=say,
+                    progress=progress,
+                    run_url=str(out / "run"),
+                )
+            }
+            faces = {
+                judge: read_faces(out / "evaluations" / method.name / "faces.parquet", judge)
+                for judge, method in methods.items()
+            }
+            seconds = {judge: lines[method.name].made.seconds_per_face for judge, method in methods.items()}
+            found.append(Measured(variant, methods, faces, seconds))
+            text = (
+                f"{TITLE}. {options.people} people to develop on ({options.dataset}, seed {options.seed}), apart from "
+                f"the {kept} whose results are reported; gallery: another photo of each, and "
+                f"{len(protocol.distractors)} others; profile {options.profile}. Brackets: 95 % over people.\n\n"
+                + table(found, options.people)
+            )
+            about = {"experiment": NAME, "options": asdict(options), "left_out": kept, "machine": machine()}
+            write(out, NAME, text, about | {"variants": record(found)})
+    return text
+
+
+def plan(variants: Sequence[Variant], options: Options) -> list[tuple[Variant, dict[str, Method]]]:
+    """Each variant's splits.
+
+    Raises:
+        VariantError: all variants' mistakes.
+    """
+    planned, problems = [], []
+    for variant in variants:
+        try:
+            planned.append((variant, splits(variant, options)))
+        except VariantError as error:
+            problems += error.problems
+    if problems:
+        raise VariantError(problems)
+    return planned

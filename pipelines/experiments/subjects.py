@@ -1,0 +1,199 @@
+"""People that a method of ours has protected: pictures and measures of each, for the figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cluster import Progress
+from pipelines.config import Config, load_config
+from pipelines.evaluate import judges
+from pipelines.evaluate.measure import Spot, column
+from pipelines.experiments.comparison import DISTORTION, Line, compare, number, percent
+from pipelines.experiments.faces import COLUMNS, Faces, estimates, mean, read_faces
+from pipelines.experiments.lfw import ExperimentError as NothingProtected
+from pipelines.experiments.lfw import Probe, read_probes
+from pipelines.experiments.methods import Method
+from pipelines.experiments.sheet import Pixels
+from pipelines.experiments.tables import ExperimentError, Options
+from pipelines.manifests import Run
+from pipelines.photo import decode
+from pipelines.sources import read_bytes
+from pipelines.stages.common import decode_png
+from scol_ops.alignment import align_crops
+from scol_ops.metrics import to_uint8
+
+Say = Callable[[str], None]
+Reporting = Callable[[], Callable[[Progress], None] | None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an experiment works, and on what. `references`: people of the gallery at most."""
+
+    out: Path
+    originals: Path
+    gallery: Path
+    references: int
+    options: Options
+    say: Say
+    progress: Reporting
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A method's result. `probes`: photos that were protected, by path below the originals."""
+
+    line: Line
+    probes: dict[str, Probe]
+    run: Run
+    file: Path
+
+    def faces(self, names: Sequence[str], subject: str = "") -> Faces:
+        """Measures, the mean over recognisers."""
+        return mean([read_faces(self.file, name, subject) for name in names])
+
+
+def protect(place: Place, method: Method) -> Subject:
+    """Protect and evaluate, or go on; the run's folder is shared by all methods of a place."""
+    run = place.out / "run"
+    (line,) = compare(
+        [method],
+        place.originals,
+        place.gallery,
+        place.out,
+        references=place.references,
+        workers=place.options.workers,
+        seed=place.options.seed,
+        say=place.say,
+        progress=place.progress,
+        run_url=str(run),
+    )
+    try:
+        probes, _ = read_probes(Run(str(run)), stages=True)
+    except NothingProtected as error:
+        raise ExperimentError(f"{method.name}: {error}; {line.made.failed}") from error
+    by_path = {Path(probe.source_url).relative_to(place.originals).as_posix(): probe for probe in probes}
+    return Subject(line, by_path, Run(str(run)), place.out / "evaluations" / method.name / "faces.parquet")
+
+
+def outside(*subjects: Subject) -> list[str]:
+    """Recognisers that none of these used.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    found = [name for name in judges.available() if not any(name in s.line.method.used for s in subjects)]
+    if not found:
+        raise ExperimentError("every recogniser is inside: nobody is left to judge (--set tune.identity=...)")
+    return found
+
+
+def common(*subjects: Subject) -> list[str]:
+    """Paths that all of them protected and measured.
+
+    Raises:
+        ExperimentError: there is none.
+    """
+    name = judges.available()[0]
+    sets = [set(s.probes) & set(read_faces(s.file, name)) for s in subjects]
+    found = sorted(set.intersection(*sets))
+    if not found:
+        raise ExperimentError("no face was protected and measured")
+    return found
+
+
+def person_of(path: str) -> str:
+    return path.split("/")[-2]
+
+
+def lost(place: Place, shown: Sequence[str], *subjects: Subject) -> str:
+    """How many photos have numbers, and why the others have none."""
+    photos = sum(1 for p in place.originals.rglob("*") if p.is_file())
+    words = f"{len(shown)} of {photos} photos have numbers"
+    if len(shown) == photos:
+        return words + "."
+    reasons: Counter[str] = Counter()
+    for subject in subjects:
+        reasons.update({code: int(n) for code, n in subject.line.made.failed.items() if not code.startswith("WEAK")})
+    named = f" ({', '.join(f'{code} {n}' for code, n in sorted(reasons.items()))})" if reasons else ""
+    return f"{words}; the others were not protected, or their face was not found again{named}."
+
+
+# Lines of ours that several figures have: with one OUT each is made once.
+PLAIN, ATTACKED, RANDOM = "plain", "attacked", "random-code"
+_SETS = {
+    PLAIN: ("attack.enabled=false",),
+    ATTACKED: ("attack.enabled=true",),
+    RANDOM: ("attack.enabled=false", "fuse.source=random"),
+}
+
+
+def ours(name: str, options: Options) -> Method:
+    return Method(name, "ours", profile=options.profile, sets=(*options.sets, *_SETS[name]))
+
+
+def as_configured(options: Options) -> Method:
+    """With the attack, if the profile and `--set` say so."""
+    return ours(ATTACKED if load_config(options.profile, sets=options.sets).attack.enabled else PLAIN, options)
+
+
+_LATER = (f"Rank-1-U after {DISTORTION}, %", "ISM after it")
+HEAD = ("", "faces", "Rank-1-U, %", "ISM", "PSNR, dB", "SSIM", "FLIP", *_LATER)
+
+
+def summary(name: str, faces: Faces, paths: Sequence[str], pictures: bool = True) -> tuple[str, ...]:
+    """A line of a table with the columns of `HEAD`."""
+    found = estimates({path: faces[path] for path in paths if path in faces})
+    later = {measure: found[column(measure, "", DISTORTION)] for measure in ("rank1_u", "ism")}
+    seen = [number(found[m], 1, d, True) if pictures else "-" for m, d in (("psnr", 2), ("ssim", 3), ("flip", 3))]
+    return (
+        name,
+        str(sum(path in faces for path in paths)),
+        percent(found["rank1_u"]),
+        number(found["ism"], 1, 3, True),
+        *seen,
+        percent(later["rank1_u"]),
+        number(later["ism"], 1, 3, True),
+    )
+
+
+def one_face(faces: Faces, path: str) -> dict[str, float | None]:
+    """A face's measures by column, for the JSON file."""
+    if path not in faces:
+        return {}
+    return {column(m, "", seen): _known(v) for (m, seen), v in zip(COLUMNS, faces[path], strict=True)}
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def original_crop(probe: Probe) -> Pixels:
+    return to_uint8(decode_png(probe.row["align.crop"])[0])
+
+
+def saved_crop(probe: Probe, size: int) -> Pixels:
+    """The face's place in the saved file, uint8 (size, size, 3)."""
+    quad = torch.from_numpy(np.array(probe.row["align.quad"], np.float64).reshape(1, 4, 2))
+    return to_uint8(align_crops(decode(read_bytes(probe.saved_url)).pixels, quad, size)[0])
+
+
+def spot_of(probe: Probe) -> Spot:
+    return Spot(*(np.asarray(v, np.float64) for v in (probe.spot.landmarks, probe.spot.box)))
+
+
+def configuration(subject: Subject) -> Config:
+    return load_config(subject.line.method.profile, sets=subject.line.method.sets)
+
+
+def face_words(faces: Faces, path: str) -> tuple[str, str]:
+    """Below a protected face."""
+    found = one_face(faces, path)
+    words = [(name, found.get(measure), digits) for name, measure, digits in (("ISM", "ism", 3), ("PSNR", "psnr", 1))]
+    return tuple(f"{name} {'-' if value is None else f'{value:.{digits}f}'}" for name, value, digits in words)
