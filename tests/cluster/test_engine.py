@@ -263,7 +263,8 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     store, log = PartStore(tmp_path / "m"), tmp_path / "log"
     driver = drive(tmp_path / "m", log)
     try:
-        wait_for(lambda: len(store.parts("split")) >= 3 or driver.poll() is not None)
+        # A square is begun when the driver has heard of its split: it knows of two at least, more may be on their way.
+        wait_for(lambda: len(store.parts("square")) >= 2 or driver.poll() is not None)
         os.killpg(driver.pid, signal.SIGINT)
         out, err = driver.communicate(timeout=240)
     finally:
@@ -271,7 +272,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     assert driver.returncode == 130, err
     told = json.loads(out)["stages"]["split"]["done"]  # nothing else on standard output
     kept = store.done_keys("split")
-    assert 6 <= told <= len(kept) < 30
+    assert 4 <= told <= len(kept) < 30
     before = log.read_text().split()
     summary, source, keys = run(store, ["slow:0.4"] * 30, log=str(log), settings={"shard_items": 7})
     assert assert_complete(store, source, keys) == {}
