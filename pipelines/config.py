@@ -44,8 +44,16 @@ MARGINS |= dict.fromkeys(public_models.RECOGNISERS, 0.0)
 REFINE_MARGINS = {"mobilefacenet": -0.5, "dlib_resnet": 0.5, "faceres": 0.1, ENCODER: -0.3}
 REFINE_MARGINS |= dict.fromkeys(public_models.RECOGNISERS, -0.3)
 
-# Settings that sections had not from the beginning.
-_LATER = {"tune": ("blur", "jpeg_quality"), "attack": ("momentum", "translation_sigma")}
+# What is off is not said to the stages, so that keys are those of before it could be had.
+# Section, key, what it is when it is off, and the keys left out then.
+_UNSAID: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
+    ("fuse", "source", "similar", ("source",)),
+    ("tune", "perceptual", "ssim", ("perceptual", "lpips_weight")),
+    ("tune", "blur", False, ("blur",)),
+    ("tune", "jpeg_quality", None, ("jpeg_quality",)),
+    ("attack", "momentum", 0, ("momentum",)),
+    ("attack", "translation_sigma", 0, ("translation_sigma",)),
+)
 # What the closed loop goes by, of the section publish.
 _LOOKED_AT = ("judge", "max_ism", "max_ism_distorted", "distortions")
 
@@ -578,21 +586,16 @@ class Config(Section):
         """The part of the configuration that a stage's result depends on; it enters the stage's key."""
 
         def of(section: str) -> dict[str, Any]:
-            return getattr(self, section).model_dump(mode="json")
+            said = getattr(self, section).model_dump(mode="json")
+            off = [left for name, key, value, left in _UNSAID if name == section and said[key] == value]
+            return {key: value for key, value in said.items() if not any(key in left for left in off)}
 
-        # What is off is not said, so that keys are those of before it could be had.
-        tune, attack = ({k: v for k, v in of(s).items() if v or k not in later} for s, later in _LATER.items())
-        if self.tune.perceptual == "ssim":
-            del tune["perceptual"], tune["lpips_weight"]
-        fuse = of("fuse")
-        if self.fuse.source == "similar":
-            del fuse["source"]
         parts: dict[str, dict[str, Any]] = {
             "align": {"align": of("align"), "crop_size": self.crop_size, "seed": self.seed},
             "invert": {"invert": of("invert"), "generator": self.generator},
-            "fuse": {"fuse": fuse},
-            "tune": {"tune": tune, "refine": of("refine")},
-            "attack": {"inspect": of("inspect"), "attack": attack},
+            "fuse": {"fuse": of("fuse")},
+            "tune": {"tune": of("tune"), "refine": of("refine")},
+            "attack": {"inspect": of("inspect"), "attack": of("attack")},
             # The settings of refinement and attack are in the keys of the stages before.
             "strengthen": {
                 "strengthen": of("strengthen"),

@@ -1,12 +1,14 @@
-"""What the attacks share: the bound, the loss of dodging, and where it starts."""
+"""What the attacks share: the bound, the loss of dodging, where it starts, and its signed steps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from scol_ops.attack import AttackResult, momentum
 from scol_ops.losses import IdentityFeature
 
 
@@ -51,3 +53,51 @@ def nudged(picture: Tensor, low: Tensor, high: Tensor) -> Tensor:
     y = torch.arange(picture.shape[2], device=picture.device)[:, None]
     x = torch.arange(picture.shape[3], device=picture.device)
     return (picture + ((y + x) % 2 * 2 - 1).to(picture) / 255).clamp(low, high)
+
+
+def signed_steps(
+    picture: Tensor,
+    identity: Sequence[IdentityFeature],
+    *,
+    eps: float,
+    steps: int,
+    step_size: float | None,
+    decay: float,
+    mask: Tensor | None,
+    seen: Callable[[Tensor], Tensor] = lambda moved: moved,
+    smooth: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> AttackResult:
+    """Iterated signed gradients with momentum, the loop of MI-FGSM and of those that add to it.
+
+    Args:
+        picture: (B, 3, H, W) in [-1, 1].
+        identity: surrogates, pictures -> unit vectors (B, D), differentiable.
+        eps: bound of the change, in [0, 1] pixel units.
+        steps: how many.
+        step_size: of each, in [0, 1] units; None for eps / steps.
+        decay: of the momentum.
+        mask: (B, 1, H, W) in [0, 1] that scales the bound; None for everywhere.
+        seen: what the surrogates see of the moved picture, differentiable.
+        smooth: what becomes of its gradient before the momentum.
+
+    Returns:
+        ``AttackResult``: the last iterate, |change| <= 2 eps mask in [-1, 1] units; losses of the pictures as they are.
+
+    Raises:
+        ValueError: see ``check``.
+    """
+    step_size = eps / max(1, steps) if step_size is None else step_size
+    check(picture, identity, eps, step_size, steps)
+    begin = time.monotonic()
+    original = of_original(picture, identity)
+    low, high = bounds(picture, eps, mask)
+    moved = nudged(picture, low, high)
+    accumulated = torch.zeros_like(picture)
+    for _ in range(steps):
+        moved.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(dodging_loss(seen(moved), identity, original).sum(), moved)
+        accumulated = momentum(accumulated, smooth(gradient), decay)
+        moved = (moved.detach() - 2 * step_size * accumulated.sign()).clamp(low, high)
+    with torch.no_grad():
+        before, after = (dodging_loss(p, identity, original) for p in (picture, moved))
+    return AttackResult(moved.detach(), before, after, time.monotonic() - begin)

@@ -7,15 +7,13 @@ with the loss of dodging: the cosine to the original's features.  L-infinity.  T
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from scol_ops.attack import AttackResult, momentum
-from scol_ops.attacks.common import bounds, check, dodging_loss, nudged, of_original
+from scol_ops.attack import AttackResult
+from scol_ops.attacks.common import signed_steps
 from scol_ops.losses import IdentityFeature
 
 
@@ -51,18 +49,12 @@ def mi_fgsm(
     Raises:
         ValueError: wrong shape, no surrogate, numbers out of range.
     """
-    step_size = settings.eps / max(1, settings.steps) if settings.step_size is None else settings.step_size
-    check(picture, identity, settings.eps, step_size, settings.steps)
-    begin = time.monotonic()
-    original = of_original(picture, identity)
-    low, high = bounds(picture, settings.eps, mask)
-    moved = nudged(picture, low, high)
-    accumulated = torch.zeros_like(picture)
-    for _ in range(settings.steps):
-        moved.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(dodging_loss(moved, identity, original).sum(), moved)
-        accumulated = momentum(accumulated, gradient, settings.decay)
-        moved = (moved.detach() - 2 * step_size * accumulated.sign()).clamp(low, high)
-    with torch.no_grad():
-        before, after = (dodging_loss(p, identity, original) for p in (picture, moved))
-    return AttackResult(moved.detach(), before, after, time.monotonic() - begin)
+    return signed_steps(
+        picture,
+        identity,
+        eps=settings.eps,
+        steps=settings.steps,
+        step_size=settings.step_size,
+        decay=settings.decay,
+        mask=mask,
+    )

@@ -9,7 +9,6 @@ dodging, L-infinity.  The papers' own numbers: eps 16 of 255, 10 steps, decay 1.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scol_ops.attack import AttackResult, momentum
-from scol_ops.attacks.common import bounds, check, dodging_loss, nudged, of_original
+from scol_ops.attack import AttackResult
+from scol_ops.attacks.common import signed_steps
 from scol_ops.losses import IdentityFeature
 
 
@@ -83,25 +82,23 @@ def ti_dim(
     Raises:
         ValueError: wrong shape, no surrogate, numbers out of range.
     """
-    step_size = settings.eps / max(1, settings.steps) if settings.step_size is None else settings.step_size
-    check(picture, identity, settings.eps, step_size, settings.steps)
     if not (0 <= settings.probability <= 1 and 0 < settings.smallest <= 1):
         raise ValueError(f"probability and smallest are shares: {settings.probability}, {settings.smallest}")
-    begin = time.monotonic()
     rng = torch.Generator().manual_seed(seed)
     kernel = gaussian_kernel(settings.kernel, settings.sigma).to(picture).expand(3, 1, -1, -1)
-    original = of_original(picture, identity)
-    low, high = bounds(picture, settings.eps, mask)
-    moved = nudged(picture, low, high)
-    accumulated = torch.zeros_like(picture)
-    for _ in range(settings.steps):
-        moved.requires_grad_(True)
+
+    def seen(moved: Tensor) -> Tensor:
         draw = float(torch.rand((), generator=rng)) < settings.probability
-        seen = diverse(moved, rng, settings.smallest) if draw else moved
-        (gradient,) = torch.autograd.grad(dodging_loss(seen, identity, original).sum(), moved)
-        gradient = F.conv2d(gradient, kernel, padding=settings.kernel // 2, groups=3)
-        accumulated = momentum(accumulated, gradient, settings.decay)
-        moved = (moved.detach() - 2 * step_size * accumulated.sign()).clamp(low, high)
-    with torch.no_grad():
-        before, after = (dodging_loss(p, identity, original) for p in (picture, moved))
-    return AttackResult(moved.detach(), before, after, time.monotonic() - begin)
+        return diverse(moved, rng, settings.smallest) if draw else moved
+
+    return signed_steps(
+        picture,
+        identity,
+        eps=settings.eps,
+        steps=settings.steps,
+        step_size=settings.step_size,
+        decay=settings.decay,
+        mask=mask,
+        seen=seen,
+        smooth=lambda gradient: F.conv2d(gradient, kernel, padding=settings.kernel // 2, groups=3),
+    )
