@@ -20,7 +20,6 @@ import math
 import os
 import statistics
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +38,7 @@ from cluster.retries import is_transient, with_retries
 from cluster.digest import read_digest
 from cluster.store import PartStore
 from pipelines.config import OPTIONAL, STAGES
+from pipelines.files import replacing
 
 T = TypeVar("T")
 
@@ -263,14 +263,8 @@ class Run:
             if "file" not in names:
                 fs.pipe_file(path, data)
                 return
-            temp = f"{path}.{uuid.uuid4().hex}.tmp"
-            try:
-                with open(temp, "xb") as file:
-                    file.write(data)
-                os.replace(temp, path)
-            finally:
-                if os.path.exists(temp):
-                    os.unlink(temp)
+            with replacing(path) as temp, open(temp, "xb") as file:
+                file.write(data)
 
         self._do(name, put)
 
@@ -360,25 +354,21 @@ class Run:
         Raises:
             OSError, or what the store's client raises: it cannot be written.
         """
-        fs, path = open_fs(self.path(name))
-        local = "file" in protocols(fs)
-        if local:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            temp = f"{path}.{uuid.uuid4().hex}.tmp"
-        else:
-            handle, temp = tempfile.mkstemp(prefix="scol-")
-            os.close(handle)
-        try:
-            with pq.ParquetWriter(temp, schema, compression="zstd") as writer:
+
+        def fill(path: str) -> None:
+            with pq.ParquetWriter(path, schema, compression="zstd") as writer:
                 for table in tables:
                     writer.write_table(table.cast(schema))
-            if local:
-                os.replace(temp, path)
-            else:
+
+        fs, path = open_fs(self.path(name))
+        if "file" in protocols(fs):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with replacing(path) as temp:
+                fill(temp)
+        else:
+            with tempfile.TemporaryDirectory(prefix="scol-") as folder:
+                fill(temp := os.path.join(folder, "table"))
                 self._do(name, lambda fs, path: _send(fs, temp, path))
-        finally:
-            if os.path.exists(temp):
-                os.unlink(temp)
 
     @contextmanager
     def _open_table(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:

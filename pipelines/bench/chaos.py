@@ -50,7 +50,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import pyarrow as pa
 
 from cluster import PartStore
 from pipelines.bench import arithmetic

@@ -4,20 +4,16 @@ OUT/work."""
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster import Engine, KeyRule, PartStore, Pool, Progress, Resources, Stage, hash_key, hash_keys
 from cluster.keys import pack
@@ -353,11 +349,14 @@ def _collect(
         judges.append(Judge(name, network.fingerprint, network.threshold, found, pairs, name in about["inside"]))
     collector = Collector(settings, judges, _people(store, pairing, rule, schema))
     chooser = Examples(judges)
-    with _TableWriter(run, "faces.parquet", schema) as write:
+
+    def tables() -> Iterator[pa.Table]:
         for table in scan_faces(store, pairing, rule, schema):
             collector.add(table)
             chooser.add(table)
-            write(table)
+            yield table
+
+    run.write_tables("faces.parquet", schema, tables())
     summary = collector.summary()
     c = pairing.counts
     counts = {
@@ -408,31 +407,6 @@ def figures_of(summary: Summary) -> dict[str, Any]:
         "picture": plain(summary.picture),
         "distributions": {k: v.to_dict() for k, v in summary.distributions.items()},
     }
-
-
-class _TableWriter:
-    """Writes a table piece by piece, whole or not at all on a local disk."""
-
-    def __init__(self, run: Run, name: str, schema: pa.Schema) -> None:
-        self.url, self.schema = run.path(name), schema
-        self.fs, self.path = fsspec.core.url_to_fs(self.url)
-        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
-
-    def __enter__(self) -> Callable[[pa.Table], None]:
-        self.fs.makedirs(self.path.rsplit("/", 1)[0], exist_ok=True)
-        self.target = f"{self.path}.{uuid.uuid4().hex}.tmp" if self.local else self.path
-        self.file = self.fs.open(self.target, "wb")
-        self.writer = pq.ParquetWriter(self.file, self.schema, compression="zstd")
-        return self.writer.write_table
-
-    def __exit__(self, kind, *_) -> None:
-        self.writer.close()
-        self.file.close()
-        if self.local:
-            if kind is None:
-                os.replace(self.target, self.path)
-            else:
-                os.unlink(self.target)
 
 
 def table_words(figures: Mapping[str, Any]) -> str:

@@ -37,8 +37,9 @@ from torch import Tensor
 from cluster import hash_key
 from pipelines import models
 from pipelines.config import ENCODER, GENERATORS, RECOGNISERS
+from pipelines.files import replacing
 from pipelines.machine import machine
-from pipelines.manifests import NO_FACE, OK, WEAK, Run, RunError, read_stage, to_json
+from pipelines.manifests import NO_FACE, OK, WEAK, Run, RunError, left_out, read_stage, to_json
 from pipelines.photo import PhotoError, decode
 from pipelines.sources import SourceError, SourceRow, list_photos, read_bytes
 from pipelines.stages.common import as_codes, decode_png, geometry_in_crop, to_tensor
@@ -48,7 +49,7 @@ from scol_ops.models.recognisers import Recogniser, load_recogniser
 from scol_ops.paste import face_mask
 from scol_ops.runtime import set_up
 
-VARIANTS = ("original", "inverted", "fused", "tuned", "refined", "attacked")
+VARIANTS = ("original", "inverted", "fused", "tuned", "refined", "attacked", "strengthened")
 # Of detection in this experiment; changing it makes another cache.
 _DETECTOR = {"min_face_size": 20, "min_confidence": 0.9, "max_side": 1600}
 
@@ -71,7 +72,8 @@ class Spot:
 class Probe:
     """A protected photo: the face nearest its middle, as the run found it.
 
-    `row`: its rows of align, invert, fuse, tune and attack, columns named STAGE.COLUMN; `measures`: its row of publish.
+    `row`: its rows of align, invert, fuse, tune, attack and strengthen, columns named STAGE.COLUMN; `measures`: its row
+    of publish.
     """
 
     photo_id: str
@@ -179,10 +181,9 @@ def _load(file: Path | None) -> dict[str, NDArray[np.float32]]:
 
 def _store(file: Path, table: dict[str, NDArray[np.float32]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
     values = pa.array(list(table.values()), pa.list_(pa.float32()))
-    pq.write_table(pa.table({"key": list(table), "value": values}), part)
-    os.replace(part, file)
+    with replacing(file) as temporary:
+        pq.write_table(pa.table({"key": list(table), "value": values}), temporary)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ _COLUMNS = {
     "publish": ["status", "out_path", "psnr", "ssim", "flip", "face_psnr"],
 }
 _CROPS = {"align": ["crop"], "invert": ["code"], "fuse": ["fused", "target"], "tune": ["tuned", "refined"],
-          "attack": ["protected"]}
+          "attack": ["protected"], "strengthen": ["protected"]}
 
 
 def read_probes(run: Run, stages: bool = False) -> tuple[list[Probe], dict[str, int]]:
@@ -234,10 +235,14 @@ def read_probes(run: Run, stages: bool = False) -> tuple[list[Probe], dict[str, 
     wanted = {face["face_id"] for _, face, _ in chosen}
     extra: dict[str, dict[str, Any]] = {face: {} for face in wanted}
     if stages:
-        for stage, columns in _CROPS.items():
+        absent = left_out(run.plan())
+        for stage, columns in ((s, c) for s, c in _CROPS.items() if s not in absent):
             for row in read_stage(run, stage, ["face_id", *columns]).to_pylist():
                 if row["face_id"] in wanted:
                     extra[row["face_id"]] |= {f"{stage}.{c}": row[c] for c in columns}
+        if "strengthen" not in absent:  # null where the loop kept what the attack left
+            for row in extra.values():
+                row["strengthen.protected"] = row.get("strengthen.protected") or row.get("attack.protected")
     probes = []
     for photo, face, result in chosen:
         person = photo["person_id"] or (photo["path"].split("/")[-2] if "/" in photo["path"] else None)
@@ -368,7 +373,8 @@ def stage_pictures(probe: Probe, generator: Callable[[Tensor], Tensor] | None) -
         for name, column in (("inverted", "invert.code"), ("fused", "fuse.fused")):
             if generator is not None and row.get(column) is not None:
                 out[name] = generator(as_codes(row[column])).clamp(-1, 1)
-    for name, column in (("tuned", "tune.tuned"), ("refined", "tune.refined"), ("attacked", "attack.protected")):
+    for name, column in (("tuned", "tune.tuned"), ("refined", "tune.refined"), ("attacked", "attack.protected"),
+                         ("strengthened", "strengthen.protected")):
         if row.get(column) is not None:
             out[name] = decode_png(row[column])
     return out

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.files import replacing
 from pipelines.training.train_head import draw_codes, psnr
 from scol_ops.diversity import jpeg
 from scol_ops.filters import low_pass
@@ -62,10 +62,8 @@ def make(folder: Path, chunks: int, seed: int, head: Path | None) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for batch in codes.split(8):
                 pictures.append(((generator(batch).float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, pictures=torch.cat(pictures).numpy(), codes=codes.numpy().astype(np.float16))
-        os.replace(temporary, path)
 
 
 class Pool:
@@ -249,8 +247,8 @@ class Trainer:
     def save(self) -> None:
         out = self.arguments.out
         state = {k: v.to(self.encoder.state_dict()[k].dtype).contiguous() for k, v in self.average.items()}
-        save_file(state, out / "encoder.tmp")
-        os.replace(out / "encoder.tmp", out / "encoder.safetensors")
+        with replacing(out / "encoder.safetensors") as temporary:
+            save_file(state, temporary)
         (out / "training.json").write_text(json.dumps(self.record, indent=1))
 
     def picture_losses(self, codes: Tensor, target: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:

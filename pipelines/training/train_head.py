@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from pipelines.files import replacing
 from scol_ops.models.mobilestylegan import CODE_DIM, HEAD_BLOCKS, NUM_CODES, MobileStyleGAN
 from scol_ops.models.weights import load_mobilestylegan
 from scol_ops.runtime import set_up
@@ -59,10 +59,8 @@ def make(folder: Path, count: int, seed: int, start: int = 0) -> None:
         codes = draw_codes(index, seed, teacher)
         with torch.no_grad():
             picture = F.avg_pool2d(teacher(codes[None]), 4)[0]
-        temporary = path.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, codes=codes.numpy(), picture=picture.numpy().astype(np.float16))
-        os.replace(temporary, path)
 
 
 def cache_features(folder: Path, seed: int, generator: MobileStyleGAN) -> list[Path]:
@@ -74,10 +72,8 @@ def cache_features(folder: Path, seed: int, generator: MobileStyleGAN) -> list[P
             codes, _ = load([path])
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 features = generator.features(codes)[0].contiguous().to(torch.float16)
-            temporary = target.with_suffix(".tmp")
-            with open(temporary, "wb") as file:
+            with replacing(target) as temporary, open(temporary, "wb") as file:
                 np.save(file, features.numpy())
-            os.replace(temporary, target)
         ready.append(path)
     return ready
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.files import replacing
 from pipelines.training.train_encoder import TRAIN_SEED, Preview, augment, code_statistics, scheduled
 from scol_ops.models.mobilestylegan import NUM_CODES
 from scol_ops.models.recognisers import RECOGNISERS, ffhq_mean_geometry, load_recogniser
@@ -57,15 +57,13 @@ def make(folder: Path, faces: Path) -> None:
                 seen = augment(clean, rng)[0]
                 embeddings.append(torch.stack([network.embed_crops(x, *geometry) for x in (clean, seen)], 1))
         coarse = F.interpolate(pictures, (COARSE, COARSE), mode="area")
-        temporary = out.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
+        with replacing(out) as temporary, open(temporary, "wb") as file:
             np.savez(
                 file,
                 embeddings=torch.cat(embeddings).numpy().astype(np.float16),
                 codes=codes,
                 coarse=coarse.numpy().astype(np.float16),
             )
-        os.replace(temporary, out)
 
 
 class People:
@@ -139,8 +137,8 @@ class Trainer:
     def save(self) -> None:
         out = self.arguments.out
         for name, state in (("current", self.network.state_dict()), ("swapper", self.average)):
-            save_file(state, out / f"{name}.tmp")
-            os.replace(out / f"{name}.tmp", out / f"{name}.safetensors")
+            with replacing(out / f"{name}.safetensors") as temporary:
+                save_file(state, temporary)
         (out / "training.json").write_text(json.dumps(self.record, indent=1))
 
     def swaps(self, rng: np.random.Generator, full: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -86,7 +86,8 @@ def run(tree) -> Run:
                       "landmarks": face.landmarks.reshape(-1).tolist(), "crop": png(small(person, side=256))},
             "invert": {"code": codes if person == "Ada" else None}, "fuse": {},
             "tune": {"tuned": png(after256), "refined": None}, "attack": {"protected": png(after256)},
-            "strengthen": {},
+            # The loop made Ben stronger: he became Hugo.
+            "strengthen": {"protected": png(small("Hugo", side=256)) if person == "Ben" else None},
             "publish": {"path": path, "action": "protected", "out_path": str(saved), "psnr": 30.0 + i, "ssim": 0.95,
                         "flip": 0.1, "face_psnr": 29.0},
         }
@@ -134,11 +135,12 @@ def test_stages(result):
     lines = {line["stage"]: line for line in result["stages"]}
     # Nothing was refined or fused, and only Ada has a code.
     faces = {name: line["faces"] for name, line in lines.items()}
-    assert faces == {"original": 3, "inverted": 1, "tuned": 3, "attacked": 3}
+    assert faces == {"original": 3, "inverted": 1, "tuned": 3, "attacked": 3, "strengthened": 3}
     assert lines["original"]["psnr"] is None and lines["original"]["judges"]["faceres"]["rank1_u"] == 0
     assert lines["attacked"]["judges"]["mobilefacenet"]["rank1_u"] == 0.5
     assert lines["inverted"]["judges"]["mobilefacenet"]["rank1_u"] == 1  # Hugo's code
     assert lines["inverted"]["psnr"] < 25
+    assert lines["strengthened"]["judges"]["mobilefacenet"]["rank1_u"] == 1  # Ada as attacked, and Ben
 
 
 def test_second_run_takes_the_gallery_from_the_cache(run, tree, result):
