@@ -223,7 +223,7 @@ def test_the_whole_job_on_s3_under_faults_ends_as_an_undisturbed_one(s3, draw_ph
 
     kinds = ["internal", "slow_down", "reset", "lost", "throttled", "cut", "short"]
     # A gallery whose file is too short is damaged, and says so: not what is tried here.
-    faults = [Fault(kind, avoid="gallery", times=None, share=0.02, seed=n) for n, kind in enumerate(kinds)]
+    faults = [Fault(kind, avoid="gallery", times=None, share=0.01, seed=n) for n, kind in enumerate(kinds)]
     with s3.failing(*faults):
         first, status, errors, retry, again = scol(
             s3,
