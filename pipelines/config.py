@@ -48,6 +48,7 @@ REFINE_MARGINS |= dict.fromkeys(public_models.RECOGNISERS, -0.3)
 # Section, key, what it is when it is off, and the keys left out then.
 _UNSAID: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("fuse", "source", "similar", ("source",)),
+    ("fuse", "target", "least", ("target",)),
     ("tune", "perceptual", "ssim", ("perceptual", "lpips_weight")),
     ("tune", "blur", False, ("blur",)),
     ("tune", "jpeg_quality", None, ("jpeg_quality",)),
@@ -192,6 +193,11 @@ class FuseConfig(Section):
         "similar",
         description="the k most similar codes of other people | one code of other people, drawn by the face's seed, for "
         "comparison with them (k and weighting say nothing then; exact search alone)",
+    )
+    target: Literal["least", "random"] = Field(
+        "least",
+        description="what the attack moves to: at each layer the least similar code (the paper) | one code of other "
+        "people, drawn by the face's seed, for comparison (exact search alone)",
     )
     k: int = Field(10, ge=1, le=1000, description="most similar codes to fuse, at each layer")
     weighting: Literal["mean", "softmax"] = Field("mean", description="plain mean, or softmax of the similarities")
@@ -554,8 +560,9 @@ class Config(Section):
                     f"strengthen.min_psnr: {self.strengthen.min_psnr:g} dB is below publish.min_psnr, "
                     f"{self.publish.min_psnr:g}: strengthened faces would be weak for their quality"
                 )
-        if self.fuse.source == "random" and self.gallery.search != "exact":
-            raise ValueError("fuse.source: random needs gallery.search = exact, since indexes find what is similar")
+        for name in ("source", "target"):
+            if getattr(self.fuse, name) == "random" and self.gallery.search != "exact":
+                raise ValueError(f"fuse.{name}: random needs gallery.search = exact, since indexes find what is similar")
         if self.fuse.source == "random" and self.fuse.identity_ceiling is not None:
             raise ValueError("fuse.identity_ceiling: fuse.source = random does not look at it")
         if self.gallery.url is None and self.fuse.k >= self.gallery.synthetic:

@@ -140,6 +140,8 @@ _GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
             "attack.eps=8+eot": _attack(8, *_EOT),
             "attack.eps=8+momentum": _attack(8, "attack.momentum=1"),
             "attack.eps=8+ti": _attack(8, "attack.translation_sigma=3"),
+            "attack.eps=8+target": _attack(8, "fuse.target=random"),  # another one than the least similar
+            "attack.eps=8+tau": _attack(8, "inspect.tau=1"),  # fewer components
         },
     ),
 }

@@ -18,6 +18,8 @@ from pipelines.manifests import OK
 from pipelines.stages.common import Row, as_codes, as_vector, base_row, failed, iterate, to_table
 from scol_ops.fusion import draw_code, fuse
 
+_TARGET_SEED = 0x7A26  # apart from the draw of the code to fuse
+
 
 def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     """Loads the gallery; the result takes rows of ``invert`` with ``source.person_id``."""
@@ -72,7 +74,13 @@ def _search(gallery: Gallery | ShardedGallery, config: Config, rows: list[Row]) 
             identity_ceiling=ceiling,
         )
         if random:
-            result = _drawn(gallery, rows, codes, result)
+            drawn = _drawn(gallery, rows, codes)
+            most = {name: getattr(drawn, name) for name in ("most_ids", "most_scores", "most_vectors")}
+            result = replace(result, **most)
+        if config.fuse.target == "random":
+            drawn = _drawn(gallery, rows, codes, _TARGET_SEED)
+            least = {f"least_{name}": getattr(drawn, f"most_{name}")[:, :, 0] for name in ("ids", "scores", "vectors")}
+            result = replace(result, **least)
     except QueryError as error:
         if len(rows) == 1:
             return [f"GALLERY: {error}"]
@@ -99,19 +107,14 @@ def _search(gallery: Gallery | ShardedGallery, config: Config, rows: list[Row]) 
     return answers
 
 
-def _drawn(
-    gallery: Gallery | ShardedGallery, rows: list[Row], codes: np.ndarray, result: SearchResult
-) -> SearchResult:
-    """The result with a code drawn for each row, at all layers the same one's, in place of the most similar."""
+def _drawn(gallery: Gallery | ShardedGallery, rows: list[Row], codes: np.ndarray, other: int = 0) -> SearchResult:
+    """As the most similar, a code of other people for each row, at all layers the same one's, drawn by seed ^ other."""
     photos, people = (np.array(names, object) for names in (gallery.photo_ids, gallery.person_ids))
     chosen = []
     for row in rows:
         allowed = photos != row["photo_id"]
         if row["source.person_id"] is not None:
             allowed &= people != row["source.person_id"]
-        chosen.append(draw_code(allowed, row["seed"]))
+        chosen.append(draw_code(allowed, row["seed"] ^ other))
     every = np.arange(len(gallery))
-    drawn = gallery.search(codes, 1, exclude_mask=lambda query: every != chosen[query])
-    return replace(
-        result, most_ids=drawn.most_ids, most_scores=drawn.most_scores, most_vectors=drawn.most_vectors
-    )
+    return gallery.search(codes, 1, exclude_mask=lambda query: every != chosen[query])

@@ -1,4 +1,5 @@
-"""`fuse.source = random`: a code of other people, drawn by the face's seed, in place of the similar ones."""
+"""`fuse.source = random`: a code of other people, drawn by the face's seed, in place of the similar ones.
+`fuse.target = random`: the same in place of the least similar ones."""
 
 from __future__ import annotations
 
@@ -68,12 +69,33 @@ def test_the_seed_draws_and_the_target_stays(place):
     assert all(len(r["most_ids"]) == 3 for r in similar)
 
 
-def test_settings():
-    similar, random = load_config("quick"), load_config("quick", sets=["fuse.source=random"])
-    assert "source" not in similar.canonical("fuse")  # runs from before it was a setting keep their keys
-    assert similar.canonical("fuse") != random.canonical("fuse")
-    with pytest.raises(ConfigError, match="needs gallery.search = exact"):
-        load_config("quick", sets=["fuse.source=random", "gallery.search=compressed", "gallery.url=x"])
+def test_a_target_drawn_is_another_than_the_code_drawn(place):
+    gallery = Gallery.load(place)
+    codes = {name: gallery.codes([name])[0].reshape(-1) for name in (f"photo{n:02d}-00" for n in range(PHOTOS))}
+    seeds = list(range(6))
+    similar, both = fused(place, seeds), fused(place, seeds, "fuse.target=random", "fuse.source=random")
+    targets = []
+    for i, row in enumerate(fused(place, seeds, "fuse.target=random")):
+        (name,) = (n for n, code in codes.items() if np.array_equal(np.float32(row["target"]), code))
+        assert name not in (f"photo{i - i % 2:02d}-00", f"photo{i - i % 2 + 1:02d}-00")
+        assert row["most_ids"] == similar[i]["most_ids"] and row["fused"] == similar[i]["fused"]
+        assert row["least_scores"] != similar[i]["least_scores"] and len(row["least_scores"]) == LAYERS
+        assert row["target"] == both[i]["target"]
+        targets.append(name)
+    assert len(set(targets)) > 2 and targets != [row["most_ids"][0] for row in both]
+
+
+@pytest.mark.parametrize(("setting", "default"), [("source", "similar"), ("target", "least")])
+def test_settings(setting, default):
+    plain, random = load_config("quick"), load_config("quick", sets=[f"fuse.{setting}=random"])
+    assert getattr(plain.fuse, setting) == default
+    assert setting not in plain.stage_config("fuse")["fuse"]  # runs from before it was a setting keep their keys
+    assert random.stage_config("fuse")["fuse"][setting] == "random"
+    with pytest.raises(ConfigError, match=f"fuse.{setting}: random needs gallery.search = exact"):
+        load_config("quick", sets=[f"fuse.{setting}=random", "gallery.search=compressed", "gallery.url=x"])
+
+
+def test_a_ceiling_does_not_go_with_a_code_drawn():
     with pytest.raises(ConfigError, match="does not look at it"):
         load_config("quick", sets=["fuse.source=random", "fuse.identity_ceiling=0.2", "gallery.url=x"])
 
