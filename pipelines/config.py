@@ -672,6 +672,20 @@ def _parse_set(text: str) -> tuple[str, Any]:
         return key, value.strip()
 
 
+def read_toml(file: str | Path) -> dict[str, Any]:
+    """The tree of a TOML file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{file}: {error.strerror or error}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file}: not TOML: {error}"]) from error
+
+
 def load_config(
     profile: str | None = None, file: str | Path | None = None, sets: Sequence[str] = (), **overrides: Any
 ) -> Config:
@@ -689,12 +703,7 @@ def load_config(
     problems: list[str] = []
     from_file: dict[str, Any] = {}
     if file is not None:
-        try:
-            tree = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError([f"{file}: {error.strerror or error}"]) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError([f"{file}: not TOML: {error}"]) from error
+        tree = read_toml(file)
         named = tree.pop("profile", None)
         profile = profile or named
         from_file, problems = _flatten(tree, f"{file}: ")

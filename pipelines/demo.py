@@ -93,8 +93,7 @@ def draw_person(person: int, variant: int = 0, resolution: int = 1024) -> Pixels
     generator = load_mobilestylegan(resolution)
 
     def code(seed: int) -> Tensor:
-        w = generator.mapping(_noise(seed))
-        return (generator.mean_code + TRUNCATION * (w - generator.mean_code))[:, None].repeat(1, 16, 1)
+        return generator.truncate(generator.mapping(_noise(seed)), TRUNCATION)[:, None].repeat(1, 16, 1)
 
     codes = code(person)
     if variant:

@@ -386,7 +386,7 @@ def _faces(count: int) -> torch.Tensor:
     """Generated people, (count, 3, 256, 256) in [-1, 1]; always the same."""
     generator = load_mobilestylegan(256)
     z = torch.from_numpy(np.random.default_rng(2).standard_normal((count, 512), dtype=np.float32))
-    w = generator.mean_code + 0.7 * (generator.mapping(z) - generator.mean_code)
+    w = generator.truncate(generator.mapping(z), 0.7)
     return torch.cat([generator(one[None, None].expand(1, generator.num_codes, -1)) for one in w]).clamp(-1, 1)
 
 

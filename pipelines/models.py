@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -127,6 +127,15 @@ def at_encoder_size(faces: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(
         faces, (ENCODER_SIZE, ENCODER_SIZE), mode="bilinear", antialias=True, align_corners=False
     )
+
+
+def load_features(names: Iterable[str], device: torch.device, encoder_name: str, store: str | None) -> None:
+    """Load the networks of ``identity_feature`` before the first face needs them."""
+    for name in names:
+        if name == ENCODER:
+            encoder(device, encoder_name, store)
+        else:
+            recogniser(name, device, store)
 
 
 def identity_feature(

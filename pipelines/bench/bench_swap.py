@@ -53,6 +53,10 @@ class Faces:
     boxes: Tensor
     codes: Tensor | None = None
 
+    def part(self, which: slice | list[int]) -> Faces:
+        """Some of them."""
+        return Faces(*(None if t is None else t[which] for t in (self.crops, self.landmarks, self.boxes, self.codes)))
+
     def embed(self, network: Recogniser, crops: Tensor | None = None) -> Tensor:
         """(N, dim): of these faces, or of other pictures with faces in these places."""
         crops = self.crops if crops is None else crops
@@ -65,8 +69,7 @@ class Faces:
 def generated(count: int, seed: int, generator: MobileStyleGAN) -> Faces:
     """Plain codes of ``count`` people who do not exist."""
     z = torch.randn(count, 512, generator=torch.Generator().manual_seed(seed))
-    codes = generator.mean_code + TRUNCATION * (generator.mapping(z) - generator.mean_code)
-    codes = codes[:, None].repeat(1, NUM_CODES, 1)
+    codes = generator.truncate(generator.mapping(z), TRUNCATION)[:, None].repeat(1, NUM_CODES, 1)
     crops = torch.cat([generator(c).clamp(-1, 1) for c in codes.split(8)])
     return Faces(crops, *ffhq_mean_geometry(count, crops.shape[-1]), codes)
 
@@ -161,12 +164,7 @@ def people(root: Path, count: int, seed: int, detector: FaceDetector) -> tuple[F
     first, a = photographed([root / protocol.probes[n] for n in names], detector)
     second, b = photographed([root / protocol.mates[n] for n in names], detector)
     both = sorted(set(a) & set(b))[:count]
-
-    def chosen(faces: Faces, found: list[int]) -> Faces:
-        index = [found.index(i) for i in both]
-        return Faces(faces.crops[index], faces.landmarks[index], faces.boxes[index])
-
-    return chosen(first, a), chosen(second, b)
+    return first.part([a.index(i) for i in both]), second.part([b.index(i) for i in both])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,17 +187,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             half = len(photos.crops) // 2
-
-            def part(faces: Faces, which: slice) -> Faces:
-                return Faces(faces.crops[which], faces.landmarks[which], faces.boxes[which])
-
             first, second = slice(0, half), slice(half, 2 * half)
-            onto = Faces(*(t[:half] for t in (targets.crops, targets.landmarks, targets.boxes, targets.codes)))
+            own, other, onto = photos.part(first), mates.part(first), targets.part(first)
             for masked in (False, True):
                 name = ", masked" if masked else ""
-                own, other = part(photos, first), part(mates, first)
                 rows[f"LFW on generated{name}"] = bench.measure(own, onto, masked, other)
-                rows[f"LFW on LFW{name}"] = bench.measure(own, part(photos, second), masked, other)
+                rows[f"LFW on LFW{name}"] = bench.measure(own, photos.part(second), masked, other)
     print(table(rows))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     about = {"bench": "swap", "pairs": options.pairs, "seed": options.seed}

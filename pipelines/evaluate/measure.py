@@ -202,6 +202,12 @@ def overlap(a: NDArray, b: NDArray) -> float:
     return float(inner / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inner))
 
 
+def nearest(found: Sequence[Spot], expected: Spot) -> Spot | None:
+    """Of the faces found, the one whose box overlaps that of the one expected most, by 0.2 at least."""
+    near = max(found, key=lambda spot: overlap(spot.box, expected.box), default=None)
+    return near if near is not None and overlap(near.box, expected.box) >= 0.2 else None
+
+
 class Eyes:
     """A worker's detector and recognisers."""
 
@@ -427,14 +433,14 @@ class Measurer:
                 "landmarks": spot.landmarks.reshape(-1).astype(np.float32),
             }
             expected = spot.moved(lambda p: (p + 0.5) * scale - 0.5)
-            near = max(found, key=lambda s: overlap(s.box, expected.box), default=None)
-            answer["detected"] = near is not None and overlap(near.box, expected.box) >= 0.2
+            near = nearest(found, expected)
+            answer["detected"] = near is not None
             try:
                 answer |= self._face(
                     original,
                     protected,
                     spot,
-                    near if answer["detected"] else expected,
+                    near or expected,
                     expected,
                     named,
                     mate if named is not None else None,

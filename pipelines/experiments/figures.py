@@ -24,7 +24,7 @@ from cluster import ray_session
 from pipelines import gallery_jobs, models
 from pipelines.config import Config, load_config
 from pipelines.evaluate import judges
-from pipelines.evaluate.measure import CROP, UNPROTECTED, Eyes, Gallery, Window, central_window, overlap
+from pipelines.evaluate.measure import CROP, UNPROTECTED, Eyes, Gallery, Spot, Window, central_window, nearest
 from pipelines.evaluate.page import plain_table
 from pipelines.experiments import conditions
 from pipelines.experiments.comparison import DISTORTION
@@ -52,7 +52,6 @@ from pipelines.experiments.subjects import (
     person_of,
     protect,
     saved_crop,
-    spot_of,
     summary,
 )
 from pipelines.experiments.tables import ExperimentError, Options, write
@@ -148,13 +147,11 @@ def retrieval_queries(
     probe: Probe, eyes: Eyes, generator: Callable[[Tensor], Tensor], size: int
 ) -> tuple[dict[str, list[NDArray[np.float32]]], dict[str, Pixels]]:
     """By subject: each recogniser's unit embedding (D,), and the picture."""
-    spot = spot_of(probe)
+    spot = Spot.of(probe.spot)
     windows = []
     for url in (probe.source_url, probe.saved_url):
         pixels = decode(read_bytes(url)).pixels
-        seen = eyes.faces(pixels)
-        near = max(seen, key=lambda s: overlap(s.box, spot.box), default=None)  # found anew, as anybody would
-        windows.append(Window.about(pixels, near if near is not None and overlap(near.box, spot.box) >= 0.2 else spot))
+        windows.append(Window.about(pixels, nearest(eyes.faces(pixels), spot) or spot))  # found anew, as anybody would
     both = eyes.embed(windows)
     fused = stage_pictures(probe, generator)["fused"]
     landmarks, box = geometry_in_crop(probe.row, size, CPU, "align.")

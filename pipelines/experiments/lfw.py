@@ -37,6 +37,7 @@ from torch import Tensor
 from cluster import hash_key
 from pipelines import models
 from pipelines.config import ENCODER, GENERATORS, RECOGNISERS
+from pipelines.evaluate.measure import overlap
 from pipelines.files import replacing
 from pipelines.machine import machine
 from pipelines.manifests import NO_FACE, OK, WEAK, Run, RunError, left_out, read_stage, to_json
@@ -99,12 +100,6 @@ def central(boxes: Sequence[Sequence[float]], width: int, height: int) -> int:
     return int(np.argmin((middle**2).sum(1)))
 
 
-def _overlap(a: NDArray, b: NDArray) -> float:
-    """Intersection over union of two boxes."""
-    inner = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
-    return float(inner / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - inner))
-
-
 class Faces:
     """Detects and embeds the central face of photos, and remembers both on disk.
 
@@ -156,8 +151,8 @@ class Faces:
         """The central face, or with `near` the one that overlaps that box most (by 0.2 at least)."""
         faces = self.detector.detect([np.ascontiguousarray(pixels)])[0]
         if near is not None:
-            faces = [f for f in faces if _overlap(np.asarray(f.box, np.float64), np.asarray(near, np.float64)) >= 0.2]
-            faces.sort(key=lambda f: -_overlap(np.asarray(f.box, np.float64), np.asarray(near, np.float64)))
+            faces = [f for f in faces if overlap(np.asarray(f.box, np.float64), np.asarray(near, np.float64)) >= 0.2]
+            faces.sort(key=lambda f: -overlap(np.asarray(f.box, np.float64), np.asarray(near, np.float64)))
             return Spot(faces[0].landmarks, faces[0].box) if faces else None
         if not faces:
             return None

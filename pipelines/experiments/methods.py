@@ -259,7 +259,7 @@ def target_features(surrogates: tuple[str, ...], device: str) -> list[Tensor]:
     z = torch.randn(TARGETS, 512, generator=torch.Generator().manual_seed(77))
     landmarks, box = ffhq_mean_geometry(1, 256)
     with torch.no_grad():
-        codes = generator.mean_code + 0.7 * (generator.mapping(z) - generator.mean_code)
+        codes = generator.truncate(generator.mapping(z), 0.7)
         faces = [generator(c.expand(1, 16, -1)).clamp(-1, 1) for c in codes]
         networks = [judges.load(name) for name in surrogates]
         return [torch.cat([n.embed_crops(f, landmarks, box) for f in faces]).to(device) for n in networks]

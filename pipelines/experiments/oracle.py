@@ -72,8 +72,8 @@ class Oracle:
         """Codes (1, 16, 512) of the person onto whom the source of this name goes."""
         number = int.from_bytes(hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=7).digest())
         z = torch.randn(1, 512, generator=torch.Generator().manual_seed(number)).to(self.eyes.device)
-        mean = self.generator.mean_code
-        return (mean + TRUNCATION * (self.generator.mapping(z) - mean))[:, None].repeat(1, NUM_CODES, 1)
+        w = self.generator.truncate(self.generator.mapping(z), TRUNCATION)
+        return w[:, None].repeat(1, NUM_CODES, 1)
 
     def swap(self, url: str, name: str) -> tuple[np.ndarray | None, str | None]:
         """uint8 (256, 256, 3): the target of this name with the identity of a photo's middle face, over the target

@@ -13,7 +13,7 @@ import torch
 from cluster import Progress
 from pipelines.config import Config, load_config
 from pipelines.evaluate import judges
-from pipelines.evaluate.measure import Spot, column
+from pipelines.evaluate.measure import column
 from pipelines.experiments.comparison import DISTORTION, Line, compare, number, percent
 from pipelines.experiments.faces import COLUMNS, Faces, estimates, mean, read_faces
 from pipelines.experiments.lfw import ExperimentError as NothingProtected
@@ -182,10 +182,6 @@ def saved_crop(probe: Probe, size: int) -> Pixels:
     """The face's place in the saved file, uint8 (size, size, 3)."""
     quad = torch.from_numpy(np.array(probe.row["align.quad"], np.float64).reshape(1, 4, 2))
     return to_uint8(align_crops(decode(read_bytes(probe.saved_url)).pixels, quad, size)[0])
-
-
-def spot_of(probe: Probe) -> Spot:
-    return Spot(*(np.asarray(v, np.float64) for v in (probe.spot.landmarks, probe.spot.box)))
 
 
 def configuration(subject: Subject) -> Config:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import difflib
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.config import ConfigError, read_toml
 from pipelines.experiments.tables import ExperimentError
 
 OWN = "own"  # group of variants from a file
@@ -197,11 +197,9 @@ def read_file(file: str | Path) -> list[Variant]:
         VariantError: no TOML, a name that no folder can have, a section without settings.
     """
     try:
-        tree = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise VariantError([f"{file}: {error.strerror or error}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise VariantError([f"{file}: not TOML: {error}"]) from error
+        tree = read_toml(file)
+    except ConfigError as error:
+        raise VariantError(error.problems) from error
     problems, found = [], []
     for name, settings in tree.items():
         if not isinstance(settings, Mapping):

@@ -20,22 +20,21 @@ from torch import Tensor
 from cluster import ItemTimeout, Operator
 from cluster.worker import time_limit
 from pipelines import models
-from pipelines.config import ENCODER, Config
+from pipelines.config import Config
 from pipelines.manifests import OK
 from pipelines.photo import PhotoError, decode
 from pipelines.sources import SourceError
 from pipelines.stages.attack import Attacker
 from pipelines.stages.common import (
-    HARD_MARGIN, Row, as_codes, base_row, decode_png, encode_png, failed, geometry_in_crop, iterate, photo_side,
-    raise_if_unfit, reason_of, to_table,
+    HARD_MARGIN, Row, base_row, decode_png, encode_png, failed, iterate, raise_if_unfit, reason_of, to_table,
 )  # fmt: skip
 from pipelines.stages.judging import Place, bars_of, look
 from pipelines.stages.reading import Reader
 from pipelines.stages.saving import Pasting, limits_of
-from pipelines.stages.tune import settings_of
+from pipelines.stages.tune import Refiner, settings_of
 from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
-from scol_ops.refinement import RefineSettings, refine
+from scol_ops.refinement import RefineSettings
 from scol_ops.strengthening import (
     Seen, StrengthenSettings, attack_of, best_round, margins_of, refinement_of, unconfined,
 )  # fmt: skip
@@ -109,17 +108,11 @@ class _Loop:
     def __init__(self, config: Config, weights: str, std: np.ndarray | None) -> None:
         self.config, self.weights = config, weights
         self.device, store = models.pick_device(config.engine.device), config.engine.models
-        for name in config.refine.identity if config.refines_again else ():
-            if name == ENCODER:
-                models.encoder(self.device, config.encoder, store)
-            else:
-                models.recogniser(name, self.device, store)
         self.judge = models.recogniser(config.publish.judge, torch.device("cpu"), store)
         self.bars = bars_of(config, self.judge)
         self.settings = settings_of(StrengthenSettings, config.strengthen)
         self.refining = settings_of(RefineSettings, config.refine)
-        locked = self.refining.id_lock and config.refines_again
-        self.generator = models.generator(config.generator, self.device, store) if locked else None
+        self.refiner = Refiner(config, self.device) if config.refines_again else None
         self.attacking = settings_of(AttackSettings, config.attack)
         self.attacker = Attacker(config, std, self.device) if config.attack.enabled else None
         self.limit = config.engine.face_seconds
@@ -214,32 +207,14 @@ class _Loop:
 
     def _stronger(self, face: _Face, number: int, deadline: float) -> Tensor:
         """(1, 3, S, S): from the picture in the latest file on, by this round's settings."""
-        config, row = self.config, face.row
+        row = face.row
         original, mask, picture = (t.to(self.device) for t in (face.original, face.mask, face.shown.picture))
         seed = (row["seed"] ^ _SEED) + 2 * number
-        if config.refines_again:
-            landmarks, box = geometry_in_crop(row, config.crop_size, self.device, "align.")
-            identity = [
-                models.identity_feature(name, self.device, landmarks, box, config.encoder, config.engine.models)
-                for name in config.refine.identity
-            ]
-            locked = None
-            if self.generator is not None:
-                with torch.no_grad():
-                    first = self.generator(as_codes(row["fuse.fused"], self.device)).clamp(-1, 1)
-                    locked = [feature(first) for feature in identity]
-            picture = refine(
-                unconfined(picture, original, mask),
-                original,
-                mask,
-                identity,
-                margins_of(self.settings, config.refine.margin_of_each(), number),
-                locked,
-                refinement_of(self.settings, self.refining, number),
-                seed=seed,
-                deadline=deadline,
-                photo_side=photo_side(row, "align."),
-            ).picture
+        if self.refiner is not None:
+            start, fused = unconfined(picture, original, mask), row.get("fuse.fused")
+            margins = margins_of(self.settings, self.config.refine.margin_of_each(), number)
+            refining = refinement_of(self.settings, self.refining, number)
+            picture = self.refiner(row, fused, start, original, mask, margins, refining, seed, deadline).picture
         if self.attacker is not None:
             attacking = attack_of(self.settings, self.attacking, number)
             picture = self.attacker(row, picture, mask, attacking, seed + 1, deadline)[0].picture

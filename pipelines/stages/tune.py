@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from cluster import Operator
 from pipelines import models
@@ -22,17 +25,69 @@ def settings_of(kind: type, section: Section):
     return kind(**{field.name: getattr(section, field.name) for field in fields(kind)})
 
 
+class Refiner:
+    """Refinement of one face, as the configuration says.
+
+    Args:
+        device: where the features' networks are loaded, and for the id-lock the generator.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self._config, self._device, store = config, device, config.engine.models
+        models.load_features(config.refine.identity, device, config.encoder, store)
+        self._generator = models.generator(config.generator, device, store) if config.refine.id_lock else None
+
+    def __call__(
+        self,
+        row: Row,
+        fused: np.ndarray | None,
+        picture: Tensor,
+        original: Tensor,
+        mask: Tensor,
+        margins: Sequence[float],
+        settings: RefineSettings,
+        seed: int,
+        deadline: float,
+    ) -> TuneResult:
+        """Refine a picture (1, 3, S, S) of the face of a row with ``align``'s geometry.
+
+        Args:
+            fused: the face's fused code, a manifest's vector; needed for the id-lock alone.
+            picture, original, mask, margins, settings, seed, deadline: see ``refine``.
+        """
+        config, device = self._config, self._device
+        landmarks, box = geometry_in_crop(row, config.crop_size, device, "align.")
+        identity = [
+            models.identity_feature(name, device, landmarks, box, config.encoder, config.engine.models)
+            for name in config.refine.identity
+        ]
+        locked = None
+        if self._generator is not None:
+            with torch.no_grad():
+                first = self._generator(as_codes(fused, device)).clamp(-1, 1)
+                locked = [feature(first) for feature in identity]
+        return refine(
+            picture,
+            original,
+            mask,
+            identity,
+            margins,
+            locked,
+            settings,
+            seed=seed,
+            deadline=deadline,
+            photo_side=photo_side(row, "align."),
+        )
+
+
 def operator(config: Config, weights: str) -> Operator:
     """Loads the networks; the result takes rows of ``fuse`` with ``align.crop`` and the face's geometry."""
     models.set_up()
     device = models.pick_device(config.engine.device)
     store = config.engine.models
     generator = models.generator(config.generator, device, store)
-    for name in (*config.tune.identity, *config.refine.identity):
-        if name == "encoder":
-            models.encoder(device, config.encoder, store)
-        else:
-            models.recogniser(name, device, store)
+    models.load_features(config.tune.identity, device, config.encoder, store)
+    refiner = Refiner(config, device)
     perceptual = None if config.tune.perceptual == "ssim" else models.perceptual(config.tune.perceptual, device, store)
     tuning, refining = settings_of(TuneSettings, config.tune), settings_of(RefineSettings, config.refine)
 
@@ -40,16 +95,12 @@ def operator(config: Config, weights: str) -> Operator:
         face, fused = decode_png(row["align.crop"], device), as_codes(row["fused"], device)
         landmarks, box = geometry_in_crop(row, config.crop_size, device, "align.")
         mask = face_mask(landmarks, config.crop_size)
-
-        def features(names: tuple[str, ...]):
-            return [models.identity_feature(name, device, landmarks, box, config.encoder, store) for name in names]
-
         tuned = tune(
             generator,
             fused,
             face,
             mask,
-            features(config.tune.identity),
+            [models.identity_feature(n, device, landmarks, box, config.encoder, store) for n in config.tune.identity],
             config.tune.margin_of_each(),
             tuning,
             seed=row["seed"],
@@ -58,23 +109,8 @@ def operator(config: Config, weights: str) -> Operator:
         )
         refined = TuneResult(tuned.picture, 0, 0.0)
         if refining.steps and config.refine.identity:
-            identity, locked = features(config.refine.identity), None
-            if refining.id_lock:
-                with torch.no_grad():
-                    first = generator(fused).clamp(-1, 1)
-                    locked = [feature(first) for feature in identity]
-            refined = refine(
-                tuned.picture,
-                face,
-                mask,
-                identity,
-                config.refine.margin_of_each(),
-                locked,
-                refining,
-                seed=row["seed"] ^ 1,
-                deadline=deadline,
-                photo_side=photo_side(row, "align."),
-            )
+            margins, seed = config.refine.margin_of_each(), row["seed"] ^ 1
+            refined = refiner(row, row["fused"], tuned.picture, face, mask, margins, refining, seed, deadline)
         original, after = to_uint8(face[0]), to_uint8(refined.picture[0])
         return {
             "tuned": encode_png(tuned.picture),

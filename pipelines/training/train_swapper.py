@@ -247,7 +247,7 @@ def layers(count: int, ranges: list[tuple[int, int]], seed: int = 123) -> dict[s
 
     report: dict[str, dict[str, float]] = {}
     with torch.no_grad():
-        w = generator.mean_code + 0.75 * (generator.mapping(z) - generator.mean_code)
+        w = generator.truncate(generator.mapping(z), 0.75)
         sources, targets = (x[:, None].repeat(1, NUM_CODES, 1) for x in w.split(count))
         pictures = render(sources), render(targets)
         known = [[r.embed_crops(p, *geometry) for p in pictures] for r in recognisers]

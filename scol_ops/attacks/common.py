@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,14 +56,21 @@ def nudged(picture: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (picture + ((y + x) % 2 * 2 - 1).to(picture) / 255).clamp(low, high)
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """eps: bound of the change, in [0, 1] pixel units.  steps: signed steps.  step_size: of each, in [0, 1] units,
+    None for eps / steps.  decay: of the momentum, 0 for none."""
+
+    eps: float = 8 / 255
+    steps: int = 10
+    step_size: float | None = None
+    decay: float = 1.0
+
+
 def signed_steps(
     picture: Tensor,
     identity: Sequence[IdentityFeature],
-    *,
-    eps: float,
-    steps: int,
-    step_size: float | None,
-    decay: float,
+    settings: StepSettings,
     mask: Tensor | None,
     seen: Callable[[Tensor], Tensor] = lambda moved: moved,
     smooth: Callable[[Tensor], Tensor] = lambda gradient: gradient,
@@ -72,10 +80,7 @@ def signed_steps(
     Args:
         picture: (B, 3, H, W) in [-1, 1].
         identity: surrogates, pictures -> unit vectors (B, D), differentiable.
-        eps: bound of the change, in [0, 1] pixel units.
-        steps: how many.
-        step_size: of each, in [0, 1] units; None for eps / steps.
-        decay: of the momentum.
+        settings: see ``StepSettings``.
         mask: (B, 1, H, W) in [0, 1] that scales the bound; None for everywhere.
         seen: what the surrogates see of the moved picture, differentiable.
         smooth: what becomes of its gradient before the momentum.
@@ -86,17 +91,17 @@ def signed_steps(
     Raises:
         ValueError: see ``check``.
     """
-    step_size = eps / max(1, steps) if step_size is None else step_size
-    check(picture, identity, eps, step_size, steps)
+    step_size = settings.eps / max(1, settings.steps) if settings.step_size is None else settings.step_size
+    check(picture, identity, settings.eps, step_size, settings.steps)
     begin = time.monotonic()
     original = of_original(picture, identity)
-    low, high = bounds(picture, eps, mask)
+    low, high = bounds(picture, settings.eps, mask)
     moved = nudged(picture, low, high)
     accumulated = torch.zeros_like(picture)
-    for _ in range(steps):
+    for _ in range(settings.steps):
         moved.requires_grad_(True)
         (gradient,) = torch.autograd.grad(dodging_loss(seen(moved), identity, original).sum(), moved)
-        accumulated = momentum(accumulated, smooth(gradient), decay)
+        accumulated = momentum(accumulated, smooth(gradient), settings.decay)
         moved = (moved.detach() - 2 * step_size * accumulated.sign()).clamp(low, high)
     with torch.no_grad():
         before, after = (dodging_loss(p, identity, original) for p in (picture, moved))

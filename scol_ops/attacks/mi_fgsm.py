@@ -13,19 +13,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from scol_ops.attack import AttackResult
-from scol_ops.attacks.common import signed_steps
+from scol_ops.attacks.common import StepSettings, signed_steps
 from scol_ops.losses import IdentityFeature
 
 
 @dataclass(frozen=True)
-class MIFGSMSettings:
-    """eps: bound of the change, in [0, 1] pixel units.  steps: signed steps.  step_size: of each, in [0, 1] units,
-    None for eps / steps.  decay: of the momentum, 0 for none (then it is I-FGSM)."""
-
-    eps: float = 8 / 255
-    steps: int = 10
-    step_size: float | None = None
-    decay: float = 1.0
+class MIFGSMSettings(StepSettings):
+    """As ``StepSettings``; with a decay of 0 it is I-FGSM."""
 
 
 def mi_fgsm(
@@ -49,12 +43,4 @@ def mi_fgsm(
     Raises:
         ValueError: wrong shape, no surrogate, numbers out of range.
     """
-    return signed_steps(
-        picture,
-        identity,
-        eps=settings.eps,
-        steps=settings.steps,
-        step_size=settings.step_size,
-        decay=settings.decay,
-        mask=mask,
-    )
+    return signed_steps(picture, identity, settings, mask)

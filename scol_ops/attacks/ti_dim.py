@@ -17,20 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scol_ops.attack import AttackResult
-from scol_ops.attacks.common import signed_steps
+from scol_ops.attacks.common import StepSettings, signed_steps
 from scol_ops.losses import IdentityFeature
 
 
 @dataclass(frozen=True)
-class TIDIMSettings:
-    """eps, steps, step_size, decay: as ``MIFGSMSettings``.  probability: of a diverse input, 0..1.  smallest: least
+class TIDIMSettings(StepSettings):
+    """As ``StepSettings``.  probability: of a diverse input, 0..1.  smallest: least
     share of the side that a diverse input is shrunk to.  kernel: side of the gradient's kernel, odd, 1 for none;
     sigma: its width, pixels."""
 
-    eps: float = 8 / 255
-    steps: int = 10
-    step_size: float | None = None
-    decay: float = 1.0
     probability: float = 0.7
     smallest: float = 0.9
     kernel: int = 15
@@ -94,11 +90,8 @@ def ti_dim(
     return signed_steps(
         picture,
         identity,
-        eps=settings.eps,
-        steps=settings.steps,
-        step_size=settings.step_size,
-        decay=settings.decay,
-        mask=mask,
-        seen=seen,
-        smooth=lambda gradient: F.conv2d(gradient, kernel, padding=settings.kernel // 2, groups=3),
+        settings,
+        mask,
+        seen,
+        lambda gradient: F.conv2d(gradient, kernel, padding=settings.kernel // 2, groups=3),
     )

@@ -25,7 +25,7 @@ from scol_ops.losses import IdentityFeature
 
 @dataclass(frozen=True)
 class TIPIMSettings:
-    """eps, steps, decay: as ``MIFGSMSettings``.  step_size: in [0, 1] units, None for 1.5 eps / steps.  gamma: weight
+    """eps, steps, decay: as ``StepSettings``.  step_size: in [0, 1] units, None for 1.5 eps / steps.  gamma: weight
     of the naturalness.  diversity: strength of ``random_resize_shift`` before the surrogates, 0 for none."""
 
     eps: float = 8 / 255

@@ -198,6 +198,10 @@ class MobileStyleGAN(nn.Module):
                 continue
             yield name
 
+    def truncate(self, w: Tensor, psi: float) -> Tensor:
+        """Truncation trick: ``mean_code + psi (w - mean_code)``, (B, 512)."""
+        return self.mean_code + psi * (w - self.mean_code)
+
     def forward(self, codes: Tensor) -> Tensor:
         """Codes (B, 16, 512) to pictures (B, 3, R, R), RGB, nominally in [-1, 1] (not clamped)."""
         x = self.features(codes)

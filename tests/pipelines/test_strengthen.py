@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipelines.config import Config, ConfigError, load_config
 from pipelines.listing import list_source, source_table
-from pipelines.stages import load, strengthen
+from pipelines.stages import load, strengthen, tune
 from pipelines.stages.common import to_table
 
 # One network that is cheap, and steps so large that three of them show.
@@ -120,14 +120,14 @@ def test_rounds_that_bring_the_identity_back_are_not_kept(table: pa.Table, weak:
 
 
 def test_a_round_that_diverges_is_the_last(table: pa.Table, weak: list[dict], monkeypatch) -> None:
-    real = strengthen.refine
+    real = tune.refine
 
     def refine(*arguments, **more):
         if arguments[6].hinge > 0.35 * 1.6 + 1e-6:  # beyond the first round
             raise FloatingPointError("loss nan")
         return real(*arguments, **more)
 
-    monkeypatch.setattr(strengthen, "refine", refine)
+    monkeypatch.setattr(tune, "refine", refine)
     for row, free in zip(strengthen.operator(settings(), "w", None)(table).to_pylist(), weak, strict=True):
         assert (row["status"], row["rounds"], row["kept"], row["ended"]) == ("ok", 2, 1, "diverged")
         assert row["history"] == free["history"][:2]
