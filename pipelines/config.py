@@ -52,6 +52,7 @@ _UNSAID: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("tune", "perceptual", "ssim", ("perceptual", "lpips_weight")),
     ("tune", "blur", False, ("blur",)),
     ("tune", "jpeg_quality", None, ("jpeg_quality",)),
+    ("refine", "chroma", 1, ("chroma",)),
     ("attack", "momentum", 0, ("momentum",)),
     ("attack", "translation_sigma", 0, ("translation_sigma",)),
 )
@@ -320,14 +321,14 @@ class RefineConfig(IdentitySection):
         1.0, ge=0, le=1e4, description="weight of the FLIP of the change, mean over the face: what a person sees of it"
     )
     flip_target: float = Field(
-        0.065,
+        0.1,
         ge=0,
         le=1,
         description="`refine.flip_weight` is only the first one and moves until the change has this FLIP (of colours "
         "alone, without edges: about 0.6 of the whole); 0: it stays",
     )
     visible_weight: float = Field(
-        200.0, ge=0, le=1e5, description="weight of the squared change of what an eye sees: no place may change too much"
+        100.0, ge=0, le=1e5, description="weight of the squared change of what an eye sees: no place may change too much"
     )
     id_lock: float = Field(0.0, ge=0, le=1e3, description="weight of the pull to the fused identity")
     hinge: float = Field(0.35, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
@@ -338,7 +339,10 @@ class RefineConfig(IdentitySection):
     )
     photo_scale: bool = Field(True, description="the features see the face at the size that it has in the photo")
     residual_sigma: float = Field(
-        1.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
+        2.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
+    )
+    chroma: float = Field(
+        0.25, ge=0, le=1, description="share of the change of colour that stays; 0: lightness alone changes"
     )
     limit: float = Field(0.0, ge=0, le=2, description="largest change of a pixel in [-1, 1] units; 0: none")
 
@@ -601,7 +605,8 @@ class Config(Section):
             "align": {"align": of("align"), "crop_size": self.crop_size, "seed": self.seed},
             "invert": {"invert": of("invert"), "generator": self.generator},
             "fuse": {"fuse": of("fuse")},
-            "tune": {"tune": of("tune"), "refine": of("refine")},
+            # A refinement that is off has no settings: what its defaults are matters to nobody then.
+            "tune": {"tune": of("tune"), "refine": of("refine") if self.refine.steps else {"steps": 0}},
             "attack": {"inspect": of("inspect"), "attack": of("attack")},
             # The settings of refinement and attack are in the keys of the stages before.
             "strengthen": {

@@ -1,4 +1,4 @@
-"""Linear filters of pictures and residuals."""
+"""Linear filters of pictures and residuals, in space and in colour."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def low_pass(residual: Tensor, sigma: float) -> Tensor:
     kernel = (kernel / kernel.sum()).expand(3, 1, -1)
     x = F.conv2d(F.pad(residual, (radius, radius, 0, 0), mode="replicate"), kernel[:, :, None, :], groups=3)
     return F.conv2d(F.pad(x, (0, 0, radius, radius), mode="replicate"), kernel[:, :, :, None], groups=3)
+
+
+def damp_chroma(residual: Tensor, share: float) -> Tensor:
+    """A residual (B, 3, S, S), RGB, with this share of its change of colour; its change of lightness stays.
+
+    Lightness is luma (ITU-R BT.601-7, section 2.5.1), as in JPEG: equal change of R, G and B.  share: 0..1; 1 returns
+    the residual unchanged.
+    """
+    if share == 1:
+        return residual
+    luma = (residual * residual.new_tensor((0.299, 0.587, 0.114)).reshape(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    return luma + share * (residual - luma)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scol_ops.diversity import at_photo_scale, diversify
+from scol_ops.filters import damp_chroma
 from scol_ops.losses import (
     IdentityFeature,
     id_lock_loss,
@@ -40,7 +41,8 @@ class RefineSettings:
     id_lock: pull to the locked identity.  hinge: push from the original's.  diversity, blur, jpeg_quality: random
     transformations before the features (expectation over transformation).  photo_scale: the features see the face at
     the size that it has in the photo, where finer change is lost.  residual_sigma: low-pass of the residual in crop
-    pixels, 0 for none.  limit: largest change of a pixel in [-1, 1] units, 0 for none.
+    pixels, 0 for none.  chroma: share of the residual's change of colour that stays; 0: lightness alone changes.
+    limit: largest change of a pixel in [-1, 1] units (before these two), 0 for none.
     """
 
     steps: int = 100
@@ -58,6 +60,7 @@ class RefineSettings:
     jpeg_quality: tuple[int, int] | None = None
     photo_scale: bool = False
     residual_sigma: float = 0.0
+    chroma: float = 1.0
     limit: float = 0.0
 
 
@@ -101,6 +104,10 @@ def refine(
     area = mask.sum().clamp_min(1e-6)
     residual = (settings.start * (tuned - original)).clone().requires_grad_(True)
     optimiser = torch.optim.Adam([residual], lr=settings.lr)
+
+    def changed() -> Tensor:
+        return confine(original + damp_chroma(residual, settings.chroma), original, mask, settings.residual_sigma)
+
     history: list[dict[str, float]] = []
     flip_weight = settings.flip_weight
     for step in range(settings.steps):
@@ -110,7 +117,7 @@ def refine(
         rate = settings.lr * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        picture = confine(original + residual, original, mask, settings.residual_sigma)
+        picture = changed()
         seen = picture
         if settings.photo_scale and photo_side is not None:
             seen = at_photo_scale(seen, photo_side)
@@ -150,5 +157,5 @@ def refine(
                 residual.clamp_(-settings.limit, settings.limit)
         history.append(losses)
     with torch.no_grad():
-        result = confine(original + residual, original, mask, settings.residual_sigma).clamp(-1, 1)
+        result = changed().clamp(-1, 1)
     return TuneResult(result, len(history), time.monotonic() - begin, history)

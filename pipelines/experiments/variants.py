@@ -109,10 +109,15 @@ _GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
             "refine=off": ("refine.steps=0",),
             "tune=off": ("tune.steps=0", "refine.start=0"),
             **_values("refine.start", 0, 0.3, 0.8),
-            **_values("refine.residual_sigma", 0, 1, 2),
+            **_values("refine.residual_sigma", 0, 1, 3),
+            **_values("refine.chroma", 0, 1),
             **_values("refine.flip_target", 0.05, 0.08),
-            "few-places": (  # the setting before: stronger changes of fewer places
-                "refine.start=0.8", "refine.flip_weight=2", "refine.flip_target=0.05", "refine.visible_weight=100",
+            "fine": (  # a setting before: finer change, in colours too, and less of it
+                "refine.residual_sigma=1", "refine.chroma=1", "refine.flip_target=0.065", "refine.visible_weight=200",
+            ),
+            "few-places": (  # the one before that: stronger changes of fewer places
+                "refine.residual_sigma=1", "refine.chroma=1", "refine.start=0.8", "refine.flip_weight=2",
+                "refine.flip_target=0.05", "refine.visible_weight=100",
             ),
             "visible=flip": ("refine.visible_weight=0", "refine.flip_weight=2"),
             "visible=squared": ("refine.flip_weight=0", "refine.visible_weight=300"),

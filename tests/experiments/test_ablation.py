@@ -65,7 +65,7 @@ def test_built_in_variants_can_all_be_used():
         for judge, method in split(variant).items():
             assert judge not in method.used and method.profile == "standard"
         key, _, value = variant.name.partition("=")
-        if key in ("fuse.k", "refine.start", "refine.residual_sigma", "refine.flip_target"):
+        if key in ("fuse.k", "refine.start", "refine.residual_sigma", "refine.chroma", "refine.flip_target"):
             section, name = key.split(".")
             assert getattr(getattr(load_config(sets=method.sets), section), name) == float(value)
     assert set(variants.DEFAULT) <= set(variants.built_in()) and len(variants.DEFAULT) <= 6

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scol_ops.attack import AttackSettings, attack, attack_loss
-from scol_ops.filters import low_pass
+from scol_ops.filters import damp_chroma, low_pass
 from scol_ops.inversion import InvertSettings, invert
 from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
 from scol_ops.models.weights import load_mobilestylegan
@@ -153,6 +153,28 @@ def test_refinement_at_the_photo_s_scale_works_on_what_is_left_there(faces, mask
     for side in (None, 256.0, 20.0):
         hinge[side] = refine(start, original, mask, [fine], [-1.0], settings=settings, photo_side=side).history[0]["hinge"]
     assert hinge[None] == hinge[256.0] and abs(hinge[20.0] - hinge[None]) > 0.05
+
+
+def test_refinement_without_chroma_changes_lightness_alone(faces, mask):
+    original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
+    change = {}
+    for chroma in (0.0, 0.25, 1.0):
+        settings = RefineSettings(steps=5, diversity=0.0, residual_sigma=2.0, chroma=chroma)
+        change[chroma] = refine(start, original, mask, [thumbnail], [0.5], settings=settings).picture - original
+    colour = {chroma: float((c - c.mean(dim=1, keepdim=True)).abs().mean()) for chroma, c in change.items()}
+    inside = ((change[0.0] + original).abs() < 1).all(dim=1)  # not clamped
+    grey = change[0.0].movedim(1, -1)[inside]
+    assert float((grey - grey[:, :1]).abs().max()) < 1e-5 < float(grey.abs().mean())
+    assert colour[0.0] < colour[0.25] < 0.5 * colour[1.0]
+
+
+def test_damped_chroma_by_hand():
+    residual = torch.tensor([0.4, 0.2, -0.2]).reshape(1, 3, 1, 1).expand(2, 3, 4, 4)
+    luma = 0.299 * 0.4 + 0.587 * 0.2 - 0.114 * 0.2
+    assert damp_chroma(residual, 1) is residual
+    assert torch.allclose(damp_chroma(residual, 0), torch.full((2, 3, 4, 4), luma))
+    assert torch.allclose(damp_chroma(residual, 0.5), (residual + luma) / 2)
+    assert torch.allclose(damp_chroma(torch.full((1, 3, 2, 2), 0.3), 0.1), torch.full((1, 3, 2, 2), 0.3))
 
 
 def test_low_pass_keeps_a_constant_and_removes_a_checkerboard():

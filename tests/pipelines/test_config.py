@@ -169,3 +169,7 @@ def test_what_is_off_is_not_in_a_stages_key() -> None:
     ):
         given = load_config(sets=[f"{stage}.{name}={text}"])
         assert name not in plain.stage_config(stage)[stage] and given.stage_config(stage)[stage][name]
+    assert "chroma" not in load_config(sets=["refine.chroma=1"]).stage_config("tune")["refine"]
+    assert plain.stage_config("tune")["refine"]["chroma"] < 1
+    for off in ("refine.steps=0", "refine.steps=0 refine.chroma=1 refine.hinge=2"):
+        assert load_config(sets=off.split()).stage_config("tune")["refine"] == {"steps": 0}
