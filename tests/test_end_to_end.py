@@ -19,6 +19,7 @@ from gallery_index import Gallery, GalleryMismatchError
 from pipelines import gallery_jobs
 from pipelines.config import Config, load_config
 from pipelines.config import STAGES as ALL_STAGES
+from pipelines.experiments import loop
 from pipelines.manifests import Run, read_photos, read_stage
 from pipelines.protect import exit_status, list_source, protect
 from pipelines.sources import photo_id
@@ -240,12 +241,12 @@ def test_closed_loop(archive: Path, draw_photo, tmp_path: Path) -> None:
     src.mkdir()
     shutil.copy(archive / "deep" / "er" / "zwei Gesichter ü.jpg", src / "two.jpg")
     shutil.copy(archive / "one.png", src / "one.png")
-    loop = ["tune.steps=0", "refine.steps=1", "refine.id_lock=0.01", "refine.identity=mobilefacenet", "attack.steps=1"]
-    loop += ["strengthen.rounds=2", "strengthen.steps=2", "strengthen.min_psnr=5", "publish.max_ism=-1"]
+    chain = ["tune.steps=0", "refine.steps=1", "refine.id_lock=0.01", "refine.identity=mobilefacenet", "attack.steps=1"]
+    chain += ["strengthen.rounds=2", "strengthen.steps=2", "strengthen.min_psnr=5", "publish.max_ism=-1"]
     runs, results = {}, {}
     for workers in (1, 2):
         out = tmp_path / f"out{workers}"
-        results[workers] = protect(str(src), str(out), settings(*loop, f"engine.workers={workers}"))
+        results[workers] = protect(str(src), str(out), settings(*chain, f"engine.workers={workers}"))
         runs[workers] = Run(f"{out}.run")
     rows = {n: read_stage(run, "strengthen") for n, run in runs.items()}
     keep = [name for name in rows[1].column_names if name != "seconds"]
@@ -260,8 +261,11 @@ def test_closed_loop(archive: Path, draw_photo, tmp_path: Path) -> None:
         assert found["status"] == "weak" and found["ism"] == pytest.approx(row["ism"], abs=1e-4), "it is what was judged"
     assert results[1]["strengthened"] == {"judged": 3, "faces": 3, "rounds": 6, "ended": {"rounds": 3}}
     assert results[1]["weak_share"] == 1 and results[1]["stage_seconds"]["strengthen"] > 0
+    stronger, everything = loop.of_run(runs[1])
+    assert stronger["number"] == everything["number"] == 3 and stronger["faces"] == "went back, stronger"
+    assert stronger["weak"] == 1 and stronger["ism"] == pytest.approx(results[1]["ism"], abs=1e-3)
     assert "faces strengthened" in runs[1].read("report.html").decode()
-    again = protect(str(src), str(tmp_path / "out1"), settings(*loop))
+    again = protect(str(src), str(tmp_path / "out1"), settings(*chain))
     assert all(stage["done"] == 0 for stage in again["engine"]["stages"].values())
 
 

@@ -5,7 +5,8 @@
 People with two or more photos are drawn by a seed; the gallery has one other photo of each and one photo of each of
 1,000 others. The attacks work on the recognisers that the profile works on (`--surrogates` for others), so that all
 know the same, and are scored with it on the others alone.  Resumable: what lies in --folder is not made again; a
-larger --people goes on from a smaller one.  Writes build/bench/protection.json and .md.
+larger --people goes on from a smaller one.  Then, of each profile with a closed loop, what it did to the faces.  Writes
+build/bench/protection.json and .md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from cluster import ray_session
 from pipelines.config import PROFILES
 from pipelines.evaluate import judges
+from pipelines.experiments import loop
 from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, compare, protection_table, record
 from pipelines.experiments.datasets import DatasetError, read_dataset
 from pipelines.experiments.methods import ATTACKS, Method
@@ -88,7 +90,12 @@ def main(argv: list[str] | None = None) -> int:
             say=say,
             progress=lambda: Reporter(sys.stderr),
         )
+    loops = {
+        line.method.name: loop.of_run(f"{line.made.tree}.run") for line in lines if line.made.strengthened is not None
+    }
     text = protection_table(lines, judges.available(), (NONE, DISTORTION))
+    for name, figures in loops.items():
+        text += f"\n\nThe closed loop of {name}:\n\n{loop.table(figures)}"
     print(text)
     path = Path(options.json)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=options.seed,
         dataset=options.dataset,
         eps=options.eps,
+        loops=loops,
         seconds=round(time.monotonic() - begin, 1),
     )
     path.write_text(to_json(result) + "\n", encoding="utf-8")

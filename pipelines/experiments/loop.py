@@ -1,0 +1,78 @@
+"""What the closed loop did to a run's faces, by what became of them: how much shows, and how far they are recognised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from pipelines.evaluate.page import plain_table
+from pipelines.manifests import WEAK, Run, read_stage
+from scol_ops.strengthening import StrengthenSettings
+
+MEASURES = ("psnr", "ssim", "flip", "ism", "ism_worst")  # of `publish`
+OUTCOMES = ("passed at once", "went back, stronger", "went back, as before")
+LEAST_PSNR = StrengthenSettings.min_psnr  # dB over the crop: the stated quality, a face below it is counted
+
+
+def outcome(row: Mapping[str, Any]) -> str:
+    """Of a row of ``strengthen`` that was judged: one of ``OUTCOMES``. The last: all its rounds were thrown away."""
+    if not row["rounds"]:
+        return OUTCOMES[0]
+    return OUTCOMES[1] if row["kept"] else OUTCOMES[2]
+
+
+def by_outcome(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Figures of all faces and of each outcome that occurs.
+
+    Args:
+        rows: one a face that was judged, columns of ``strengthen`` (`rounds`, `kept`) and of ``publish`` (`status` and
+            ``MEASURES``).
+
+    Returns:
+        `faces` (a name of ``OUTCOMES`` or "all"), `number`, means of the measures, and `weak`, `below`: shares, 0..1, of
+        faces whose verdict is weak, and whose PSNR is below ``LEAST_PSNR``.
+    """
+    rows = list(rows)
+    groups = {name: [row for row in rows if outcome(row) == name] for name in OUTCOMES} | {"all": rows}
+    return [
+        {
+            "faces": name,
+            "number": len(found),
+            **{measure: fmean(row[measure] for row in found) for measure in MEASURES},
+            "weak": fmean(row["status"] == WEAK for row in found),
+            "below": fmean(row["psnr"] < LEAST_PSNR for row in found),
+        }
+        for name, found in groups.items()
+        if found
+    ]
+
+
+def of_run(run: Run | str) -> list[dict[str, Any]]:
+    """``by_outcome`` of a run's published faces; empty where the loop was off.
+
+    Raises:
+        RunError, StoreError: see ``read_stage``.
+    """
+    judged = read_stage(run, "strengthen", ["face_id", "rounds", "kept"]).to_pylist()
+    published = read_stage(run, "publish", ["face_id", "status", *MEASURES]).to_pylist()
+    by_face = {row["face_id"]: row for row in published if row["face_id"] and row["ism"] is not None}
+    found = [row for row in judged if row["rounds"] is not None and row["face_id"] in by_face]
+    return by_outcome({**row, **by_face[row["face_id"]]} for row in found)
+
+
+def table(figures: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of ``by_outcome``."""
+    head = ["faces that", "number", "PSNR, dB", "SSIM", "FLIP of the face", "cosine", "worst, as saved or after"]
+    rows = [[*head, "weak, %", f"below {LEAST_PSNR:g} dB, %"]]
+    for line in figures:
+        rows.append(
+            [
+                line["faces"],
+                str(line["number"]),
+                f"{line['psnr']:.2f}",
+                *(f"{line[name]:.3f}" for name in MEASURES[1:]),
+                *(f"{100 * line[name]:.0f}" for name in ("weak", "below")),
+            ]
+        )
+    return plain_table(rows)

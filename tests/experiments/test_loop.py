@@ -1,0 +1,24 @@
+"""What the closed loop did, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipelines.experiments import loop
+
+
+def face(rounds: int, kept: int, status: str, psnr: float, ism: float) -> dict:
+    measures = {"ssim": 0.9, "flip": 0.1, "ism": ism, "ism_worst": ism + 0.1}
+    return {"rounds": rounds, "kept": kept, "status": status, "psnr": psnr, **measures}
+
+
+def test_faces_by_what_became_of_them():
+    rows = [face(0, 0, "ok", 36, 0.2), face(0, 0, "ok", 33.9, 0.4), face(2, 1, "weak", 35, 0.6), face(1, 0, "weak", 34, 0.8)]
+    once, stronger, kept, everything = loop.by_outcome(rows)
+    assert [line["faces"] for line in (once, stronger, kept)] == list(loop.OUTCOMES) and everything["faces"] == "all"
+    assert [line["number"] for line in (once, stronger, kept, everything)] == [2, 1, 1, 4]
+    assert once["ism"] == pytest.approx(0.3) and once["ism_worst"] == pytest.approx(0.4) and once["below"] == 0.5
+    assert (once["weak"], stronger["weak"], everything["weak"], kept["below"]) == (0, 1, 0.5, 0)
+    text = loop.table([once, kept]).splitlines()
+    assert "below 34 dB" in text[0] and text[2].startswith("| passed at once | 2 | 34.95 | 0.900 | 0.100 | 0.300 | 0.400 | 0 | 50 |")
+    assert [line["faces"] for line in loop.by_outcome(rows[:1])] == ["passed at once", "all"] and loop.by_outcome([]) == []
