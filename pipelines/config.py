@@ -23,7 +23,7 @@ from scol_ops.distortions import NONE, Distortion
 STAGES = ("align", "invert", "fuse", "tune", "attack", "strengthen", "publish")
 OPTIONAL = ("strengthen",)  # those of them that a run leaves out where its configuration has nothing for them to do
 # Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
-VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "2", "attack": "1", "strengthen": "1", "publish": "2"}
+VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "2", "attack": "1", "strengthen": "2", "publish": "2"}
 RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
 ENCODER = "encoder"
 ENCODER_TRUNK = "mobilefacenet"  # the recogniser whose features the encoder reads (scol_ops.models.encoder)
@@ -407,7 +407,7 @@ class StrengthenConfig(Section):
         34.0,
         ge=0,
         le=100,
-        description="dB over the face crop before saving; a round that falls below is thrown away and the face's last",
+        description="dB over the face crop before saving; a round that falls below is faded to it, and the face's last",
     )
 
 

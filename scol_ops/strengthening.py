@@ -17,6 +17,9 @@ from scol_ops.distortions import NONE
 from scol_ops.refinement import RefineSettings
 
 
+_ROUNDING = 0.02  # dB that rounding to 8 bits may cost
+
+
 @dataclass(frozen=True)
 class StrengthenSettings:
     """rounds: most rounds, 0 for none.  steps: refinement steps of a round.  hinge_factor: the hinge's weight grows by
@@ -24,7 +27,7 @@ class StrengthenSettings:
     hold the picture at the photo (``flip_weight``, ``visible_weight``, ``l2_weight``, ``ssim_weight``) shrink by it each
     round, and ``flip_target`` grows.  eps_factor: the attack's bound and step size grow by it each round, up to a bound
     of max_eps ([0, 1] units; never below the attack's own).  min_psnr: dB over the face crop; a round that falls below
-    it is thrown away and is the face's last.
+    it is faded until it does not (``faded``), and is the face's last.
     """
 
     rounds: int = 0
@@ -84,6 +87,21 @@ def unconfined(picture: Tensor, original: Tensor, mask: Tensor, least: float = 0
         least: where the mask is below it, the change stays smaller than it was: rounding to 8 bits would be blown up.
     """
     return original + (picture - original) / mask.clamp_min(least)
+
+
+def faded(picture: Tensor, original: Tensor, psnr: float, least: float) -> Tensor:
+    """The picture with so much less of its change that its PSNR rises from ``psnr`` to ``least`` (dB).
+
+    Args:
+        picture, original: (1, 3, S, S) in [-1, 1].
+
+    Raises:
+        ValueError: ``psnr`` is not below ``least``.
+    """
+    if not psnr < least:
+        raise ValueError(f"{psnr} dB is not below {least} dB")
+    share = 10 ** ((psnr - least - _ROUNDING) / 20)
+    return original + share * (picture - original)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ LEAST_PSNR = StrengthenSettings.min_psnr  # dB over the crop: the stated quality
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """Of a row of ``strengthen`` that was judged: one of ``OUTCOMES``. The last: all its rounds were thrown away."""
+    """Of a row of ``strengthen`` that was judged: one of ``OUTCOMES``. The last: no round was better."""
     if not row["rounds"]:
         return OUTCOMES[0]
     return OUTCOMES[1] if row["kept"] else OUTCOMES[2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,7 @@ from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
 from scol_ops.refinement import RefineSettings
 from scol_ops.strengthening import (
-    Seen, StrengthenSettings, attack_of, best_round, margins_of, refinement_of, unconfined,
+    Seen, StrengthenSettings, attack_of, best_round, faded, margins_of, refinement_of, unconfined,
 )  # fmt: skip
 from scol_ops.tuning import DeadlineExceeded
 
@@ -53,7 +53,7 @@ class _Attempt:
         number: its round; 0 is what the attack left.
         picture: (1, 3, S, S), rounded to 8 bits; `png` the same, None of round 0.
         psnr: dB over the crop.
-        seen: by the judge, in the latest file that had it; None where it was thrown away before that.
+        seen: by the judge, in the latest file that had it; None before.
     """
 
     number: int
@@ -69,7 +69,7 @@ class _Face:
 
     Attributes:
         original: (1, 3, S, S), its crop; `mask`: (1, 1, S, S); `own`: (1, D), by the judge; `place`: in the photo.
-        tried: the pictures that came into a file, by round; `thrown`: the one that did not, if any.
+        tried: the pictures, by round.
         shown: the one in the latest file; `pixels`: of the file's window.
         rounds: begun so far.
         ended: why it goes on no more, before its rounds are used up.
@@ -82,7 +82,6 @@ class _Face:
     own: Tensor
     place: Place
     tried: list[_Attempt]
-    thrown: list[_Attempt] = field(default_factory=list)
     shown: _Attempt | None = None
     pixels: np.ndarray | None = None
     rounds: int = 0
@@ -192,17 +191,17 @@ class _Loop:
                 raise DeadlineExceeded(f"before round {number}")
             with time_limit(left * 1.1, 2 * left + HARD_MARGIN):
                 found = face.attempt(number, encode_png(self._stronger(face, number, begin + left)))
+                if found.psnr < self.settings.min_psnr:  # so much of it as is allowed; a stronger one would not help
+                    face.ended = QUALITY
+                    picture = faded(found.picture, face.original, found.psnr, self.settings.min_psnr)
+                    found = face.attempt(number, encode_png(picture))
         except FloatingPointError:  # the settings of this round are too strong for this face, wherever it is tried
             face.ended = DIVERGED
         except (Exception, ItemTimeout) as error:
             raise_if_unfit(error)
             face.error = reason_of(error)
         else:
-            if found.psnr < self.settings.min_psnr:
-                face.thrown.append(found)
-                face.ended = QUALITY
-            else:
-                face.tried.append(found)
+            face.tried.append(found)
         face.seconds += time.monotonic() - begin
 
     def _stronger(self, face: _Face, number: int, deadline: float) -> Tensor:
@@ -227,7 +226,6 @@ class _Loop:
         if broken:  # another face failed, so the photo is not published
             return row
         first, last = face.tried[0], face.shown
-        attempts = sorted([*face.tried, *face.thrown], key=lambda attempt: attempt.number)
         return row | {
             "protected": last.png,
             "rounds": face.rounds,
@@ -244,9 +242,9 @@ class _Loop:
                 {
                     "round": attempt.number,
                     "psnr": attempt.psnr,
-                    "ism": attempt.seen and attempt.seen.saved,
-                    "ism_worst": attempt.seen and attempt.seen.cosines[attempt.seen.worst],
+                    "ism": attempt.seen.saved,
+                    "ism_worst": attempt.seen.cosines[attempt.seen.worst],
                 }
-                for attempt in attempts
+                for attempt in face.tried
             ],
         }

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scol_ops.attack import AttackSettings
+from scol_ops.metrics import psnr, to_uint8
 from scol_ops.refinement import RefineSettings
 from scol_ops.strengthening import (
-    Bars, Seen, StrengthenSettings, attack_of, best_round, margins_of, refinement_of, unconfined,
+    Bars, Seen, StrengthenSettings, attack_of, best_round, faded, margins_of, refinement_of, unconfined,
 )  # fmt: skip
 from scol_ops.tuning import confine
 
@@ -90,3 +91,19 @@ def test_never_a_round_worse_than_another(pairs: list[tuple[float, float]], bar:
     passed = any(one.above(bars) is None for one in rounds)
     assert (chosen.above(bars) is None) == passed
     assert passed or max(chosen.cosines.values()) == min(max(one.cosines.values()) for one in rounds)
+
+
+def test_fading_reaches_the_quality_asked_for():
+    rng = torch.Generator().manual_seed(0)
+    original = torch.rand(1, 3, 32, 32, generator=rng) * 1.6 - 0.8
+    picture = original + 0.2 * torch.randn(original.shape, generator=rng).clamp(-1, 1)
+
+    def quality(x):
+        return psnr(to_uint8(original[0]), to_uint8(x[0]))
+
+    result = faded(picture, original, quality(picture), 34.0)
+    assert quality(picture) < 30 and 34 <= quality(result) < 34.1
+    share = (result - original) / (picture - original)
+    assert float(share.max() - share.min()) < 1e-2, "the same of every pixel's change"
+    with pytest.raises(ValueError, match="not below"):
+        faded(picture, original, 34.0, 34.0)
