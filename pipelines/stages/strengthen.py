@@ -42,6 +42,7 @@ from scol_ops.tuning import DeadlineExceeded
 
 # Why a face's loop ended.
 PASSED, ROUNDS, QUALITY, DIVERGED = "passed", "rounds", "quality", "diverged"
+_FADES = 4  # then a round that is still below is left out
 _SEED = 0x5000  # apart from the seeds of tune, refine and attack, which are the face's own ^ 0, 1 and 2
 
 
@@ -191,18 +192,26 @@ class _Loop:
                 raise DeadlineExceeded(f"before round {number}")
             with time_limit(left * 1.1, 2 * left + HARD_MARGIN):
                 found = face.attempt(number, encode_png(self._stronger(face, number, begin + left)))
-                if found.psnr < self.settings.min_psnr:  # so much of it as is allowed; a stronger one would not help
+                if found.psnr < self.settings.min_psnr:
                     face.ended = QUALITY
-                    picture = faded(found.picture, face.original, found.psnr, self.settings.min_psnr)
-                    found = face.attempt(number, encode_png(picture))
+                    found = self._faded(face, found)
         except FloatingPointError:  # the settings of this round are too strong for this face, wherever it is tried
             face.ended = DIVERGED
         except (Exception, ItemTimeout) as error:
             raise_if_unfit(error)
             face.error = reason_of(error)
         else:
-            face.tried.append(found)
+            if found.psnr >= self.settings.min_psnr:
+                face.tried.append(found)
         face.seconds += time.monotonic() - begin
+
+    def _faded(self, face: _Face, found: _Attempt) -> _Attempt:
+        """So much of a change as the stated quality allows; rounding to 8 bits may take more than one step."""
+        for _ in range(_FADES):
+            if found.psnr < self.settings.min_psnr:
+                picture = faded(found.picture, face.original, found.psnr, self.settings.min_psnr)
+                found = face.attempt(found.number, encode_png(picture))
+        return found
 
     def _stronger(self, face: _Face, number: int, deadline: float) -> Tensor:
         """(1, 3, S, S): from the picture in the latest file on, by this round's settings."""
