@@ -17,9 +17,6 @@ from scol_ops.distortions import NONE
 from scol_ops.refinement import RefineSettings
 
 
-_ROUNDING = 0.02  # dB that rounding to 8 bits may cost
-
-
 @dataclass(frozen=True)
 class StrengthenSettings:
     """rounds: most rounds, 0 for none.  steps: refinement steps of a round.  hinge_factor: the hinge's weight grows by
@@ -100,7 +97,7 @@ def faded(picture: Tensor, original: Tensor, psnr: float, least: float) -> Tenso
     """
     if not psnr < least:
         raise ValueError(f"{psnr} dB is not below {least} dB")
-    share = 10 ** ((psnr - least - _ROUNDING) / 20)
+    share = 10 ** ((psnr - least) / 20)
     return original + share * (picture - original)
 
 

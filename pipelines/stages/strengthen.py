@@ -42,7 +42,7 @@ from scol_ops.tuning import DeadlineExceeded
 
 # Why a face's loop ended.
 PASSED, ROUNDS, QUALITY, DIVERGED = "passed", "rounds", "quality", "diverged"
-_FADES = 4  # then a round that is still below is left out
+_FADES = 8  # then a round that is still below is left out
 _SEED = 0x5000  # apart from the seeds of tune, refine and attack, which are the face's own ^ 0, 1 and 2
 
 
@@ -206,11 +206,14 @@ class _Loop:
         face.seconds += time.monotonic() - begin
 
     def _faded(self, face: _Face, found: _Attempt) -> _Attempt:
-        """So much of a change as the stated quality allows; rounding to 8 bits may take more than one step."""
+        """So much of a change as the stated quality allows."""
+        least, whole = self.settings.min_psnr, found
+        aim = least
         for _ in range(_FADES):
-            if found.psnr < self.settings.min_psnr:
-                picture = faded(found.picture, face.original, found.psnr, self.settings.min_psnr)
-                found = face.attempt(found.number, encode_png(picture))
+            found = face.attempt(whole.number, encode_png(faded(whole.picture, face.original, whole.psnr, aim)))
+            if found.psnr >= least:
+                break
+            aim += least - found.psnr + 0.01  # rounding to 8 bits undoes the fading of what changes by a few levels
         return found
 
     def _stronger(self, face: _Face, number: int, deadline: float) -> Tensor:
