@@ -584,9 +584,14 @@ class Config(Section):
         return public_models.codes_of(self.crop_size) if self.generator in public_models.GENERATORS else EMBEDDED_CODES
 
     @property
+    def refines(self) -> bool:
+        """Whether ``tune`` refines."""
+        return bool(self.refine.steps and self.refine.identity)
+
+    @property
     def refines_again(self) -> bool:
         """Whether rounds of ``strengthen`` refine: a refinement that is off stays off there."""
-        return bool(self.refine.steps and self.refine.identity and self.strengthen.steps)
+        return bool(self.refines and self.strengthen.steps)
 
     @property
     def encoder_trunk(self) -> str:

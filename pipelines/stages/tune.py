@@ -87,7 +87,7 @@ def operator(config: Config, weights: str) -> Operator:
     store = config.engine.models
     generator = models.generator(config.generator, device, store)
     models.load_features(config.tune.identity, device, config.encoder, store)
-    refiner = Refiner(config, device)
+    refiner = Refiner(config, device) if config.refines else None
     perceptual = None if config.tune.perceptual == "ssim" else models.perceptual(config.tune.perceptual, device, store)
     tuning, refining = settings_of(TuneSettings, config.tune), settings_of(RefineSettings, config.refine)
 
@@ -108,7 +108,7 @@ def operator(config: Config, weights: str) -> Operator:
             perceptual=perceptual,
         )
         refined = TuneResult(tuned.picture, 0, 0.0)
-        if refining.steps and config.refine.identity:
+        if refiner is not None:
             margins, seed = config.refine.margin_of_each(), row["seed"] ^ 1
             refined = refiner(row, row["fused"], tuned.picture, face, mask, margins, refining, seed, deadline)
         original, after = to_uint8(face[0]), to_uint8(refined.picture[0])

@@ -136,6 +136,7 @@ def test_a_round_that_diverges_is_the_last(table: pa.Table, weak: list[dict], mo
 def test_a_round_below_the_stated_quality_is_faded_to_it_and_the_last(table: pa.Table, weak: list[dict]) -> None:
     floor = min(row["history"][1]["psnr"] for row in weak) - 0.01
     rows = strengthen.operator(settings(f"strengthen.min_psnr={floor}"), "w", None)(table).to_pylist()
+    assert all(row["psnr"] >= floor for row in rows)
     for row, free in zip(rows, weak, strict=True):
         below = [entry["psnr"] < floor for entry in free["history"]]
         assert row["ended"] == "quality" and row["rounds"] == below.index(True)
@@ -145,6 +146,8 @@ def test_a_round_below_the_stated_quality_is_faded_to_it_and_the_last(table: pa.
     for row, free in zip(rows, weak, strict=True):
         assert (row["rounds"], row["kept"], row["ended"]) == (1, 1, "quality") and floor <= row["psnr"] < floor + 0.4
         assert free["history"][1]["ism_worst"] < row["ism_worst"] < row["ism_worst_before"] - 0.05
+    high = strengthen.operator(settings("strengthen.min_psnr=60"), "w", None)(table).to_pylist()
+    assert all(row["ended"] == "quality" and row["psnr"] >= 60 for row in high)
 
 
 def test_time_is_limited_and_a_photo_that_has_changed_is_not_judged(table: pa.Table, tmp_path: Path) -> None:
