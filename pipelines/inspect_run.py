@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from pipelines import presence
 from pipelines.config import STAGES, Config
-from pipelines.manifests import ERROR, SOURCE, WEAK, Run, RunError, duration, left_out, read_stage, summary
+from pipelines.manifests import ERROR, SOURCE, WEAK, Run, RunError, duration, read_stage, stages_of, summary
 
 
 def status(url: str) -> dict[str, Any]:
@@ -34,8 +34,7 @@ def status(url: str) -> dict[str, Any]:
         return {"run": url, "photos": 0, "faces": 0, "stages": {}, "drivers": drivers, **nothing}
     plan = run.plan()
     stages = {}
-    absent = left_out(plan)
-    for stage in (SOURCE, *(s for s in STAGES if s not in absent)):
+    for stage in (SOURCE, *stages_of(plan)):
         rows = read_stage(run, stage, ["key", "status"])
         done = pc.count_distinct(rows["key"]).as_py() if rows.num_rows else 0
         stages[stage] = {"done": done, "rows": dict(Counter(rows["status"].to_pylist()))}

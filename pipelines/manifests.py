@@ -446,10 +446,11 @@ def _known_stage(column: str, there: Collection[str]) -> str:
     return column
 
 
-def left_out(plan: pa.Table) -> list[str]:
-    """Those of a plan's stages that the run leaves out: their keys are those of the stage before."""
+def stages_of(plan: pa.Table) -> list[str]:
+    """The stages of a plan's run, in order; the keys of one that it leaves out are those of the stage before."""
     before = {stage: STAGES[STAGES.index(stage) - 1] for stage in OPTIONAL}
-    return [stage for stage in OPTIONAL if plan.num_rows and plan[stage].equals(plan[before[stage]])]
+    absent = [stage for stage in OPTIONAL if plan.num_rows and plan[stage].equals(plan[before[stage]])]
+    return [stage for stage in STAGES if stage not in absent]
 
 
 def plan_about(plan: pa.Table | pa.Schema) -> dict[str, str]:
@@ -618,8 +619,8 @@ def summary(run: Run | str) -> dict[str, Any]:
     )
     reasons = Counter((r or "").split(":")[0] for r in faces["reason"].to_pylist() if r)
     seconds: dict[str, float] = {}
-    absent = left_out(run.plan())
-    for stage in (s for s in STAGES if s not in absent):
+    stages = stages_of(run.plan())
+    for stage in stages:
         column = read_stage(run, stage, ["seconds"])["seconds"]
         seconds[stage] = round(float(pc.sum(column).as_py() or 0.0), 3)
     judged = face_counts[OK] + face_counts[WEAK]
@@ -632,7 +633,7 @@ def summary(run: Run | str) -> dict[str, Any]:
         **{status: counts.get(status, 0) for status in (*STATUSES, "pending")},
         "face_status": {status: face_counts.get(status, 0) for status in (OK, WEAK, ERROR)},
         "weak_share": round(face_counts[WEAK] / judged, 4) if judged else None,
-        "strengthened": None if "strengthen" in absent else _strengthened(run),
+        "strengthened": _strengthened(run) if "strengthen" in stages else None,
         "published": actions.get("protected", 0),
         "copied": actions.get("copied", 0),
         "reasons": dict(sorted(reasons.items())),

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LUMA = (0.299, 0.587, 0.114)  # of R, G and B: ITU-R BT.601-7, section 2.5.1, and JPEG's
+
 
 def low_pass(residual: Tensor, sigma: float) -> Tensor:
     """Gaussian low-pass of a residual (B, 3, S, S), sigma in pixels; 0 returns it unchanged."""
@@ -22,10 +24,10 @@ def low_pass(residual: Tensor, sigma: float) -> Tensor:
 def damp_chroma(residual: Tensor, share: float) -> Tensor:
     """A residual (B, 3, S, S), RGB, with this share of its change of colour; its change of lightness stays.
 
-    Lightness is luma (ITU-R BT.601-7, section 2.5.1), as in JPEG: equal change of R, G and B.  share: 0..1; 1 returns
+    Lightness is luma (``LUMA``), as in JPEG: equal change of R, G and B.  share: 0..1; 1 returns
     the residual unchanged.
     """
     if share == 1:
         return residual
-    luma = (residual * residual.new_tensor((0.299, 0.587, 0.114)).reshape(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    luma = (residual * residual.new_tensor(LUMA).reshape(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     return luma + share * (residual - luma)

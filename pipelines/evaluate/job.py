@@ -64,8 +64,7 @@ def recognisers_inside(protected: str) -> tuple[str, ...]:
 def inside_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Recognisers that a configuration of `scol protect` works through, the embedded encoder's trunk among them."""
     used = list(config["tune"]["identity"]) if config["tune"]["steps"] else []
-    again = config.get("strengthen", {}).get("rounds", 0)  # runs of older versions have no such section
-    used += config["refine"]["identity"] if config["refine"]["steps"] or again else []
+    used += config["refine"]["identity"] if config["refine"]["steps"] else []
     used += [ENCODER] if config["attack"]["enabled"] else []
     trunk = (
         {ENCODER_TRUNK} if config.get("encoder", EMBEDDED) == EMBEDDED else set()

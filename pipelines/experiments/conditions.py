@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from scol_ops.filters import LUMA
+
 Pixels = NDArray[np.uint8]
 
 EASY, POSE, DARK, FLAT, SIDE, COVERED = "easy", "pose", "dark", "flat", "side-lit", "covered"
@@ -23,7 +25,6 @@ WORDS = {
     SIDE: "one half of the face much brighter than the other",
     COVERED: "the easy photos with glasses or a mask drawn over the face",
 }
-_LUMA = np.array([0.299, 0.587, 0.114])  # BT.601
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def hardness(landmarks: NDArray, crop: Pixels) -> Hardness:
     across = right - left
     length = float(np.linalg.norm(across))
     side = len(crop)
-    luma = crop[side // 4 : side - side // 4, side // 4 : side - side // 4] @ _LUMA / 255
+    luma = crop[side // 4 : side - side // 4, side // 4 : side - side // 4] @ LUMA / 255
     halves = [float(half.mean()) for half in np.array_split(luma, 2, axis=1)]
     return Hardness(
         float((nose - (left + right) / 2) @ across / length**2),

@@ -138,8 +138,7 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
 
     first = tuning(1, 0)
     parts["tune"] = first + (tuning(3, 0) - first) / 2 * (config.tune.steps - 1)
-    refining = config.refine.steps if config.refine.identity else 0
-    parts["refine"] = (tuning(0, 3) - tuning(0, 1)) / 2 * refining if refining else np.zeros(2)
+    parts["refine"] = (tuning(0, 3) - tuning(0, 1)) / 2 * config.refine.steps if config.refines else np.zeros(2)
     parts["attack"] = np.zeros(2)
     if config.attack.enabled:
         std = np.ones((len(inverted["code"][0]) // 512, 512), np.float32)

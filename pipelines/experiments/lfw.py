@@ -36,11 +36,12 @@ from torch import Tensor
 
 from cluster import hash_key
 from pipelines import models
-from pipelines.config import ENCODER, GENERATORS, RECOGNISERS
+from pipelines.config import GENERATORS, RECOGNISERS
+from pipelines.evaluate.job import inside_of
 from pipelines.evaluate.measure import overlap
 from pipelines.files import replacing
 from pipelines.machine import machine
-from pipelines.manifests import NO_FACE, OK, WEAK, Run, RunError, left_out, read_stage, to_json
+from pipelines.manifests import NO_FACE, OK, WEAK, Run, RunError, read_stage, stages_of, to_json
 from pipelines.photo import PhotoError, decode
 from pipelines.sources import SourceError, SourceRow, list_photos, read_bytes
 from pipelines.stages.common import as_codes, decode_png, geometry_in_crop, to_tensor
@@ -230,12 +231,12 @@ def read_probes(run: Run, stages: bool = False) -> tuple[list[Probe], dict[str, 
     wanted = {face["face_id"] for _, face, _ in chosen}
     extra: dict[str, dict[str, Any]] = {face: {} for face in wanted}
     if stages:
-        absent = left_out(run.plan())
-        for stage, columns in ((s, c) for s, c in _CROPS.items() if s not in absent):
+        there = stages_of(run.plan())
+        for stage, columns in ((s, c) for s, c in _CROPS.items() if s in there):
             for row in read_stage(run, stage, ["face_id", *columns]).to_pylist():
                 if row["face_id"] in wanted:
                     extra[row["face_id"]] |= {f"{stage}.{c}": row[c] for c in columns}
-        if "strengthen" not in absent:  # null where the loop kept what the attack left
+        if "strengthen" in there:  # null where the loop kept what the attack left
             for row in extra.values():
                 row["strengthen.protected"] = row.get("strengthen.protected") or row.get("attack.protected")
     probes = []
@@ -246,14 +247,6 @@ def read_probes(run: Run, stages: bool = False) -> tuple[list[Probe], dict[str, 
         row = {f"align.{c}": face[c] for c in _COLUMNS["align"]} | extra[face["face_id"]]
         probes.append(Probe(photo["photo_id"], person, photo["url"], result["out_path"], row, result))
     return probes, counts
-
-
-def judges_inside(config: dict[str, Any]) -> set[str]:
-    """Recognisers that the method itself used: what they say of its result proves nothing."""
-    inside = set(config["tune"]["identity"])
-    if config["refine"]["steps"] or config.get("strengthen", {}).get("rounds", 0):
-        inside |= set(config["refine"]["identity"])
-    return inside - {ENCODER}
 
 
 # ---- the gallery -----------------------------------------------------------------------------------------------------
@@ -444,7 +437,7 @@ def run_experiment(
     run = Run(run_url)
     info = run.read_json("run.json")
     probes, counts = read_probes(run, stages)
-    inside = judges_inside(info["config"])
+    inside = inside_of(info["config"])
     names = list(judges) or [name for name in RECOGNISERS if name not in inside]
     if not names:
         raise ExperimentError("the method used every recogniser; name one with --judge, knowing that it proves little")

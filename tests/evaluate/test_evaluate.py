@@ -236,7 +236,7 @@ def test_recognisers_used_inside_are_found(trees):
     assert job.recognisers_inside(str(trees / "two")) == ("dlib_resnet", "mobilefacenet")
     shutil.rmtree(run)
     assert job.recognisers_inside(str(trees / "two")) == ()
-    only = load_config(sets=["tune.identity=", "refine.steps=0", "strengthen.rounds=0"]).model_dump(mode="json")
+    only = load_config(sets=["tune.identity=", "refine.steps=0"]).model_dump(mode="json")
     assert job.inside_of(only) == ("mobilefacenet",)  # the attack works through the encoder, which reads its features
     with pytest.raises(OutputError):
         evaluate(trees, out="one/below")
