@@ -409,6 +409,7 @@ def run(
             workers=options.workers,
             say=say,
             progress=progress,
+            run_url=str(out / "run"),  # tables 3 and 4 vary the attack alone: what comes before is made once
         )
     swaps = {}
     if options.swaps is not None:
