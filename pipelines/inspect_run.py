@@ -304,7 +304,7 @@ def calibrate(config: Config) -> tuple[float, int]:
             ),
             tuning.steps,
         )
-        if config.refine.identity:
+        if config.refines:
             total += steps(
                 lambda n: refine(
                     face,

@@ -142,7 +142,7 @@ def of_profile(profile: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any] 
     own = {ENCODER: config.encoder}
     lpips = ["lpips-alex"] if config.tune.perceptual != "ssim" else []
     tune = [config.generator, *(own.get(n, n) for n in config.tune.identity), *lpips]
-    refine = [own.get(n, n) for n in config.refine.identity] if config.refine.steps else []
+    refine = [own.get(n, n) for n in config.refine.identity] if config.refines else []
     steps = [(name, config.tune.steps) for name in tune] + [(name, config.refine.steps) for name in refine]
     if config.attack.enabled:
         steps.append((config.encoder, config.attack.steps))
