@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from cluster import ray_session
 from pipelines.cli import main
 from pipelines.config import load_config
 from pipelines.demo import draw_person
-from pipelines.experiments import tables
+from pipelines.experiments import comparison, methods, tables
 from pipelines.experiments.comparison import UNPROTECTED, Line
 from pipelines.experiments.methods import Made, Method
 from pipelines.experiments.swaps import SwapFigures, measure_swaps
@@ -198,6 +201,29 @@ def test_an_experiment_runs_and_goes_on(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "out/table1.json").read_text())
     assert found["options"]["people"] == 2 and [entry["inside"] for entry in found["lines"]] == [[], ["mobilefacenet"]]
     assert found["lines"][1]["counts"]["photos_measured"] == 2
+
+
+def test_lines_share_a_run(tmp_path, monkeypatch):
+    """What comes before the setting that a table varies is made once: all lines of ours have the experiment's run."""
+    for person, seed in SEEDS.items():
+        for number in (1, 2):
+            write(tmp_path / f"lfw/{person}/{person}_{number:04d}.jpg", seed, number - 1)
+    asked = []
+
+    def unchanged(source, out, config, *, run_url, **_):
+        shutil.copytree(source, out)
+        asked.append((run_url, Path(out).name, config.attack.eps))
+        return {"reasons": {}, "strengthened": None, "seconds_per_face": 1.0, "weak_share": None}
+
+    monkeypatch.setattr(methods, "protect", unchanged)
+    figures = line(UNPROTECTED, 0.5).figures | {"counts": {}}
+    monkeypatch.setattr(comparison.job, "evaluate", lambda *_, **__: SimpleNamespace(figures=figures))
+    monkeypatch.setattr(tables, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(tables, "swaps_by_oracle", lambda *_: {})
+    monkeypatch.setattr(tables, "record", lambda *_, **__: {})
+    tables.run("table4", options(data=str(tmp_path / "lfw"), out=str(tmp_path / "out"), people=2, distractors=1))
+    run = str(tmp_path / "out/run")
+    assert asked == [(run, f"eps-{n}", pytest.approx(n / 255)) for n in (4, 8, 16)]
 
 
 def test_cost_counts_what_is_known():
