@@ -47,7 +47,7 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
         metavar="NAME",
         multiple=True,
         help="A recogniser that the method used, which then counts in no "
-        "average; repeatable.  [default: as PROTECTED.run says]",
+        "average; repeatable; none: it used none of them.  [default: as PROTECTED.run says]",
     )
     @click.option(
         "--strip",
@@ -115,7 +115,7 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
                 people_from=people_from,
                 recognisers=recognisers or None,
                 distortions=() if no_distortions else distortions or STANDARD,
-                inside=inside or None,
+                inside=() if inside == ("none",) else inside or None,
                 limit=limit,
                 seed=seed,
                 references=references,

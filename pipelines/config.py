@@ -98,6 +98,11 @@ PROFILES: dict[str, dict[str, Any]] = {
 }
 
 
+def trunk_of(encoder: str) -> str:
+    """The recogniser that an encoder reads the features of, or was made from."""
+    return ENCODER_TRUNK if encoder == EMBEDDED else E4E_TRUNK
+
+
 class ConfigError(ValueError):
     """Mistakes in a configuration, all of them; ``problems`` is one line each."""
 
@@ -596,7 +601,7 @@ class Config(Section):
     @property
     def encoder_trunk(self) -> str:
         """The recogniser that the encoder reads the features of, or was made from."""
-        return ENCODER_TRUNK if self.encoder == EMBEDDED else E4E_TRUNK
+        return trunk_of(self.encoder)
 
     def stage_config(self, stage: str) -> dict[str, Any]:
         """The part of the configuration that a stage's result depends on; it enters the stage's key."""

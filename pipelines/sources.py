@@ -689,6 +689,18 @@ def _out_error(e: OSError, what: str) -> OutputError:
     return OutputError("WRITE_FAILED", f"{what}: {e.strerror or e}")
 
 
+def lies_inside(one: str, other: str) -> bool:
+    """Whether a folder or glob of photos lies below another folder; a tree does not lie inside itself.
+
+    Raises:
+        SourceError: as `list_photos`.
+    """
+    kind = _kind(one)
+    if kind not in ("folder", "glob") or _kind(other) != "folder":
+        return False
+    return _relation(one if kind == "folder" else _split_glob(one)[0], other) == "inside"
+
+
 def check_out(src: str, out: str) -> None:
     """Before a run starts: OUT is apart from SRC, is or can become a folder, and can be written to (it is tried).
 

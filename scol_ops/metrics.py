@@ -132,13 +132,21 @@ def flip(
         ValueError: wrong types or shapes, empty mask, pixels_per_degree not positive.
     """
     mask = _check_pair(reference, test, mask)
+    return float(flip_map(reference, test, pixels_per_degree)[mask].mean(dtype=np.float64))
+
+
+def flip_map(
+    reference: NDArray[np.uint8], test: NDArray[np.uint8], pixels_per_degree: float = 67.02
+) -> NDArray[np.float32]:
+    """LDR-FLIP of each pixel, (H, W), 0 to 1; arguments, source and errors as those of ``flip``."""
+    _check_pair(reference, test, None)
     if not (math.isfinite(pixels_per_degree) and pixels_per_degree > 0):
         raise ValueError(f"pixels_per_degree must be positive, got {pixels_per_degree}")
     error, _, _ = flip_evaluator.evaluate(
         np.ascontiguousarray(reference, np.float32) / 255, np.ascontiguousarray(test, np.float32) / 255, "LDR",
         applyMagma=False, computeMeanError=False, parameters={"ppd": float(pixels_per_degree)},
     )
-    return float(error[..., 0][mask].mean(dtype=np.float64))
+    return error[..., 0]
 
 
 @dataclass(frozen=True)

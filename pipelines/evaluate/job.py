@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from cluster import Engine, KeyRule, PartStore, Pool, Progress, Resources, Stage, hash_key, hash_keys
 from cluster.keys import pack
-from pipelines.config import EMBEDDED, ENCODER, ENCODER_TRUNK
+from pipelines.config import EMBEDDED, ENCODER, trunk_of
 from pipelines.evaluate import judges as recogniser_list
 from pipelines.evaluate import measure
 from pipelines.evaluate.errors import EvaluateError
@@ -28,7 +28,7 @@ from pipelines.evaluate.summary import FARS, Collector, Judge, Summary, clusters
 from pipelines.machine import machine
 from pipelines.manifests import Run, RunError, to_json, utc
 from pipelines.protect import absolute, default_run, versions
-from pipelines.sources import check_out
+from pipelines.sources import check_out, lies_inside
 from scol_ops import detection
 from scol_ops.distortions import NONE, STANDARD, Distortion
 
@@ -52,24 +52,21 @@ def default_out(protected: str) -> str:
     return protected.rstrip("/") + ".eval"
 
 
-def recognisers_inside(protected: str) -> tuple[str, ...]:
-    """Recognisers that `scol protect` used to make this tree, if its run lies beside it: they cannot judge it."""
+def recognisers_inside(protected: str) -> tuple[str, ...] | None:
+    """Recognisers that `scol protect` used to make this tree: they cannot judge it. None where no run that can be read
+    lies beside it."""
     try:
-        config = Run(default_run(protected)).read_json("run.json")["config"]
+        return inside_of(Run(default_run(protected)).read_json("run.json")["config"])
     except (RunError, KeyError, OSError):
-        return ()
-    return inside_of(config)
+        return None
 
 
 def inside_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Recognisers that a configuration of `scol protect` works through, the embedded encoder's trunk among them."""
+    """Recognisers that a configuration of `scol protect` works through, its encoder's trunk among them."""
     used = list(config["tune"]["identity"]) if config["tune"]["steps"] else []
     used += config["refine"]["identity"] if config["refine"]["steps"] else []
     used += [ENCODER] if config["attack"]["enabled"] else []
-    trunk = (
-        {ENCODER_TRUNK} if config.get("encoder", EMBEDDED) == EMBEDDED else set()
-    )  # other encoders are no recognisers
-    return tuple(sorted({name for name in used if name != ENCODER} | (trunk if ENCODER in used else set())))
+    return tuple(sorted({trunk_of(config.get("encoder", EMBEDDED)) if name == ENCODER else name for name in used}))
 
 
 def check_settings(recognisers: Sequence[str], distortions: Sequence[str], store: str | None = None) -> None:
@@ -122,7 +119,8 @@ def evaluate(
         out: folder for the results; by default beside PROTECTED.
         gallery, people_from, limit, seed, references, drop: see `pairs.Pairing`.
         recognisers: names; None: all that are here. distortions, photo: see `measure.Settings`.
-        inside: recognisers that the method used; None: found out where `scol protect` made the tree.
+        inside: recognisers that the method used; None: found out where `scol protect` made the tree, else not known,
+            which the page says.
         workers: processes; None: as the machine has.
         work: folder of what is finished, which several evaluations may share; by default OUT/work.
         store: URL of the model store, whose recognisers and LPIPS take part; None for the default one.
@@ -141,8 +139,13 @@ def evaluate(
     out = absolute(out or default_out(protected))
     for tree in (originals, protected, *(() if gallery is None else (gallery,))):
         check_out(tree, out)
+    for tree in (originals, *(() if gallery is None else (gallery,))):
+        if lies_inside(protected, tree):  # its photos would be taken for unprotected ones
+            raise EvaluateError("BAD_SETTING", f"{protected} lies inside {tree}; move it out")
+    inside_from = "option"
     if inside is None:
-        inside = recognisers_inside(protected)
+        found = recognisers_inside(protected)
+        inside, inside_from = ((), "unknown") if found is None else (found, "run")
     else:
         check_settings([*recognisers, *(name for name in inside if name not in recognisers)], (), store)
     settings = Settings(
@@ -212,6 +215,7 @@ def evaluate(
                 "references": references,
                 "settings": settings.to_dict(),
                 "inside": list(inside),
+                "inside_from": inside_from,
                 "versions": versions(),
                 "machine": machine(),
             },
@@ -346,7 +350,7 @@ def _collect(
         network = recogniser_list.load(name, store=settings.store)
         found, pairs = thresholds(people.embeddings[number])
         judges.append(Judge(name, network.fingerprint, network.threshold, found, pairs, name in about["inside"]))
-    collector = Collector(settings, judges, _people(store, pairing, rule, schema))
+    collector = Collector(settings, judges, _people(store, pairing, rule, schema), len(people.people))
     chooser = Examples(judges)
 
     def tables() -> Iterator[pa.Table]:
@@ -366,6 +370,9 @@ def _collect(
         **summary.counts,
         "protected_without_original": c.extra,
         "photos_without_person": c.unnamed,
+        "people_rows_without_photo": c.people_rows_unused,
+        "gallery_photos": c.gallery_photos,
+        "gallery_photos_unusable": c.gallery_unusable,
         "other_files": c.skipped,
         "gallery_people": len(people.people),
         "gallery_people_without_face": len(pairing.references) - len(people.people),

@@ -35,13 +35,13 @@ from pipelines.stages.common import iterate, reason_of, to_tensor
 from scol_ops.alignment import align_crops, ffhq_quads
 from scol_ops.detection import Face
 from scol_ops.distortions import NONE, Distortion
-from scol_ops.metrics import candidate_ranks, flip, photo_difference, psnr, ssim, to_uint8
+from scol_ops.metrics import candidate_ranks, flip_map, photo_difference, psnr, ssim, to_uint8
 from scol_ops.models.recognisers import Recogniser
 from scol_ops.paste import face_mask
 from scol_ops.warp import GeometryError, crop_transform, invert_affine, transform_points
 
 # Raise these when results change: rows are then made anew.
-MEASURE_VERSION = "1"
+MEASURE_VERSION = "2"
 EMBED_VERSION = "1"
 NO_FACE, SHAPE, ERROR = "no_face", "shape_differs", "error"
 UNPROTECTED, OTHER = "unprotected", "other"
@@ -76,7 +76,7 @@ class Settings:
 
     @property
     def picture(self) -> tuple[str, ...]:
-        """Measures over the face crop, for every variant."""
+        """Measures over the face crop and the face alone, for every variant."""
         return PICTURE if self.lpips is None else (*PICTURE, LPIPS)
 
     @property
@@ -101,11 +101,10 @@ def column(measure: str, recogniser: str = "", variant: str = NONE, subject: str
 
 
 IDENTITY = ("ism", "mate", "rank")
-PICTURE = ("psnr", "ssim", "flip")
+PICTURE = ("psnr", "ssim", "flip", "face_psnr", "face_flip", "mean_change", "max_change")
 LPIPS = "lpips"
 LPIPS_SIDE = 64  # smaller pictures do not pass its networks
 LPIPS_PIXELS = 2_000_000  # larger photos have no LPIPS as a whole: its maps would take gigabytes
-CROP_ONLY = ("face_psnr", "face_flip", "mean_change", "max_change")
 WHOLE = ("photo_psnr", "photo_ssim", "photo_flip", "photo_mean_change", "photo_max_change")
 
 
@@ -131,8 +130,7 @@ def face_schema(settings: Settings) -> pa.Schema:
         pa.field("landmarks", pa.list_(pa.float32(), 10)),
         pa.field("seconds", pa.float32()),
     ]
-    names = [column(m, "", v) for v in settings.variants for m in settings.picture] + list(CROP_ONLY)
-    names += list(settings.whole)
+    names = [column(m, "", v) for v in settings.variants for m in settings.picture] + list(settings.whole)
     for recogniser in settings.recognisers:
         for variant in settings.variants:
             for subject in ("", UNPROTECTED):
@@ -512,37 +510,42 @@ class Measurer:
             rows = np.concatenate([rows, gallery[stranger][None]])
             masks = np.concatenate([masks, masks[:1]])
             masks[-1, stranger] = False
+        known = np.flatnonzero(masks.any(1))  # whose rank can be told: there is somebody to be mistaken for
         own_cosines = np.clip(rows @ own, -1, 1)
         mate_cosines = None if mate is None else np.clip(rows @ mate, -1, 1)
-        ranks = None
-        if mate is not None and masks.any(1).all():
-            ranks = candidate_ranks(mate_cosines, np.clip(rows @ gallery.T, -1, 1), masks)
+        ranks: dict[int, float] = {}
+        if mate is not None and len(known):
+            found = candidate_ranks(mate_cosines[known], np.clip(rows[known] @ gallery.T, -1, 1), masks[known])
+            ranks = dict(zip(known.tolist(), found.tolist(), strict=True))
         for i, (subject, variant) in enumerate(names):
             out[column("ism", recogniser, variant, subject)] = float(own_cosines[i])
             if mate_cosines is not None:
                 out[column("mate", recogniser, variant, subject)] = float(mate_cosines[i])
-            if ranks is not None:
+            if i in ranks:
                 out[column("rank", recogniser, variant, subject)] = float(ranks[i])
         return out
 
     def _pictures(self, pairs: Sequence[tuple[Window, Window]]) -> dict[str, Any]:
-        """Over the FFHQ crop, both pictures distorted alike."""
+        """Over the FFHQ crop and the face in it, both pictures distorted alike."""
         out: dict[str, Any] = {}
+        spot = pairs[0][0].spot  # undistorted; where the face lies in the crop stays the same
+        landmarks = transform_points(
+            torch.from_numpy(spot.landmarks), invert_affine(crop_transform(spot.quad[0], CROP))
+        )
+        face = face_mask(landmarks[None].float(), CROP)[0, 0].numpy() > 0.5
         for variant, (one, two) in zip(self.settings.variants, pairs, strict=True):
             a, b = (to_uint8(align_crops(w.pixels, w.spot.quad, CROP)[0]) for w in (one, two))
-            out |= {
-                column("psnr", "", variant): psnr(a, b),
-                column("ssim", "", variant): ssim(a, b),
-                column("flip", "", variant): flip(a, b),
+            seen, change = flip_map(a, b), np.abs(a.astype(np.int16) - b)
+            found = {
+                "psnr": psnr(a, b),
+                "ssim": ssim(a, b),
+                "flip": float(seen.mean(dtype=np.float64)),
+                "mean_change": float(change.mean()),
+                "max_change": int(change.max()),
             }
+            if face.any():
+                found |= {"face_psnr": psnr(a, b, face), "face_flip": float(seen[face].mean(dtype=np.float64))}
             if self.eyes.lpips is not None:
-                out[column(LPIPS, "", variant)] = self.eyes.distance(a, b)
-            if variant == NONE:
-                to_crop = invert_affine(crop_transform(one.spot.quad[0], CROP))
-                landmarks = transform_points(torch.from_numpy(one.spot.landmarks), to_crop)[None].float()
-                face = face_mask(landmarks, CROP)[0, 0].numpy() > 0.5
-                change = np.abs(a.astype(np.int16) - b)
-                out |= {"mean_change": float(change.mean()), "max_change": int(change.max())}
-                if face.any():
-                    out |= {"face_psnr": psnr(a, b, face), "face_flip": flip(a, b, face)}
+                found[LPIPS] = self.eyes.distance(a, b)
+            out |= {column(measure, "", variant): value for measure, value in found.items()}
         return out

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipelines.evaluate.measure import CROP, OTHER, UNPROTECTED, Spot, column
+from pipelines.evaluate.pairs import MATES
 from pipelines.evaluate.summary import AVERAGE, PROTECTED, Judge, Summary, far_name
 from pipelines.html_page import (
     Budget,
@@ -213,11 +214,18 @@ def distortion_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
             "of unprotected photos, %",
             "Rank-5-U, %",
             "ISM",
+            "ISM: 5 %",
+            "median",
+            "95 %",
             "accepted as the original at FAR 1e-2, %",
+            "at FAR 1e-3, %",
+            "accepted as another photo of the person at FAR 1e-2, %",
+            "at FAR 1e-3, %",
         )
     ]
     for name, subjects in figures["identity"].items():
         for variant, cell in subjects[PROTECTED].items():
+            spread = figures["distributions"].get(column("ism", name, variant), {})
             rows.append(
                 (
                     name,
@@ -226,38 +234,55 @@ def distortion_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
                     _percent(subjects[UNPROTECTED][variant]["rank1_u"]),
                     _percent(cell["rank5_u"]),
                     _interval(cell["ism"]),
-                    _percent(cell[far_name("own", 1e-2)]),
+                    *(number(spread.get(p), 3) for p in ("p5", "p50", "p95")),
+                    *(_percent(cell[far_name(m, far)]) for m in ("own", "mate") for far in (1e-2, 1e-3)),
                 )
             )
     return rows
 
 
+_MEASURES = {
+    "psnr": "PSNR of the face crop, dB",
+    "ssim": "SSIM of the face crop",
+    "flip": "FLIP of the face crop",
+    "lpips": "LPIPS of the face crop",
+    "photo_lpips": "LPIPS of the photo",
+    "face_psnr": "PSNR of the face alone, dB",
+    "face_flip": "FLIP of the face alone",
+    "mean_change": "mean change of the crop, levels of 255",
+    "max_change": "largest change of the crop, levels",
+    "photo_psnr": "PSNR of the photo, dB",
+    "photo_ssim": "SSIM of the photo",
+    "photo_flip": "FLIP of the photo",
+    "photo_mean_change": "mean change of the photo, levels of 255",
+    "photo_max_change": "largest change of the photo, levels",
+}
+
+
+def _digits(measure: str) -> int:
+    return 2 if "psnr" in measure or "change" in measure else 3
+
+
+def distorted_picture_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Head and lines: how far apart original and protected photo are after each distortion of both."""
+    shown = [measure for measure, variants in figures["picture"].items() if len(variants) > 1]
+    rows = [("distortion", *(_MEASURES.get(measure, measure) for measure in shown))]
+    for variant in figures["picture"]["psnr"]:
+        cells = ((figures["picture"][measure][variant], _digits(measure)) for measure in shown)
+        rows.append((variant, *(_interval(estimate, 1, digits) for estimate, digits in cells)))
+    return rows
+
+
 def picture_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Head and lines: what the pictures lost."""
-    names = {
-        "psnr": "PSNR of the face crop, dB",
-        "ssim": "SSIM of the face crop",
-        "flip": "FLIP of the face crop",
-        "lpips": "LPIPS of the face crop",
-        "photo_lpips": "LPIPS of the photo",
-        "face_psnr": "PSNR of the face alone, dB",
-        "face_flip": "FLIP of the face alone",
-        "mean_change": "mean change of the crop, levels of 255",
-        "max_change": "largest change of the crop, levels",
-        "photo_psnr": "PSNR of the photo, dB",
-        "photo_ssim": "SSIM of the photo",
-        "photo_flip": "FLIP of the photo",
-        "photo_mean_change": "mean change of the photo, levels of 255",
-        "photo_max_change": "largest change of the photo, levels",
-    }
     rows = [("measure", "mean [95 % interval]", "5 %", "median", "95 %", "faces or photos")]
     for measure, variants in figures["picture"].items():
         estimate = variants[NONE]
         spread = figures["distributions"].get(measure, {})
-        digits = 2 if "psnr" in measure or "change" in measure else 3
+        digits = _digits(measure)
         rows.append(
             (
-                names.get(measure, measure),
+                _MEASURES.get(measure, measure),
                 _interval(estimate, 1, digits),
                 *(number(spread.get(p), digits) for p in ("p5", "p50", "p95")),
                 str(estimate["n"] if estimate else 0),
@@ -271,6 +296,7 @@ def count_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     c = figures["counts"]
     words = {
         "originals": "original photos",
+        "photos_without_person": "  without a name",
         "photos": "  of them to be measured",
         "photos_measured": "    measured",
         "photos_missing": "    without a protected photo",
@@ -282,14 +308,16 @@ def count_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
         "photos_unchanged": "  protected photos that are the original file",
         "photos_of_another_size": "  of another size",
         "protected_without_original": "protected photos without an original",
+        "people_rows_without_photo": "rows of the table of people without a photo",
         "faces_measured": "faces measured",
         "face_not_found_in_protected": "  not found any more in the protected photo (measured at the same place)",
         "faces_error": "  failed",
         "faces_with_mate": "  with another photo of the person (Rank-1-U counts these)",
-        "faces_without_mate": "  named, without another usable photo",
+        "faces_without_mate": f"  named, without another usable photo (the first {MATES} are tried)",
         "people": "people",
         "gallery_people": "people in the gallery",
-        "gallery_people_without_face": "  left out: no photo shows a face",
+        "gallery_people_without_face": f"  left out: no face in the first {MATES} photos",
+        "gallery_photos_unusable": "photos of the gallery that are unreadable or in nobody's folder",
     }
     return [(text, str(c.get(key, 0))) for key, text in words.items()]
 
@@ -331,17 +359,31 @@ def _banner(figures: Mapping[str, Any]) -> str:
         problems.append(
             f"Used by the method itself, and left out of the average: {escape(', '.join(figures['inside']))}."
         )
+    elif figures["inside_from"] == "unknown":
+        problems.append(
+            "Which recognisers the method worked through is not known, since no run of scol protect lies beside the photos: "
+            "those that it used prove nothing, and count here all the same. Name them with --inside, or say --inside none."
+        )
     if AVERAGE not in figures["identity"]:
         problems.append("<strong>Every recogniser here was used by the method: these figures prove nothing.</strong>")
     lost = sum(c.get(f"photos_{k}", 0) for k in ("missing", "ambiguous", "unreadable", "shape_differs", "error"))
     if lost:
         problems.append(f'{lost:,} of {c["photos"]:,} photos could not be compared: <a href="#counts">why</a>.')
+    if c.get("faces_error"):
+        problems.append(f'{c["faces_error"]:,} faces could not be measured: <a href="#counts">why</a>.')
+    if c.get("photos_no_face"):
+        problems.append(f'{c["photos_no_face"]:,} of {c["photos"]:,} photos show no face that was found.')
     if not c.get("faces_with_mate"):
-        problems.append(
-            "No face has another photo of its person, so there is no Rank-1-U: name people (--people-from), "
-            "or give --gallery."
-        )
-    kind = "error" if lost or AVERAGE not in figures["identity"] else "weak" if problems else "ok"
+        if figures["people_from"] is None:
+            why = "nobody is named (--people-from)"
+        elif c["photos_without_person"] == c["originals"]:
+            why = f"none of the photos has a name by {escape(figures['people_from'])}"
+        elif not c["gallery_people"]:
+            why = "the gallery has nobody: it needs a folder for each person"
+        else:
+            why = "the gallery has no other photo of these people that shows a face"
+        problems.append(f"There is no Rank-1-U, since {why}.")
+    kind = "error" if lost or c.get("faces_error") or AVERAGE not in figures["identity"] else "weak" if problems else "ok"
     text = "".join(f"<p>{p}</p>" for p in problems) or "<p>All photos were compared.</p>"
     return f'<div class="banner {kind}" role=status>{text}</div>'
 
@@ -445,7 +487,13 @@ def write_page(
             "shown; higher hides better. The average is over the recognisers that the method did not use.</p>",
         ),
         ("distortions", "After distortions", html_table(distortion_rows(figures))),
-        ("pictures", "What it cost", html_table(picture_rows(figures))),
+        (
+            "pictures",
+            "What it cost",
+            html_table(picture_rows(figures))
+            + "<h3>After distortions</h3><p class=soft>Both photos are distorted alike.</p>"
+            + html_table(distorted_picture_rows(figures)),
+        ),
         ("examples", "Examples", _examples_html(examples, judges)),
         ("distributions", "Distributions", _histograms(summary, judges)),
         ("counts", "Counts", html_table([("what", "number"), *count_rows(figures)])),

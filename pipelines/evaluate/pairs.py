@@ -1,7 +1,8 @@
 """Which protected photo belongs to which original, and which other photo shows the same person.
 
 Pairs go by the relative path without its suffix (formats may differ); where several files share it, the same whole
-path goes first, and what is left undecided is AMBIGUOUS, not guessed.  Trees may hold more photos than the memory:
+path goes first, and what is left undecided is AMBIGUOUS, not guessed.  Where protected names have an end of their own
+(`drop`), files that have it go before files that lack it, which are copies of the original then.  Trees may hold more photos than the memory:
 listings are spread over files by a hash of what they are to be joined by, and joined file by file (a Grace hash join).
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,10 +26,11 @@ from pipelines.evaluate.errors import EvaluateError
 from pipelines.sources import SourceRow, list_photos, photo_id
 
 OK, MISSING, AMBIGUOUS, UNREADABLE = "ok", "missing", "ambiguous", "unreadable"
-MATES = 3  # photos of the same person offered to a probe: the first that shows a face counts
+MATES = 3  # photos of the same person offered to a probe: the first that shows a face counts (docs/evaluate.md)
 
 _BUCKETS = 64
 _ROWS_AT_ONCE = 100_000  # held before they are written to their files
+_ONE_PIECE = 10_000  # photos whose faces are added up at a time: a face may have a thousand columns
 
 PAIR_SCHEMA = pa.schema(
     [
@@ -77,7 +80,9 @@ class Reference:
 @dataclass
 class Counts:
     """`originals`: photos listed. `photos`: of them those to be measured (`--limit`). `extra`: protected photos
-    without an original. `skipped`: other files, by code. `people`: of the photos measured."""
+    without an original. `skipped`: other files, by code. `people`: of the photos measured. `people_rows_unused`: rows of
+    the table of people whose photo is not there. `gallery_photos`: of named people, and readable as far as the listing
+    tells; `gallery_unusable`: those of --gallery that are not."""
 
     originals: int = 0
     photos: int = 0
@@ -86,7 +91,9 @@ class Counts:
     extra_examples: list[str] = field(default_factory=list)
     unnamed: int = 0
     people: int = 0
+    people_rows_unused: int = 0
     gallery_photos: int = 0
+    gallery_unusable: int = 0
     gallery_people: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -180,7 +187,11 @@ def _listing(
 
 
 def _people(table: str) -> Iterator[Row]:
-    """Rows of a CSV or Parquet table with columns `path` (relative to ORIGINALS, suffix optional) and `person_id`."""
+    """Rows of a CSV or Parquet table with columns `path` (relative to ORIGINALS, suffix optional) and `person_id`.
+
+    Raises:
+        EvaluateError: BAD_PEOPLE.
+    """
     import pyarrow.csv
 
     try:
@@ -191,8 +202,8 @@ def _people(table: str) -> Iterator[Row]:
             found = pq.ParquetFile(table).read(use_threads=False)
         for batch in found.select(["path", "person_id"]).to_batches():
             for row in batch.to_pylist():
-                if row["path"] and row["person_id"]:
-                    yield {"stem": stem(str(row["path"])), "path": str(row["path"]), "person": str(row["person_id"])}
+                if row["path"] and row["person_id"] is not None and row["person_id"] != "":
+                    yield {"path": posixpath.normpath(str(row["path"])), "person": str(row["person_id"])}
     except (OSError, KeyError, pa.ArrowException) as error:
         raise EvaluateError(
             "BAD_PEOPLE", f"{table}: a table with columns path and person_id is needed: {error}"
@@ -248,7 +259,10 @@ class Pairing:
             )
         )
         chosen: list[int] = []  # the smallest hashes, negated: a heap
+        same = drop != "" and originals.rstrip("/") == protected.rstrip("/")  # protected files beside their originals
         for row in _listing(originals, of_folder, skipped, stop):
+            if same and stem(row["path"], drop) != row["stem"]:
+                continue
             one.add(row)
             if limit is not None:
                 number = -self._draw(row["path"])
@@ -260,10 +274,15 @@ class Pairing:
         if not one.rows:
             raise EvaluateError("EMPTY", f"no photo at {originals}")
         for row in _listing(protected, None, skipped, stop, drop):
-            two.add(row)
+            if not (same and stem(row["path"]) == row["stem"]):
+                two.add(row)
+        told = 0
         if named is not None:
             for row in _people(people_from):
-                named.add(row)
+                told += 1
+                # Without a suffix it may be what looks like one: both are looked for.
+                for name in {stem(row["path"]), row["path"]}:
+                    named.add(row | {"stem": name})
             named.close()
         for spread in (one, two):
             spread.close()
@@ -274,9 +293,9 @@ class Pairing:
             if stop():
                 raise KeyboardInterrupt
             rows, extra = pair_up(one.read(bucket), two.read(bucket))
-            known = _named(named.read(bucket)) if named is not None else {}
+            if named is not None:
+                told -= name_photos(rows, named.read(bucket))
             for row in rows:
-                row["person"] = known.get(row["path"], known.get(row["stem"])) if named is not None else row["person"]
                 self.counts.unnamed += row["person"] is None
                 # Photos of nobody in particular are people of one photo.
                 row["person"] = _label(row["person"], row["path"])
@@ -284,6 +303,7 @@ class Pairing:
                 joined.add(row)
             self.counts.extra += len(extra)
             self.counts.extra_examples = (self.counts.extra_examples + extra)[:5]
+        self.counts.people_rows_unused = max(0, told)
         for spread in (one, two, *(() if named is None else (named,))):
             spread.drop()
         if not paired:
@@ -295,9 +315,13 @@ class Pairing:
         if gallery is not None:
             others = Spread(folder, "gallery", _LISTED, "person")
             for row in _listing(gallery, "folder", skipped, stop):
+                if drop and gallery.rstrip("/") == protected.rstrip("/") and stem(row["path"], drop) != row["stem"]:
+                    continue  # a protected photo
                 if row["error"] is None and row["person"] is not None:
                     row["person"] = _label(row["person"], row["path"])
                     others.add(row)
+                else:
+                    self.counts.gallery_unusable += 1
             others.close()
         self.counts.skipped = dict(skipped)
         self._finish(joined, others, folder, references, stop)
@@ -332,7 +356,7 @@ class Pairing:
             probes = [row for row in rows if self._measured(row["path"])]
             own = {row["person"] for row in probes}
             self.counts.people += len(own)
-            out = [self._pair(row, pool.get(row["person"], [])) for row in probes]
+            out = [self._pair(row, pool.get(row["person"], []), others is None) for row in probes]
             out.sort(key=lambda r: r["path"])
             self.counts.photos += len(out)
             self._write(folder, bucket, out)
@@ -352,14 +376,15 @@ class Pairing:
             pq.write_table(pa.Table.from_pylist(rows, PAIR_SCHEMA), path, compression="zstd")
             self._final.append(path)
 
-    def _pair(self, row: Row, photos: list[Row]) -> Row:
-        """A row of the source table. Mates: other photos of the person, not this one under another name."""
+    def _pair(self, row: Row, photos: list[Row], one_tree: bool) -> Row:
+        """A row of the source table. Mates: other photos of the person, not this one under another name. `one_tree`:
+        they are of the originals, where one stem in two formats is one photo; in another tree names start anew."""
         size = row["version"].split("/")[0]
         name = row["path"].rsplit("/", 1)[-1]
         mates = [
             p
             for p in photos
-            if p["stem"] != row["stem"]
+            if not (one_tree and p["stem"] == row["stem"])
             and p["url"] != row["url"]
             and not (p["path"].rsplit("/", 1)[-1] == name and p["version"].split("/")[0] == size)
         ][:MATES]
@@ -391,7 +416,7 @@ class Pairing:
     def tables(self) -> Iterator[pa.Table]:
         """The source table in pieces (`PAIR_SCHEMA`): all photos of a person are in one, each piece is sorted by
         path. The same trees give the same pieces in the same order."""
-        if self.counts.photos <= _ROWS_AT_ONCE:  # a single piece, so that everything is in the order of paths
+        if self.counts.photos <= _ONE_PIECE:  # a single piece, so that everything is in the order of paths
             yield pa.concat_tables([self._read(path) for path in self._final]).sort_by("path")
         else:
             yield from map(self._read, self._final)
@@ -405,14 +430,32 @@ def _label(person: str | None, path: str) -> str:
     return "?" + path if person is None else "=" + person
 
 
-def _named(rows: Iterable[Row]) -> dict[str, str]:
-    """By whole path and by stem; two people for one path are refused."""
-    out: dict[str, str] = {}
+def name_photos(photos: Iterable[Row], rows: Iterable[Row]) -> int:
+    """Give photos their person (`person`, None for nobody): by the whole path, or by a path that has no suffix.
+
+    Args:
+        photos: listed, all of some stems.
+        rows: of the table of people, `stem` being one of its two readings: the path itself where it has no suffix.
+
+    Returns:
+        how many rows' photos were found.
+
+    Raises:
+        EvaluateError: BAD_PEOPLE, two people for one photo.
+    """
+    known: dict[tuple[bool, str], str] = {}
     for row in rows:
-        for name in {row["path"], row["stem"]}:
-            if out.setdefault(name, row["person"]) != row["person"]:
-                raise EvaluateError("BAD_PEOPLE", f"{row['path']}: the table names two people for it")
-    return out
+        place = (row["stem"] == row["path"], row["path"])
+        if known.setdefault(place, row["person"]) != row["person"]:
+            raise EvaluateError("BAD_PEOPLE", f"{row['path']}: the table names two people for it")
+    used = set()
+    for photo in photos:
+        found = [place for place in ((False, photo["path"]), (True, photo["stem"])) if place in known]
+        if len({known[place] for place in found}) > 1:
+            raise EvaluateError("BAD_PEOPLE", f"{photo['path']}: the table names two people for it")
+        photo["person"] = known[found[0]] if found else None
+        used.update(found)
+    return len(used)
 
 
 def pair_up(originals: list[Row], protected: list[Row]) -> tuple[list[Row], list[str]]:
@@ -422,14 +465,20 @@ def pair_up(originals: list[Row], protected: list[Row]) -> tuple[list[Row], list
         originals, protected: listings (`_LISTED`), all rows of a stem together in both.
     """
     candidates: dict[str, list[Row]] = {}
+    extra: list[str] = []
     for row in protected:
         candidates.setdefault(row["stem"], []).append(row)
+    for name, rows in candidates.items():
+        own = [row for row in rows if stem(row["path"]) != name]  # whose names had the end of protected files
+        if own and len(own) < len(rows):  # the others are unprotected copies
+            extra += [row["path"] for row in rows if row not in own]
+            candidates[name] = own
     groups: dict[str, list[Row]] = {}
     for row in originals:
         groups.setdefault(row["stem"], []).append(row)
     out = []
     for name, group in groups.items():
-        left = {row["path"]: row for row in candidates.pop(name, [])}
+        left = {name + os.path.splitext(row["path"])[1]: row for row in candidates.pop(name, [])}
         exact = {row["path"]: left.pop(row["path"]) for row in group if row["path"] in left}
         rest = [row for row in group if row["path"] not in exact]
         for row in group:
@@ -461,5 +510,5 @@ def pair_up(originals: list[Row], protected: list[Row]) -> tuple[list[Row], list
             )
         if not rest:  # else what is left is paired, or told of as ambiguous
             candidates[name] = list(left.values())
-    extra = [row["path"] for rows in candidates.values() for row in rows]
+    extra += [row["path"] for rows in candidates.values() for row in rows]
     return out, sorted(extra)

@@ -19,15 +19,16 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over `n` faces, and the 95 % bootstrap interval (None for fewer than two people)."""
+    """A mean over `n` faces of `people` people, and the 95 % bootstrap interval (None for fewer than two people)."""
 
     value: float
     low: float | None
     high: float | None
     n: int
+    people: int
 
     def to_dict(self) -> dict[str, float | int | None]:
-        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "people": self.people}
 
 
 class ClusterBootstrap:
@@ -47,6 +48,7 @@ class ClusterBootstrap:
         self._rng = np.random.default_rng(seed)
         size = len(self.names)
         self._sum, self._count = np.zeros(size), np.zeros(size, np.int64)
+        self._having = np.zeros(size, np.int64)  # people with a face that has the quantity
         self._drawn_sum, self._drawn_count = np.zeros((resamples, size)), np.zeros((resamples, size))
 
     def add(self, people: Sequence[str], values: NDArray[np.float64]) -> None:
@@ -71,6 +73,7 @@ class ClusterBootstrap:
         sums, counts = np.zeros((len(names), len(self.names))), np.zeros((len(names), len(self.names)))
         np.add.at(sums, code, filled)
         np.add.at(counts, code, known)
+        self._having += (counts > 0).sum(0)
         for first in range(0, len(names), 256):
             some = slice(first, min(len(names), first + 256))
             number = some.stop - some.start
@@ -97,10 +100,12 @@ class ClusterBootstrap:
                 continue
             low = high = None
             some = self._drawn_count[:, i] > 0
-            if self._people > 1 and some.any():
+            if self._having[i] > 1 and some.any():
                 means = self._drawn_sum[some, i] / self._drawn_count[some, i]
                 low, high = (float(v) for v in np.percentile(means, [2.5, 97.5]))
-            out[name] = Estimate(float(self._sum[i] / self._count[i]), low, high, int(self._count[i]))
+            out[name] = Estimate(
+                float(self._sum[i] / self._count[i]), low, high, int(self._count[i]), int(self._having[i])
+            )
         return out
 
 

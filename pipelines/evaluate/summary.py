@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.evaluate.measure import CROP_ONLY, IDENTITY, OTHER, UNPROTECTED, Settings, column
+from pipelines.evaluate.measure import IDENTITY, OTHER, UNPROTECTED, Settings, column
 from pipelines.evaluate.pairs import OK
 from pipelines.evaluate.statistics import ClusterBootstrap, Distribution, Estimate
 from scol_ops.distortions import NONE
@@ -89,10 +89,14 @@ class Collector:
         judges: one a recogniser.
         people: how many there will be: photos of nobody in particular, and faces beside the middle of a photo, are
             people of their own.
+        gallery: people in the gallery: among fewer than k others nobody can fail to be one of the first k, so there is
+            no Rank-k-U.
     """
 
-    def __init__(self, settings: Settings, judges: Sequence[Judge], people: int) -> None:
+    def __init__(self, settings: Settings, judges: Sequence[Judge], people: int, gallery: int) -> None:
         self.settings, self.judges = settings, judges
+        # Their own person and, for somebody else's photo, that one are not candidates.
+        self._candidates = {PROTECTED: gallery - 1, UNPROTECTED: gallery - 1, OTHER: gallery - 2}
         self._cells = [(s, v) for s in (PROTECTED, UNPROTECTED) for v in settings.variants] + [(OTHER, NONE)]
         self._measures = [
             "ism",
@@ -106,7 +110,7 @@ class Collector:
         self._counting = [j for j in judges if not j.inside]
         names = [(judge.name, *cell, m) for judge in judges for cell in self._cells for m in self._measures]
         names += [(AVERAGE, *cell, m) for cell in self._cells for m in self._measures]
-        self._pictures = [column(m, "", v) for v in settings.variants for m in settings.picture] + list(CROP_ONLY)
+        self._pictures = [column(m, "", v) for v in settings.variants for m in settings.picture]
         self._pictures += list(settings.whole)
         self._identity_names = names
         self._bootstrap = ClusterBootstrap([*map(str, range(len(names))), *self._pictures], people)
@@ -116,6 +120,8 @@ class Collector:
             for subject in ("", UNPROTECTED, OTHER):
                 self.distributions[column("ism", judge.name, NONE, subject)] = Distribution(-1, 1)
                 self.distributions[column("mate", judge.name, NONE, subject)] = Distribution(-1, 1)
+            for variant in settings.distortions:
+                self.distributions[column("ism", judge.name, variant)] = Distribution(-1, 1)
         for name in self._pictures:
             bounds = next((r for measure, r in _RANGES.items() if measure in name), None)
             if "@" not in name and bounds:
@@ -132,8 +138,9 @@ class Collector:
             for name in well.column_names
             if pa.types.is_floating(well.schema.field(name).type)
         }
-        first = np.array([face.endswith("-00") for face in well["face_id"].to_pylist()])
-        for name in self.settings.whole:  # a photo's own, told with each of its faces
+        first = np.zeros(well.num_rows, bool)
+        first[np.unique(well["photo_id"].to_numpy(zero_copy_only=False).astype(str), return_index=True)[1]] = True
+        for name in self.settings.whole:  # a photo's own, told with each of its faces: it counts once
             if name in values:
                 values[name] = np.where(first, values[name], np.nan)
         for name, found in self.distributions.items():
@@ -169,7 +176,8 @@ class Collector:
                 own, mate, rank = (
                     values[column(m, judge.name, variant, "" if subject == PROTECTED else subject)] for m in IDENTITY
                 )
-                found = [own, mate, _above(rank, 1), _above(rank, 5)]
+                ranked = self._candidates[subject]
+                found = [own, mate, *(_above(rank, k if ranked >= k else None) for k in (1, 5))]
                 for far in FARS:
                     found += [_above(own, judge.thresholds[far]), _above(mate, judge.thresholds[far])]
                 found += [_above(own, judge.card_threshold), _above(mate, judge.card_threshold)]

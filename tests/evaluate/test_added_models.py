@@ -97,7 +97,7 @@ def test_they_measure(store, tmp_path):
     schema = face_schema(settings)
     table = pa.table([pa.array([found.get(f.name)], f.type) for f in schema], schema=schema)
     chosen = [Judge(n, "", 0.3, {1e-2: None, 1e-3: None}, 0, False) for n in settings.recognisers]
-    collector = Collector(settings, chosen, 1)
+    collector = Collector(settings, chosen, 1, 9)
     collector.add(table)
     summary = collector.summary()
     assert summary.picture["lpips"]["jpeg75"].value == pytest.approx(found["lpips@jpeg75"], rel=1e-5)

@@ -145,7 +145,13 @@ def test_what_the_pictures_lost(trees, figures):
     assert same["psnr@jpeg75+half"] == float("inf")  # both are distorted alike
     small = rows["Finn/0.jpg"]
     assert small["same_size"] is False and small["photo_psnr"] is None and 20 < small["psnr"] < 60
-    assert small["box"] == pytest.approx(small["box"]) and small["box"][2] > 130  # of the original
+    assert 130 < small["box"][2] < SIDE and 40 < small["box"][0] < 110  # in pixels of the original, not of half of it
+    assert 0 < small["mean_change"] < small["max_change"]
+    later = rows["Ada/0.jpg"]
+    assert later["face_psnr@jpeg75+half"] < 25 and later["max_change@jpeg75+half"] > 50
+    assert set(figures["picture"]["face_flip"]) == set(figures["picture"]["psnr"]) == {"none", "jpeg75+half"}
+    assert set(figures["picture"]["photo_psnr"]) == {"none"}
+    assert figures["distributions"]["ism_faceres@jpeg75+half"]["n"] == 5
     assert rows["Ada/0.jpg"]["psnr"] < 25 and rows["Ada/0.jpg"]["flip"] > 0.1
     assert figures["picture"]["flip"]["none"]["n"] == 5 and figures["picture"]["psnr"]["none"]["n"] == 3
     assert figures["distributions"]["psnr"]["infinite"] == 2
@@ -195,9 +201,49 @@ def test_other_peoples_photos_are_nearly_all_unknown(trees):
 def test_without_people_there_is_no_rank_but_all_else(trees):
     got = evaluate(trees, out="out-nobody", people_from=None, distortions=(), limit=4, photo=False)
     cell = got["identity"]["faceres"]["protected"]["none"]
-    assert cell["rank1_u"] is None and (got["counts"].get("faces_measured", 0) == 0 or cell["ism"] is not None)
-    assert got["counts"]["photos"] == 4 and got["counts"]["gallery_people"] == 0 and "photo_psnr" not in got["picture"]
-    assert "there is no Rank-1-U" in (trees / "out-nobody/evaluation.html").read_text()
+    assert cell["rank1_u"] is None and cell["ism"]["n"] == got["counts"]["faces_measured"] > 0
+    assert got["counts"]["photos"] == 4 and got["counts"]["photos_without_person"] == 13 and got["counts"]["gallery_people"] == 0 and "photo_psnr" not in got["picture"]
+    assert "There is no Rank-1-U, since nobody is named" in (trees / "out-nobody/evaluation.html").read_text()
+
+
+def test_protected_files_beside_their_originals(trees):
+    """As Fawkes leaves them. A photo that is turned by EXIF, a name that is HTML, a gallery whose names are alike."""
+    folder = trees / "beside"
+    turned = Image.fromarray(np.rot90(face("Ada"), 1))  # shown upright by orientation 6
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (folder / "Ada").mkdir(parents=True)
+    turned.save(folder / "Ada/1.jpg", quality=95, subsampling=0, exif=exif)
+    write(folder / "Ada/1_cloaked.png", face("Ada"))
+    name = "<img src=x onerror=alert(1)>"
+    write(folder / f"Ben/{name}.jpg", face("Ben"))
+    write(folder / f"Ben/{name}_cloaked.png", face("Finn"))
+    for person in SEEDS:  # of another size, so none of them is the probe itself
+        write(trees / f"enrolled/{person}/1.jpg", np.asarray(Image.fromarray(face(person, 1)).resize((300, 300))))
+    write(trees / "enrolled/nobody.jpg", face("Dan"))
+    got = job.evaluate(
+        str(folder),
+        str(folder),
+        out=str(trees / "out-beside"),
+        gallery=str(trees / "enrolled"),
+        people_from="folder",
+        recognisers=("mobilefacenet",),
+        distortions=(),
+        drop="_cloaked",
+        workers=1,
+    ).figures
+    c = got["counts"]
+    assert (c["originals"], c["protected"], c["photos_measured"], c["protected_without_original"]) == (2, 2, 2, 0)
+    assert (c["gallery_people"], c["gallery_photos_unusable"], c["faces_with_mate"]) == (6, 1, 2)
+    rows = faces(trees, "out-beside")
+    ada, ben = rows["Ada/1.jpg"], rows[f"Ben/{name}.jpg"]
+    assert ada["psnr"] > 33 and ada["same_size"] and ada["ism_mobilefacenet"] > 0.9 and ada["rank_mobilefacenet"] == 1
+    assert ben["ism_mobilefacenet"] < 0.4 and ben["rank_mobilefacenet"] > 1
+    cell = got["identity"]["mobilefacenet"]["protected"]["none"]["rank1_u"]
+    assert (cell["value"], cell["n"], cell["people"]) == (0.5, 2, 2)
+    assert got["identity"]["mobilefacenet"]["other"]["none"]["rank5_u"] is None  # four others: nobody can be sixth
+    page = (trees / "out-beside/evaluation.html").read_text()
+    assert "<img src=x" not in page and "onerror=alert" in page and "is not known" in page
 
 
 def test_the_command(trees, figures):
@@ -235,11 +281,15 @@ def test_recognisers_used_inside_are_found(trees):
     (run / "run.json").write_text(json.dumps({"config": config}))
     assert job.recognisers_inside(str(trees / "two")) == ("dlib_resnet", "mobilefacenet")
     shutil.rmtree(run)
-    assert job.recognisers_inside(str(trees / "two")) == ()
+    assert job.recognisers_inside(str(trees / "two")) is None
     only = load_config(sets=["tune.identity=", "refine.steps=0"]).model_dump(mode="json")
     assert job.inside_of(only) == ("mobilefacenet",)  # the attack works through the encoder, which reads its features
+    assert job.inside_of(load_config("paper").model_dump(mode="json")) == ("irse50",)  # what e4e was made from
+    assert load_config("paper").encoder_trunk == "irse50"
     with pytest.raises(OutputError):
         evaluate(trees, out="one/below")
+    with pytest.raises(EvaluateError, match="lies inside"):
+        evaluate(trees, two="one/Ada")
     with pytest.raises(EvaluateError, match="BAD_SETTING"):
         evaluate(trees, distortions=("none",))
 
@@ -259,6 +309,29 @@ def test_a_face_in_a_large_photo_is_distorted_as_in_the_whole(trees):
     shot = window.distorted(Distortion("screenshot"))
     found = eyes.faces(shot.pixels)[0]
     assert np.abs(found.landmarks - shot.spot.landmarks).max() < 4
+
+
+def test_the_face_alone_is_measured_as_well(trees):
+    settings = Settings(("mobilefacenet",), ("jpeg75",), photo=False)
+    eyes = Eyes(settings.recognisers)
+    worker = Measurer(settings, eyes, Gallery([], [], [np.zeros((0, 256), np.float32)]))
+    before = face("Ada")
+    spot = eyes.faces(before)[0]
+    nose = spot.landmarks[2].astype(int)
+
+    def measured(x: int, y: int) -> dict:
+        after = before.copy()
+        after[y - 4 : y + 4, x - 4 : x + 4] ^= 64
+        windows = [Window.about(p, spot) for p in (before, after)]
+        return worker._pictures([windows, [w.distorted(Distortion("jpeg75")) for w in windows]])
+
+    beside, within = measured(*(spot.quad[0, 0].numpy().astype(int).clip(8) + 8)), measured(*nose)
+    assert beside["face_psnr"] == float("inf") and beside["face_flip"] < 0.001 < beside["flip"]
+    assert within["face_psnr"] < within["psnr"] < 45 and within["face_flip"] > within["flip"] > 0.001
+    # 64 levels, and what resampling adds.
+    assert 40 < beside["max_change"] < 128 and 40 < within["max_change"] < 128 and 0 < within["mean_change"] < 1
+    assert within["face_psnr@jpeg75"] < within["psnr@jpeg75"] and within["max_change@jpeg75"] > 40
+    assert set(within) == {f"{m}{v}" for m in settings.picture for v in ("", "@jpeg75")}
 
 
 def test_only_the_middle_face_has_the_photos_name(trees):

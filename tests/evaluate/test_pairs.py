@@ -1,6 +1,8 @@
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.evaluate import pairs
@@ -70,6 +72,32 @@ def test_names_that_several_share_are_not_guessed():
     assert got(["a.jpg"], ["a.jpg", "a.png"]) == ([("a.jpg", "a.jpg", "ok")], ["a.png"])
 
 
+def test_protected_names_go_before_copies_of_the_originals(tmp_path):
+    one = tree(tmp_path / "one", "a.jpg", "b.jpg", "b.png", "c.jpg")
+    two = tree(tmp_path / "two", "a.jpg", "a_cloaked.png", "b_cloaked.jpg", "b_cloaked.png", "c.jpg")
+    found = pairing(tmp_path, one, two, drop="_cloaked")
+    assert {p: r["protected_path"] for p, r in rows(found).items()} == {
+        "a.jpg": "a_cloaked.png",
+        "b.jpg": "b_cloaked.jpg",
+        "b.png": "b_cloaked.png",
+        "c.jpg": "c.jpg",  # nothing else is there
+    }
+    assert found.counts.extra_examples == ["a.jpg"]
+    (tmp_path / "again").mkdir()
+    mixed = tree(tmp_path / "mixed", "p/a.jpg", "p/a_cloaked.png", "p/b.jpg", "p/b_cloaked.png")
+    found = pairing(tmp_path / "again", mixed, mixed, drop="_cloaked", people_from="folder")
+    got = rows(found)
+    assert {p: r["protected_path"] for p, r in got.items()} == {
+        "p/a.jpg": "p/a_cloaked.png",
+        "p/b.jpg": "p/b_cloaked.png",
+    }
+    assert [m.rsplit("/", 1)[1] for m in got["p/a.jpg"]["mates"]] == ["b.jpg"] and found.counts.extra == 0
+    assert [[u.rsplit("/", 1)[1] for u, _ in r.photos] for r in found.references] in (
+        [["a.jpg", "b.jpg"]],
+        [["b.jpg", "a.jpg"]],
+    )
+
+
 def test_people_from_a_table(tmp_path):
     one = tree(tmp_path / "one", "1.jpg", "2.jpg", "3.jpg", "4.jpg")
     two = tree(tmp_path / "two", "1_cloaked.png", "2_cloaked.png", "3_cloaked.png")
@@ -86,10 +114,36 @@ def test_people_from_a_table(tmp_path):
     (tmp_path / "again").mkdir()
     with pytest.raises(EvaluateError, match="two people"):
         pairing(tmp_path / "again", one, two, people_from=str(table), drop="_cloaked")
+    table.write_text("path,person_id\n./1.jpg,0\nsub/../2.jpg,1\n4.png,ann\nnobody.jpg,ann\n")
+    (tmp_path / "fourth").mkdir()
+    found = pairing(tmp_path / "fourth", one, two, people_from=str(table), drop="_cloaked")
+    assert [r["person_id"] for r in rows(found).values()] == ["0", "1", None, None]  # 4.png is not 4.jpg
+    assert (found.counts.unnamed, found.counts.people_rows_unused) == (2, 2)
     table.write_text("file,person\n1.jpg,a\n")
     (tmp_path / "third").mkdir()
     with pytest.raises(EvaluateError, match="BAD_PEOPLE"):
         pairing(tmp_path / "third", one, two, people_from=str(table))
+
+
+def test_two_photos_of_one_stem_have_each_its_person(tmp_path):
+    one = tree(tmp_path / "one", "a.jpg", "a.png", "x.v2.jpg")
+    table = tmp_path / "people.parquet"
+    pq.write_table(pa.table({"path": ["a.jpg", "a.png", "x.v2"], "person_id": [0, 1, 2]}), table)
+    got = rows(pairing(tmp_path, one, one, people_from=str(table)))
+    assert {p: r["person_id"] for p, r in got.items()} == {"a.jpg": "0", "a.png": "1", "x.v2.jpg": "2"}
+
+
+def test_names_of_a_gallery_begin_anew(tmp_path):
+    one = tree(tmp_path / "one", "Ada/1.jpg", "Ada/1.png")
+    others = tmp_path / "others"
+    tree(others, "Ada/1.jpg", "flat.jpg")
+    (others / "Ada/1.jpg").write_bytes(b"another picture, of another size")
+    found = pairing(tmp_path, one, one, gallery=str(others), people_from="folder")
+    assert [len(r["mates"]) for r in rows(found).values()] == [1, 1]
+    assert (found.counts.gallery_people, found.counts.gallery_photos, found.counts.gallery_unusable) == (1, 1, 1)
+    (tmp_path / "again").mkdir()
+    again = pairing(tmp_path / "again", one, one, people_from="folder")  # there it is one photo in two formats
+    assert [r["mates"] for r in rows(again).values()] == [[], []]
 
 
 def test_a_gallery_gives_mates_and_people_to_be_mistaken_for(tmp_path):
@@ -132,6 +186,7 @@ def test_many_photos_are_joined_piece_by_piece(tmp_path, monkeypatch):
     one = tree(tmp_path / "one", *(f"p{i}/{n}.jpg" for i in range(12) for n in range(3)))
     whole = rows(pairing(tmp_path, one, one, people_from="folder"))
     monkeypatch.setattr(pairs, "_ROWS_AT_ONCE", 5)
+    monkeypatch.setattr(pairs, "_ONE_PIECE", 5)
     (tmp_path / "again").mkdir()
     found = pairing(tmp_path / "again", one, one, people_from="folder")
     assert rows(found) == whole
