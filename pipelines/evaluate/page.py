@@ -361,8 +361,9 @@ def _banner(figures: Mapping[str, Any]) -> str:
         )
     elif figures["inside_from"] == "unknown":
         problems.append(
-            "Which recognisers the method worked through is not known, since no run of scol protect lies beside the photos: "
-            "those that it used prove nothing, and count here all the same. Name them with --inside, or say --inside none."
+            "Which recognisers the method worked through is not known, since no run of scol protect lies beside the "
+            "photos: those that it used prove nothing, and count here all the same. Name them with --inside, or say "
+            "--inside none."
         )
     if AVERAGE not in figures["identity"]:
         problems.append("<strong>Every recogniser here was used by the method: these figures prove nothing.</strong>")
@@ -383,7 +384,8 @@ def _banner(figures: Mapping[str, Any]) -> str:
         else:
             why = "the gallery has no other photo of these people that shows a face"
         problems.append(f"There is no Rank-1-U, since {why}.")
-    kind = "error" if lost or c.get("faces_error") or AVERAGE not in figures["identity"] else "weak" if problems else "ok"
+    bad = lost or c.get("faces_error") or AVERAGE not in figures["identity"]
+    kind = "error" if bad else "weak" if problems else "ok"
     text = "".join(f"<p>{p}</p>" for p in problems) or "<p>All photos were compared.</p>"
     return f'<div class="banner {kind}" role=status>{text}</div>'
 

@@ -2,8 +2,9 @@
 
 Pairs go by the relative path without its suffix (formats may differ); where several files share it, the same whole
 path goes first, and what is left undecided is AMBIGUOUS, not guessed.  Where protected names have an end of their own
-(`drop`), files that have it go before files that lack it, which are copies of the original then.  Trees may hold more photos than the memory:
-listings are spread over files by a hash of what they are to be joined by, and joined file by file (a Grace hash join).
+(`drop`), files that have it go before files that lack it, which are copies of the original then.  Trees may hold more
+photos than the memory: listings are spread over files by a hash of what they are to be joined by, and joined file by
+file (a Grace hash join).
 """
 
 from __future__ import annotations
@@ -80,9 +81,9 @@ class Reference:
 @dataclass
 class Counts:
     """`originals`: photos listed. `photos`: of them those to be measured (`--limit`). `extra`: protected photos
-    without an original. `skipped`: other files, by code. `people`: of the photos measured. `people_rows_unused`: rows of
-    the table of people whose photo is not there. `gallery_photos`: of named people, and readable as far as the listing
-    tells; `gallery_unusable`: those of --gallery that are not."""
+    without an original. `skipped`: other files, by code. `people`: of the photos measured. `people_rows_unused`: rows
+    of the table of people whose photo is not there. `gallery_photos`: of named people, and readable as far as the
+    listing tells; `gallery_unusable`: those of --gallery that are not."""
 
     originals: int = 0
     photos: int = 0

@@ -26,7 +26,8 @@ def test_means_and_missing_values_by_hand():
     assert (got["0"].people, got["1"].people) == (2, 2)
     # Of fifty people one alone has the quantity: however many faces, there is nothing to draw.
     lonely = run(np.array([[1.0], [1.0], [0.0], *[[np.nan]] * 49]), ["a", "a", "a", *(f"p{i}" for i in range(49))])["0"]
-    assert (lonely.n, lonely.people, lonely.low, lonely.high) == (3, 1, None, None) and lonely.value == pytest.approx(2 / 3)
+    assert (lonely.n, lonely.people, lonely.low, lonely.high) == (3, 1, None, None)
+    assert lonely.value == pytest.approx(2 / 3)
     alone = run(values[:2], ["a", "a"])["0"]
     assert alone.value == 0.5 and alone.low is None
 
