@@ -27,6 +27,7 @@ VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "2", "attack": "1"
 RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
 ENCODER = "encoder"
 ENCODER_TRUNK = "mobilefacenet"  # the recogniser whose features the encoder reads (scol_ops.models.encoder)
+CEILING = "mobilefacenet"  # whose cosine `fuse.identity_ceiling` bounds
 E4E_TRUNK = "irse50"  # the recogniser that e4e's trunk was trained as
 EMBEDDED = "embedded"
 EMBEDDED_CODES = 16  # L of the embedded generator and encoder
@@ -556,6 +557,10 @@ class Config(Section):
             raise ValueError(
                 f"publish.judge: {self.encoder_trunk!r} is part of the encoder, which {(through or ['attack'])[0]} works through; "
                 "what is used inside never judges"
+            )
+        if self.publish.judge == CEILING and self.fuse.identity_ceiling is not None:
+            raise ValueError(
+                f"publish.judge: fuse.identity_ceiling chooses by {CEILING!r}; what is used inside never judges"
             )
         for section in ("tune", "refine", "attack"):
             quality = getattr(self, section).jpeg_quality

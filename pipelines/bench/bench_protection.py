@@ -20,7 +20,7 @@ from cluster import ray_session
 from pipelines.config import PROFILES
 from pipelines.evaluate import judges
 from pipelines.experiments import loop
-from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, compare, protection_table, record
+from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, compare, lost_faces, protection_table, record
 from pipelines.experiments.datasets import DatasetError, read_dataset
 from pipelines.experiments.methods import ATTACKS, Method
 from pipelines.experiments.protocol import REPORTED_PEOPLE, REPORTED_SEED, choose, lay_out
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     loops = {
         line.method.name: loop.of_run(f"{line.made.tree}.run") for line in lines if line.made.strengthened is not None
     }
-    text = protection_table(lines, judges.available(), (NONE, DISTORTION))
+    text = protection_table(lines, judges.available(), (NONE, DISTORTION)) + lost_faces(lines)
     for name, figures in loops.items():
         text += f"\n\nThe closed loop of {name}:\n\n{loop.table(figures)}"
     print(text)

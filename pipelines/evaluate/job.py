@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from cluster import Engine, KeyRule, PartStore, Pool, Progress, Resources, Stage, hash_key, hash_keys
 from cluster.keys import pack
-from pipelines.config import EMBEDDED, ENCODER, trunk_of
+from pipelines.config import CEILING, EMBEDDED, ENCODER, trunk_of
 from pipelines.evaluate import judges as recogniser_list
 from pipelines.evaluate import measure
 from pipelines.evaluate.errors import EvaluateError
@@ -66,6 +66,7 @@ def inside_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     used = list(config["tune"]["identity"]) if config["tune"]["steps"] else []
     used += config["refine"]["identity"] if config["refine"]["steps"] else []
     used += [ENCODER] if config["attack"]["enabled"] else []
+    used += [CEILING] if config["fuse"].get("identity_ceiling") is not None else []
     return tuple(sorted({trunk_of(config.get("encoder", EMBEDDED)) if name == ENCODER else name for name in used}))
 
 

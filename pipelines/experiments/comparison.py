@@ -135,6 +135,23 @@ def number(estimate: Mapping[str, Any] | None, scale: float = 1, digits: int = 3
     return text
 
 
+def lost_faces(lines: Sequence[Line]) -> str:
+    """What the lines' figures leave out, as a paragraph of its own: photos that a method lost. Empty where none is."""
+    words = []
+    for line in lines:
+        counts = line.figures["counts"]
+        lost = {
+            key.removeprefix("photos_"): counts.get(key, 0)
+            for key in ("photos_missing", "photos_ambiguous", "photos_unreadable", "photos_shape_differs", "photos_error")
+        }
+        lost["faces that failed"] = counts.get("faces_error", 0)
+        told = [f"{number} {key.replace('_', ' ')}" for key, number in lost.items() if number]
+        told += [f"{code}: {why}" for code, why in sorted(line.made.failed.items())[:3]] if told else []
+        if told:
+            words.append(f"{line.method.name}: {counts.get('photos_measured', 0)} photos ({', '.join(told)})")
+    return "" if not words else f"\n\nMeasured less than all {lines[0].figures['counts']['photos']} photos: {'; '.join(words)}."
+
+
 def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants: Sequence[str]) -> str:
     """Markdown: Rank-1-U by recogniser before and after distortions, ISM, what it cost, and of ours the share of faces
     that its own judge calls weak and how many faces the closed loop sent back."""

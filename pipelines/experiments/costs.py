@@ -94,15 +94,17 @@ class _Meter:
 def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
     """Cost of one generated face, from inversion to attack, by the stages' own operators.
 
-    Steps are alike, so a few are counted and the profile's number of them is what is told.  Not in it: detection,
-    whose cost is the photo's, and search and fusion, which are matrix products of L x N x 512 numbers.
+    Steps are alike, so a few are counted and the profile's number of them is what is told.  Not in it: detection
+    and publishing, whose cost is the photo's, search and fusion, which are matrix products of L x N x 512 numbers, and
+    the closed loop, which some faces need: a round costs about what the refinement does.
 
     Raises:
         WeightsError: the profile needs a model that is not in the model store.
     """
 
     def configured(**values: float):
-        found = load_config(profile, sets=(*sets, *(f"{k.replace('__', '.')}={v}" for k, v in values.items())))
+        steps = (f"{k.replace('__', '.')}={v}" for k, v in values.items())
+        found = load_config(profile, sets=(*sets, "strengthen.rounds=0", *steps))
         return models.resolve(found)
 
     config = configured()

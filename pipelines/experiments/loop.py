@@ -11,14 +11,15 @@ from pipelines.manifests import WEAK, Run, read_stage
 from scol_ops.strengthening import StrengthenSettings
 
 MEASURES = ("psnr", "ssim", "flip", "ism", "ism_worst")  # of `publish`
-OUTCOMES = ("passed at once", "went back, stronger", "went back, as before")
+OUTCOMES = ("passed at once", "went back, stronger", "went back, as before", "known, but too much changed to go back")
+PASSED = "passed"  # `ended` of a face that the judge no longer knows, as `pipelines.stages.strengthen` writes it
 LEAST_PSNR = StrengthenSettings.min_psnr  # dB over the crop: the stated quality, a face below it is counted
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """Of a row of ``strengthen`` that was judged: one of ``OUTCOMES``. The last: no round was better."""
+    """Of a row of ``strengthen`` that was judged: one of ``OUTCOMES``. "As before": no round was better."""
     if not row["rounds"]:
-        return OUTCOMES[0]
+        return OUTCOMES[0] if row["ended"] == PASSED else OUTCOMES[3]
     return OUTCOMES[1] if row["kept"] else OUTCOMES[2]
 
 
@@ -26,7 +27,7 @@ def by_outcome(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Figures of all faces and of each outcome that occurs.
 
     Args:
-        rows: one a face that was judged, columns of ``strengthen`` (`rounds`, `kept`) and of ``publish`` (`status` and
+        rows: one a face that was judged, columns of ``strengthen`` (`rounds`, `kept`, `ended`) and of ``publish`` (`status` and
             ``MEASURES``).
 
     Returns:
@@ -54,7 +55,7 @@ def of_run(run: Run | str) -> list[dict[str, Any]]:
     Raises:
         RunError, StoreError: see ``read_stage``.
     """
-    judged = read_stage(run, "strengthen", ["face_id", "rounds", "kept"]).to_pylist()
+    judged = read_stage(run, "strengthen", ["face_id", "rounds", "kept", "ended"]).to_pylist()
     published = read_stage(run, "publish", ["face_id", "status", *MEASURES]).to_pylist()
     by_face = {row["face_id"]: row for row in published if row["face_id"] and row["ism"] is not None}
     found = [row for row in judged if row["rounds"] is not None and row["face_id"] in by_face]

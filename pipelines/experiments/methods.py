@@ -7,6 +7,7 @@ All write files of the same format, tables and quality as the originals', so tha
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -142,8 +143,15 @@ def _attack(
         "version": VERSION,
         "weights": [judges.fingerprint(name) for name in method.surrogates],
     }
-    rule = partial(hash_keys, ("attack", json.dumps(settings, sort_keys=True), str(out)))
-    store = PartStore(str(out) + ".run", schema_version=1)
+    text = json.dumps(settings, sort_keys=True)
+    rule = partial(hash_keys, ("attack", text, str(out)))
+    keys = rule(source["key"].to_pylist())
+    record = Path(f"{out}.json")
+    if not record.exists() or record.read_text(encoding="utf-8") != text:  # other settings wrote to the same names
+        _forget(out)
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(text, encoding="utf-8")
+    store = PartStore(f"{out}.run", schema_version=1)
     stage = Stage(
         name="attack",
         version=VERSION,
@@ -156,11 +164,23 @@ def _attack(
         item_seconds=1800.0,
     )
     pools = {} if workers is None else {"attack": Pool(actors=workers)}
-    Engine(store, [stage], pools=pools, shard_items=4, progress=progress).run(source, {"attack": rule})
-    rows = store.read_rows("attack", rule(source["key"].to_pylist()), schema=_SCHEMA)
+
+    def rows_of(store: PartStore) -> pa.Table:
+        Engine(store, [stage], pools=pools, shard_items=4, progress=progress).run(source, {"attack": rule})
+        return store.read_rows("attack", keys, schema=_SCHEMA)
+
+    rows = rows_of(store)
+    if any(row["status"] == "ok" and not (out / row["path"]).exists() for row in rows.to_pylist()):
+        _forget(out)  # somebody took files away: rows are final, so all are made anew
+        rows = rows_of(PartStore(f"{out}.run", schema_version=1))
     failed = {r["path"]: r["reason"] for r in rows.to_pylist() if r["status"] == "error"}
     faces = pc.sum(rows["faces"]).as_py() or 0
     return Made(str(out), (pc.sum(rows["seconds"]).as_py() or 0.0) / faces if faces else None, failed)
+
+
+def _forget(out: Path) -> None:
+    for folder in (out, Path(f"{out}.run")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _error_rows(table: pa.Table, reason: str) -> pa.Table:

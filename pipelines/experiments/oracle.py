@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from scol_ops.models.swapper import EMBEDDER
 from scol_ops.models.weights import SHA256, load_swapper
 from scol_ops.paste import face_mask
 from scol_ops.swap import swap
+from scol_ops.warp import GeometryError
 
 GENERATOR = "mobilestylegan-256"
 TRUNCATION = 0.7
@@ -90,6 +93,13 @@ class Oracle:
             return to_uint8(swap(target, codes, identity, self.mapper, self.generator, mask).pictures[0]), None
 
 
+def _remember(record: Path, digests: Mapping[str, str]) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, record)
+
+
 def make_swaps(oracle: Oracle, sources: str | Path, folder: str | Path) -> Swapped:
     """Swap every source of a tree: `FOLDER/PERSON/x.png` from `SOURCES/PERSON/x.jpg`.
 
@@ -115,7 +125,12 @@ def make_swaps(oracle: Oracle, sources: str | Path, folder: str | Path) -> Swapp
             result.failed[name] = str(error)
             continue
         if known.get(name) != digest or not (folder / f"{name}.png").exists():
-            picture, reason = oracle.swap(row.url, name)
+            if known.pop(name, None) is not None:  # before the file is another one: whoever stops here made neither
+                _remember(record, known)
+            try:
+                picture, reason = oracle.swap(row.url, name)
+            except GeometryError as error:
+                picture, reason = None, f"GEOMETRY: {error}"
             if picture is None:
                 result.failed[name] = str(reason)
                 continue
@@ -123,10 +138,12 @@ def make_swaps(oracle: Oracle, sources: str | Path, folder: str | Path) -> Swapp
             Image.fromarray(picture).save(stream, "PNG")
             write_output(str(folder), f"{name}.png", stream.getvalue())
             result.made += 1
+            known[name] = digest
+            _remember(record, known)
         kept[name] = digest
-    for name in known.keys() - kept.keys():
-        (folder / f"{name}.png").unlink(missing_ok=True)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    for path in folder.rglob("*.png") if folder.exists() else ():
+        if path.relative_to(folder).as_posix().removesuffix(".png") not in kept:
+            path.unlink()
+    _remember(record, kept)
     result.swaps = len(kept)
     return result

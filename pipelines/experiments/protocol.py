@@ -86,7 +86,8 @@ def develop(photos: Iterable[DatasetPhoto], people: int, distractors: int = 1000
 
 
 def lay_out(protocol: Protocol, root: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Copy the photos to `FOLDER/originals/PERSON/` and `FOLDER/gallery/PERSON/`; files that are there already stay.
+    """Copy the photos to `FOLDER/originals/PERSON/` and `FOLDER/gallery/PERSON/`; files that are there already, of the
+    source's size and date, stay.
 
     Photos of an earlier protocol that are not of this one are removed from these two folders.
 
@@ -101,7 +102,16 @@ def lay_out(protocol: Protocol, root: str | os.PathLike[str], folder: str | os.P
             if old.is_file() and old not in files:
                 old.unlink()
         for target, source in files.items():
-            if not target.exists():
+            if not _copied(source, target):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, target)
+                part = target.with_name(target.name + ".part")
+                shutil.copy2(source, part)
+                os.replace(part, target)
     return places
+
+
+def _copied(source: Path, target: Path) -> bool:
+    if not target.exists():
+        return False
+    here, there = target.stat(), source.stat()
+    return here.st_size == there.st_size and abs(here.st_mtime - there.st_mtime) < 2  # some file systems round

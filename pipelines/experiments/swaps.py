@@ -71,10 +71,10 @@ def measure_swaps(
         if name not in trees[1] or name not in trees[2]:
             missing += 1
             continue
-        source, _ = central_window(eyes, url)
         try:
+            source, _ = central_window(eyes, url)
             pictures = [decode(read_bytes(tree[name])).pixels for tree in trees[1:]]
-        except (PhotoError, SourceError):
+        except (PhotoError, SourceError, GeometryError):
             unreadable += 1
             continue
         if source is None:
@@ -82,9 +82,9 @@ def measure_swaps(
             continue
         if pictures[0].shape == pictures[1].shape:
             quality.append(psnr(*pictures))
-        windows = [source, *(central_window(eyes, tree[name])[0] for tree in trees[1:])]
-        no_face += windows[2] is None
         try:
+            windows = [source, *(central_window(eyes, tree[name])[0] for tree in trees[1:])]
+            no_face += windows[2] is None
             found = [None if w is None else [e[0] for e in eyes.embed([w])] for w in windows]
         except GeometryError:
             unreadable += 1

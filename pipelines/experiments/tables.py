@@ -18,7 +18,9 @@ from pipelines.evaluate import judges
 from pipelines.evaluate.page import plain_table
 from pipelines.evaluate.summary import AVERAGE
 from pipelines.experiments import costs
-from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, Line, compare, number, percent, record
+from pipelines.experiments.comparison import (
+    DISTORTION, UNPROTECTED, Line, compare, lost_faces, number, percent, record,
+)  # fmt: skip
 from pipelines.experiments.datasets import read_dataset
 from pipelines.experiments.methods import ATTACKS, Method
 from pipelines.experiments.protocol import choose, lay_out
@@ -89,16 +91,19 @@ PAPER_1 = {
 }
 _SCOL = "scol"
 _WITHOUT = "-judged-by-"
+_NO_LOOP = "strengthen.rounds=0"
 
 
 def leave_one_out(options: Options) -> list[Method]:
     """Unprotected; the attacks and ours; folders of other defences.
 
     Attacks and ours work on the profile's recognisers (on the first two, where it uses the encoder alone).  For a
-    recogniser among these there is a line of its own, in which another takes its place, so that it can judge.
+    recogniser among these there is a line of its own, in which another takes its place, so that it can judge.  The
+    closed loop is off unless ``sets`` turn it on: its judge would score what it has chosen itself.
     """
+    sets = (_NO_LOOP, *options.sets)
     names = judges.available()
-    config = load_config(options.profile, sets=options.sets)
+    config = load_config(options.profile, sets=sets)
     own = tuple(name for name in config.tune.identity if name in names)
     base = own or names[:2]
     lines = [UNPROTECTED]
@@ -108,7 +113,7 @@ def leave_one_out(options: Options) -> list[Method]:
             Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=features)
             for judge, features in replaced(base, names).items()
         ]
-    lines.append(Method(_SCOL, "ours", profile=options.profile, sets=(*options.sets, "attack.enabled=false")))
+    lines.append(Method(_SCOL, "ours", profile=options.profile, sets=(*sets, "attack.enabled=false")))
     for judge, features in replaced(own, names).items():
         joined = ",".join(features)
         lines.append(
@@ -117,7 +122,7 @@ def leave_one_out(options: Options) -> list[Method]:
                 "ours",
                 profile=options.profile,
                 sets=(
-                    *options.sets,
+                    *sets,
                     f"tune.identity={joined}",
                     f"refine.identity={joined}",
                     f"publish.judge={judge}",
@@ -126,7 +131,7 @@ def leave_one_out(options: Options) -> list[Method]:
             )
         )
     lines.append(
-        Method(f"{_SCOL}-attacked", "ours", profile=options.profile, sets=(*options.sets, "attack.enabled=true"))
+        Method(f"{_SCOL}-attacked", "ours", profile=options.profile, sets=(*sets, "attack.enabled=true"))
     )
     return [
         *lines,
@@ -212,7 +217,13 @@ PAPER_4 = {4: (33.35, 21.96), 8: (32.01, 20.68), 16: (29.89, 20.60)}  # source P
 
 
 def sweep(name: str, key: str, values: Sequence[float], *fixed: str) -> Callable[[Options], list[Method]]:
-    """One line of ours for each value of a setting."""
+    """One line of ours for each value of a setting, without the closed loop unless the options turn it on. With the
+    attack's bound goes its step, a quarter of it as in METHOD (2 of 255 for 8), unless the options say another."""
+
+    def settings(value: float, sets: Sequence[str]) -> tuple[str, ...]:
+        if key != "attack.eps":
+            return (_NO_LOOP, *sets, *fixed, f"{key}={value}")
+        return (_NO_LOOP, f"attack.step_size={value / 4 / 255}", *sets, *fixed, f"{key}={value / 255}")
 
     def methods(options: Options) -> list[Method]:
         return [
@@ -222,7 +233,7 @@ def sweep(name: str, key: str, values: Sequence[float], *fixed: str) -> Callable
                     f"{name}-{value:g}",
                     "ours",
                     profile=options.profile,
-                    sets=(*options.sets, *fixed, f"{key}={value / 255 if key == 'attack.eps' else value}"),
+                    sets=settings(value, options.sets),
                 )
                 for value in values
             ),
@@ -346,7 +357,7 @@ EXPERIMENTS = {
         ),
         Experiment(
             "table2",
-            "Weight of the id-lock",
+            "Weight of the id-lock, without the attack",
             "vggface2-hq",
             sweep("lambda", "tune.id_lock", (0, 0.1, 0.5, 1, 5), "attack.enabled=false"),
             table2,
@@ -417,7 +428,8 @@ def run(
     elif experiment.swaps:
         swaps = swaps_by_oracle(lines, originals, out / "swaps", options.seed, say)
     about_swaps = "" if not swaps else " " + _about_swaps(swaps)
-    text = f"{experiment.title}. {_people(options, lines)}{about_swaps}\n\n" + experiment.table(lines, swaps)
+    people = _people(options, lines, len(protocol.distractors))
+    text = f"{experiment.title}. {people}{about_swaps}\n\n" + experiment.table(lines, swaps) + lost_faces(lines)
     return write(out, name, text, record(lines, **about, swaps={k: asdict(v) for k, v in swaps.items()}))
 
 
@@ -438,7 +450,12 @@ def swaps_of(
             say(f"{line.method.name}: swaps")
             names = [n for n in judges.available() if n not in (*line.method.used, *blind)]
             if names:
-                found[line.method.name] = measure_swaps(originals, Path(folder) / "original", place, names, swapper)
+                try:
+                    swaps = measure_swaps(originals, Path(folder) / "original", place, names, swapper)
+                except ValueError as error:  # no swap there: the line has dashes
+                    say(f"{line.method.name}: {error}")
+                else:
+                    found[line.method.name] = swaps
     return found
 
 
@@ -468,11 +485,11 @@ def _about_swaps(swaps: Mapping[str, SwapFigures]) -> str:
     return text
 
 
-def _people(options: Options, lines: Sequence[Line]) -> str:
+def _people(options: Options, lines: Sequence[Line], distractors: int) -> str:
     faces = lines[0].figures["counts"].get("faces_with_mate", 0) if lines else 0
     return (
         f"{faces} faces of {options.people} people ({options.dataset}, seed {options.seed}), gallery: another photo of "
-        f"each, and {options.distractors} others; profile {options.profile}. Brackets: 95 % over people; a dash: not "
+        f"each, and {distractors} others; profile {options.profile}. Brackets: 95 % over people; a dash: not "
         "measured, or used inside."
     )
 

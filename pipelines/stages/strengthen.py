@@ -41,7 +41,7 @@ from scol_ops.strengthening import (
 from scol_ops.tuning import DeadlineExceeded
 
 # Why a face's loop ended.
-PASSED, ROUNDS, QUALITY, DIVERGED = "passed", "rounds", "quality", "diverged"
+PASSED, ROUNDS, QUALITY, DIVERGED, TIME = "passed", "rounds", "quality", "diverged", "time"
 _FADES = 8  # then a round that is still below is left out
 _SEED = 0x5000  # apart from the seeds of tune, refine and attack, which are the face's own ^ 0, 1 and 2
 
@@ -197,7 +197,9 @@ class _Loop:
                     found = self._faded(face, found)
         except FloatingPointError:  # the settings of this round are too strong for this face, wherever it is tried
             face.ended = DIVERGED
-        except (Exception, ItemTimeout) as error:
+        except (DeadlineExceeded, ItemTimeout):  # what there is has been judged, and is published
+            face.ended = TIME
+        except Exception as error:
             raise_if_unfit(error)
             face.error = reason_of(error)
         else:

@@ -276,7 +276,7 @@ def test_the_command(trees, figures):
 def test_recognisers_used_inside_are_found(trees):
     run = trees / "two.run"
     run.mkdir()
-    from pipelines.config import load_config
+    from pipelines.config import ConfigError, load_config
 
     config = load_config().model_dump(mode="json")
     (run / "run.json").write_text(json.dumps({"config": config}))
@@ -287,6 +287,11 @@ def test_recognisers_used_inside_are_found(trees):
     assert job.inside_of(only) == ("mobilefacenet",)  # the attack works through the encoder, which reads its features
     assert job.inside_of(load_config("paper").model_dump(mode="json")) == ("irse50",)  # what e4e was made from
     assert load_config("paper").encoder_trunk == "irse50"
+    choosing = ["tune.identity=", "refine.identity=", "attack.enabled=false", "strengthen.rounds=0"]
+    choosing += ["fuse.identity_ceiling=0.3"]
+    assert job.inside_of(load_config(sets=choosing).model_dump(mode="json")) == ("mobilefacenet",)
+    with pytest.raises(ConfigError, match="identity_ceiling chooses by"):
+        load_config(sets=[*choosing, "publish.judge=mobilefacenet"])
     with pytest.raises(OutputError):
         evaluate(trees, out="one/below")
     with pytest.raises(EvaluateError, match="lies inside"):

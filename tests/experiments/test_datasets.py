@@ -120,3 +120,13 @@ def test_laying_out(tmp_path):
     assert (originals / names[0]).stat().st_mtime_ns == before and len(list(originals.rglob("*.jpg"))) == 3
     lay_out(protocol, root, tmp_path / "work")
     assert sorted(p.relative_to(originals).as_posix() for p in originals.rglob("*.jpg")) == names
+    # Another data set of the same names, and a file that was cut short, are copied again.
+    other = tree(tmp_path / "other", *(p.path for p in photos(6, 2)))
+    for path in protocol.probes.values():
+        (tmp_path / "other" / path).write_bytes(b"another photo of " + path.encode())
+    lay_out(protocol, other, tmp_path / "work")
+    assert (originals / names[0]).read_bytes() == b"another photo of " + names[0].encode()
+    (originals / names[0]).write_bytes(b"anoth")
+    lay_out(protocol, other, tmp_path / "work")
+    assert (originals / names[0]).read_bytes() == b"another photo of " + names[0].encode()
+    assert not list((tmp_path / "work").rglob("*.part"))

@@ -9,16 +9,19 @@ from pipelines.experiments import loop
 
 def face(rounds: int, kept: int, status: str, psnr: float, ism: float) -> dict:
     measures = {"ssim": 0.9, "flip": 0.1, "ism": ism, "ism_worst": ism + 0.1}
-    return {"rounds": rounds, "kept": kept, "status": status, "psnr": psnr, **measures}
+    ended = "passed" if not rounds else "rounds"
+    return {"rounds": rounds, "kept": kept, "ended": ended, "status": status, "psnr": psnr, **measures}
 
 
 def test_faces_by_what_became_of_them():
     rows = [face(0, 0, "ok", 36, 0.2), face(0, 0, "ok", 33.9, 0.4), face(2, 1, "weak", 35, 0.6), face(1, 0, "weak", 34, 0.8)]
     once, stronger, kept, everything = loop.by_outcome(rows)
-    assert [line["faces"] for line in (once, stronger, kept)] == list(loop.OUTCOMES) and everything["faces"] == "all"
+    assert [line["faces"] for line in (once, stronger, kept)] == list(loop.OUTCOMES[:3]) and everything["faces"] == "all"
     assert [line["number"] for line in (once, stronger, kept, everything)] == [2, 1, 1, 4]
     assert once["ism"] == pytest.approx(0.3) and once["ism_worst"] == pytest.approx(0.4) and once["below"] == 0.5
     assert (once["weak"], stronger["weak"], everything["weak"], kept["below"]) == (0, 1, 0.5, 0)
+    low = face(0, 0, "weak", 33, 0.9) | {"ended": "quality"}  # known, and below the stated quality as it came
+    assert loop.outcome(low) == loop.OUTCOMES[3] and loop.by_outcome([*rows, low])[0]["number"] == 2
     text = loop.table([once, kept]).splitlines()
     assert "below 34 dB" in text[0] and text[2].startswith("| passed at once | 2 | 34.95 | 0.900 | 0.100 | 0.300 | 0.400 | 0 | 50 |")
     assert [line["faces"] for line in loop.by_outcome(rows[:1])] == ["passed at once", "all"] and loop.by_outcome([]) == []

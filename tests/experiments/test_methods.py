@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,23 @@ def test_again_nothing_is_made(place, lines, monkeypatch):
     made = make(lines[1].method, place / "originals", place / "work/trees", workers=1, say=print)
     assert made.seconds_per_face == lines[1].made.seconds_per_face and made.failed == lines[1].made.failed
     assert files == {p: p.stat().st_mtime_ns for p in files}
+
+
+def test_other_settings_and_lost_files_are_made_anew(place, lines):
+    """One tree holds what one setting made, whoever wrote there before; nothing of it goes missing for good."""
+    folder = place / "work/trees"
+    strong, weak = lines[1].method, replace(lines[1].method, eps=3 / 255)
+
+    def files(method: Method) -> dict[str, bytes]:
+        made = make(method, place / "originals", folder, workers=1, say=print)
+        return {p.relative_to(made.tree).as_posix(): p.read_bytes() for p in sorted(Path(made.tree).rglob("*.jpg"))}
+
+    first = files(strong)
+    second = files(weak)
+    assert first.keys() == second.keys() and all(first[name] != second[name] for name in first)
+    assert files(strong) == first
+    (folder / "mi-fgsm/Ada/0.jpg").unlink()
+    assert files(strong) == first
 
 
 def test_what_may_change_lies_about_the_box():

@@ -63,6 +63,10 @@ def test_swaps_follow_their_sources(tmp_path, oracle):
     assert (made.swaps, made.made) == (1, 1) and not (tmp_path / "swaps/Ben/0.png").exists()
     assert (tmp_path / "swaps/Ada/0.png").read_bytes() != before["Ada"]
     assert list(json.loads((tmp_path / "swaps.json").read_text())) == ["Ada/0"]
+    # A run that stopped half way left a file that nobody remembers: it is neither kept nor measured.
+    write(tmp_path / "swaps/Eve/0.png", SEEDS["Cleo"])
+    made = make_swaps(oracle, tmp_path / "sources", tmp_path / "swaps")
+    assert (made.swaps, made.made) == (1, 0) and not (tmp_path / "swaps/Eve/0.png").exists()
     # Another source, the same target; another name, another one.
     ada = oracle.target("Ada/0")
     assert not ada.equal(oracle.target("Ben/0")) and ada.equal(Oracle().target("Ada/0"))

@@ -70,6 +70,7 @@ def test_who_judges_whom():
     assert methods["scol"].used == ("dlib_resnet", "mobilefacenet")
     assert methods["scol-judged-by-mobilefacenet"].used == ("dlib_resnet", "faceres")
     assert methods["theirs"].kind == "folder" and Path(methods["theirs"].folder).is_absolute()
+    assert all(load_config(m.profile, sets=m.sets).strengthen.rounds == 0 for m in methods.values() if m.kind == "ours")
     for method in methods.values():  # no judge is inside, and every configuration can be loaded
         judge = method.name.partition("-judged-by-")[2]
         assert judge not in method.used
@@ -83,11 +84,19 @@ def test_sweeps_change_one_setting():
         ("table3", "tau", [1, 2, 3, 4, 5]),
         ("table4", "eps", [4 / 255, 8 / 255, 16 / 255]),
     ):
-        methods = [m for m in tables.EXPERIMENTS[name].methods(options(sets=("tune.steps=3",))) if m.kind == "ours"]
+        # `standard` has a closed loop, whose judge would score what it chose: it is off unless asked for.
+        given = options(profile="standard", sets=("tune.steps=3",))
+        methods = [m for m in tables.EXPERIMENTS[name].methods(given) if m.kind == "ours"]
         found = [load_config(m.profile, sets=m.sets) for m in methods]
         section = {"id_lock": "tune", "tau": "inspect", "eps": "attack"}[key]
         assert [getattr(getattr(c, section), key) for c in found] == pytest.approx(values)
         assert {c.tune.steps for c in found} == {3} and len({m.name for m in methods}) == len(values)
+        assert {c.strengthen.rounds for c in found} == {0}
+        if key == "eps":  # a bound that the steps cannot reach would change nothing
+            assert all(c.attack.step_size == pytest.approx(c.attack.eps / 4) for c in found)
+    asked = options(profile="standard", sets=("strengthen.rounds=2", "attack.step_size=0.01"))
+    last = load_config("standard", sets=tables.EXPERIMENTS["table4"].methods(asked)[-1].sets)
+    assert last.strengthen.rounds == 2 and last.attack.step_size == 0.01
 
 
 def test_table1_has_the_papers_figures_beside_ours():
@@ -216,7 +225,7 @@ def test_lines_share_a_run(tmp_path, monkeypatch):
         return {"reasons": {}, "strengthened": None, "seconds_per_face": 1.0, "weak_share": None}
 
     monkeypatch.setattr(methods, "protect", unchanged)
-    figures = line(UNPROTECTED, 0.5).figures | {"counts": {}}
+    figures = line(UNPROTECTED, 0.5).figures | {"counts": {"photos": 2}}
     monkeypatch.setattr(comparison.job, "evaluate", lambda *_, **__: SimpleNamespace(figures=figures))
     monkeypatch.setattr(tables, "ray_session", contextlib.nullcontext)
     monkeypatch.setattr(tables, "swaps_by_oracle", lambda *_: {})
@@ -240,6 +249,26 @@ def test_cost_counts_what_is_known():
     assert 4 * 2 * forward < found.parts["tune"] < 4 * 5 * forward
     assert found.parts["attack"] == found.parts["refine"] == 0 and 0.5 < found.parts["invert"] < 50
     assert found.gflops == pytest.approx(sum(found.parts.values())) and 15 < found.mparams < 60 and found.seconds > 0
+
+
+def test_what_a_line_lost_is_told():
+    whole, part = line(UNPROTECTED, 0.0), line(Method("ours", "ours"), 1.0)
+    whole.figures["counts"] = {"photos": 9, "photos_measured": 9}
+    assert tables.lost_faces([whole]) == ""
+    part.figures["counts"] = {"photos": 9, "photos_measured": 6, "photos_missing": 3}
+    part.made.failed["TIMEOUT"] = "3"
+    assert tables.lost_faces([whole, part]).strip() == (
+        "Measured less than all 9 photos: ours: 6 photos (3 missing, TIMEOUT: 3)."
+    )
+
+
+def test_a_line_without_swaps_costs_itself_alone(tmp_path):
+    for name in ("originals", "swaps/original", "swaps/tau-3"):
+        write(tmp_path / name / f"{'Ada' if 'tau' not in name else 'Ben'}/0.jpg", 15, 0)
+    ours = line(Method("tau-3", "ours", profile="quick", sets=("attack.enabled=false",)), 1.0)
+    said: list[str] = []
+    assert tables.swaps_of([ours], tmp_path / "originals", tmp_path / "swaps", said.append) == {}
+    assert "no original" in said[-1]
 
 
 def test_unknown_experiment():

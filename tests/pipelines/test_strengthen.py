@@ -153,10 +153,9 @@ def test_a_round_below_the_stated_quality_is_faded_to_it_and_the_last(table: pa.
 def test_time_is_limited_and_a_photo_that_has_changed_is_not_judged(table: pa.Table, tmp_path: Path) -> None:
     slow = settings("engine.face_seconds=2", "strengthen.steps=5000")
     rows = strengthen.operator(slow, "w", None)(table).to_pylist()
-    assert sorted(row["status"] for row in rows) == ["error", "ok"], "the first to fail ends the photo"
-    failed = next(row for row in rows if row["status"] == "error")
-    assert failed["reason"].startswith("TIMEOUT") and failed["failed_stage"] == "strengthen"
-    assert all(row["protected"] is None for row in rows)
+    for row in rows:  # what was judged before is what is published
+        assert (row["status"], row["ended"], row["rounds"], row["kept"]) == ("ok", "time", 1, 0)
+        assert row["protected"] is None and row["ism_worst"] == row["ism_worst_before"]
 
     Image.new("RGB", (50, 50)).save(tmp_path / "other.png")
     place = table.schema.get_field_index("source.url")
