@@ -8,13 +8,13 @@ from collections.abc import Callable
 import click
 
 
-def _named(values: tuple[str, ...]) -> dict[str, str]:
+def _named(values: tuple[str, ...], form: str = "NAME=FOLDER") -> dict[str, str]:
     out = {}
     for value in values:
-        name, equals, folder = value.partition("=")
-        if not equals or not name or not folder:
-            raise click.BadParameter(f"NAME=FOLDER expected, got {value!r}")
-        out[name] = folder
+        name, equals, told = value.partition("=")
+        if not equals or not name or not told:
+            raise click.BadParameter(f"{form} expected, got {value!r}")
+        out[name] = told
     return out
 
 
@@ -68,6 +68,12 @@ def register(main: click.Group, guarded: Callable, say: Callable[[str], None]) -
         help="table1: another defence's outputs for OUT/photos/originals; repeatable.",
     )
     @click.option(
+        "--other-inside",
+        metavar="NAME=RECOGNISER,...",
+        multiple=True,
+        help="table1: recognisers that --other NAME was made through, which do not score it; repeatable.",
+    )
+    @click.option(
         "--swaps",
         metavar="FOLDER",
         help="table3, table4: a face swapper's outputs: FOLDER/original/... and FOLDER/LINE/... (tau-3, eps-8, ...).  "
@@ -91,6 +97,7 @@ def register(main: click.Group, guarded: Callable, say: Callable[[str], None]) -
         profile,
         sets,
         others,
+        other_inside,
         swaps,
         variants,
         groups,
@@ -121,6 +128,10 @@ def register(main: click.Group, guarded: Callable, say: Callable[[str], None]) -
             profile=profile or found.profile,
             sets=sets,
             others=_named(others),
+            inside={
+                name: tuple(n for n in names.split(",") if n)
+                for name, names in _named(other_inside, "NAME=RECOGNISER,...").items()
+            },
             swaps=swaps,
             workers=workers,
         )

@@ -24,7 +24,7 @@ from pipelines.evaluate.page import plain_table
 from pipelines.experiments.comparison import compare, number
 from pipelines.experiments.datasets import read_dataset
 from pipelines.experiments.faces import SEEN, Faces, estimates, less, mean, read_faces
-from pipelines.experiments.methods import Method
+from pipelines.experiments.methods import Method, identity_sets, without
 from pipelines.experiments.protocol import develop, lay_out, reported
 from pipelines.experiments.tables import Options, write
 from pipelines.experiments.variants import COMMON, Variant, VariantError
@@ -58,8 +58,8 @@ def splits(variant: Variant, options: Options) -> dict[str, Method]:
     for judge in names:
         name, more = variant.name, spared
         if judge in _inside(config):
-            features = _without(judge, config, names)
-            name, more = f"{variant.name}{SPLIT}{judge}", (*_features(config, features), f"publish.judge={judge}")
+            features = without(judge, config, names)
+            name, more = f"{variant.name}{SPLIT}{judge}", (*identity_sets(config, features), f"publish.judge={judge}")
             if judge in _inside(config, features):
                 continue
         found[judge] = Method(name, "ours", profile=options.profile, sets=(*sets, *more))
@@ -94,30 +94,6 @@ def _inside(config: Config, features: Mapping[str, Sequence[str]] | None = None)
     for section, names in (features or {}).items():
         tree[section]["identity"] = list(names)
     return inside_of(tree)
-
-
-def _without(judge: str, config: Config, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Section -> its identity features without a judge: the first recogniser that is in no section takes its place."""
-    own = {section: getattr(config, section).identity for section in ("tune", "refine")}
-    everywhere = tuple(dict.fromkeys(feature for features in own.values() for feature in features))
-    spare = tuple(name for name in names if name not in everywhere)[:1]
-    return {
-        section: tuple(n for n in features if n != judge) + (spare if judge in features else ())
-        for section, features in own.items()
-    }
-
-
-def _features(config: Config, features: Mapping[str, Sequence[str]]) -> list[str]:
-    """The settings that say so; margins stay with their features, and a new feature has its default one."""
-    sets = []
-    for section, names in features.items():
-        own = getattr(config, section)
-        sets.append(f"{section}.identity={','.join(names)}")
-        if own.margins:
-            given = dict(zip(own.identity, own.margins, strict=True))
-            margins = (given.get(name, own.default_margins[name]) for name in names)
-            sets.append(f"{section}.margins={','.join(map(str, margins))}")
-    return sets
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

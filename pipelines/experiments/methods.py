@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cluster import Engine, Operator, PartStore, Pool, Progress, Resources, Stage, hash_keys
-from pipelines.config import load_config
+from pipelines.config import Config, load_config
 from pipelines.evaluate import judges
 from pipelines.evaluate.job import inside_of
 from pipelines.evaluate.measure import Eyes, Window
@@ -73,6 +73,34 @@ class Method:
         if self.kind == "ours":
             return inside_of(load_config(self.profile, sets=self.sets).model_dump(mode="json"))
         return self.surrogates if self.kind == "attack" else self.inside
+
+
+def without(judge: str, config: Config, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Section -> its identity features without a judge: the first recogniser that is in no section takes its place.
+
+    Args:
+        judge: what must not be inside. config: of the line that is varied. names: recognisers that can be had.
+    """
+    own = {section: getattr(config, section).identity for section in ("tune", "refine")}
+    everywhere = tuple(dict.fromkeys(feature for features in own.values() for feature in features))
+    spare = tuple(name for name in names if name not in everywhere)[:1]
+    return {
+        section: tuple(n for n in features if n != judge) + (spare if judge in features else ())
+        for section, features in own.items()
+    }
+
+
+def identity_sets(config: Config, features: Mapping[str, Sequence[str]]) -> list[str]:
+    """Features by section as settings; margins stay with their features, and a new feature has its default one."""
+    sets = []
+    for section, names in features.items():
+        own = getattr(config, section)
+        sets.append(f"{section}.identity={','.join(names)}")
+        if own.margins:
+            given = dict(zip(own.identity, own.margins, strict=True))
+            margins = (given.get(name, own.default_margins[name]) for name in names)
+            sets.append(f"{section}.margins={','.join(map(str, margins))}")
+    return sets
 
 
 @dataclass

@@ -22,7 +22,7 @@ from pipelines.experiments.comparison import (
     DISTORTION, UNPROTECTED, Line, compare, lost_faces, number, percent, record,
 )  # fmt: skip
 from pipelines.experiments.datasets import read_dataset
-from pipelines.experiments.methods import ATTACKS, Method
+from pipelines.experiments.methods import ATTACKS, Method, identity_sets, without
 from pipelines.experiments.protocol import choose, lay_out
 from pipelines.experiments.swaps import SwapFigures, measure_swaps
 from pipelines.manifests import to_json
@@ -48,6 +48,7 @@ class Options:
         profile: of `scol protect`, which the experiment varies.
         sets: further settings, for all lines of ours.
         others: name -> folder with another defence's outputs for the protocol's originals (table1).
+        inside: by name of these, the recognisers that it was made through, which do not score it.
         swaps: folder with a face swapper's outputs, see docs/experiments.md (table3, table4); None: the
             embedded oracle's.
         workers: processes.
@@ -62,6 +63,7 @@ class Options:
     profile: str = "paper"
     sets: tuple[str, ...] = ()
     others: Mapping[str, str] | None = None
+    inside: Mapping[str, Sequence[str]] | None = None
     swaps: str | None = None
     workers: int | None = None
 
@@ -104,7 +106,8 @@ def leave_one_out(options: Options) -> list[Method]:
     sets = (_NO_LOOP, *options.sets)
     names = judges.available()
     config = load_config(options.profile, sets=sets)
-    own = tuple(name for name in config.tune.identity if name in names)
+    sections = ("tune", "refine") if config.refines else ("tune",)
+    own = tuple(dict.fromkeys(n for part in sections for n in getattr(config, part).identity if n in names))
     base = own or names[:2]
     lines = [UNPROTECTED]
     for attack in ATTACKS:
@@ -114,8 +117,7 @@ def leave_one_out(options: Options) -> list[Method]:
             for judge, features in replaced(base, names).items()
         ]
     lines.append(Method(_SCOL, "ours", profile=options.profile, sets=(*sets, "attack.enabled=false")))
-    for judge, features in replaced(own, names).items():
-        joined = ",".join(features)
+    for judge in own:
         lines.append(
             Method(
                 f"{_SCOL}{_WITHOUT}{judge}",
@@ -123,8 +125,7 @@ def leave_one_out(options: Options) -> list[Method]:
                 profile=options.profile,
                 sets=(
                     *sets,
-                    f"tune.identity={joined}",
-                    f"refine.identity={joined}",
+                    *identity_sets(config, without(judge, config, names)),
                     f"publish.judge={judge}",
                     "attack.enabled=false",
                 ),
@@ -136,7 +137,9 @@ def leave_one_out(options: Options) -> list[Method]:
     return [
         *lines,
         *(
-            Method(name, "folder", folder=str(Path(folder).resolve()))
+            Method(
+                name, "folder", folder=str(Path(folder).resolve()), inside=tuple((options.inside or {}).get(name, ()))
+            )
             for name, folder in (options.others or {}).items()
         ),
     ]
@@ -393,10 +396,13 @@ def run(
     """Run an experiment, or go on with it; returns its table (Markdown), which OUT/NAME.md holds, with OUT/NAME.json.
 
     Raises:
-        ExperimentError: an unknown name. DatasetError: the data set is not there. Others as `comparison.compare`.
+        ExperimentError: an unknown name, or `inside` of a defence that `others` lacks. DatasetError: the data set is not there. Others as `comparison.compare`.
     """
     if name not in NAMES:
         raise ExperimentError(f"no experiment {name!r}; there are {', '.join(NAMES)}")
+    strange = set(options.inside or ()) - set(options.others or ())
+    if strange:
+        raise ExperimentError(f"--other-inside names {sorted(strange)[0]!r}, which no --other gives")
     out = Path(options.out).resolve()
     about: dict[str, Any] = {"experiment": name, "options": asdict(options)}
     if name == COST:

@@ -64,16 +64,27 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_who_judges_whom():
-    methods = {m.name: m for m in tables.leave_one_out(options(profile="standard", others={"theirs": "x"}))}
+    methods = {m.name: m for m in tables.leave_one_out(options(profile="standard", others={"theirs": "x"}, inside={"theirs": ["faceres"]}))}
     assert methods["mi-fgsm"].used == ("mobilefacenet", "dlib_resnet")
     assert methods["tip-im-judged-by-dlib_resnet"].used == ("mobilefacenet", "faceres")
     assert methods["scol"].used == ("dlib_resnet", "mobilefacenet")
     assert methods["scol-judged-by-mobilefacenet"].used == ("dlib_resnet", "faceres")
+    assert methods["theirs"].used == ("faceres",)
     assert methods["theirs"].kind == "folder" and Path(methods["theirs"].folder).is_absolute()
     assert all(load_config(m.profile, sets=m.sets).strengthen.rounds == 0 for m in methods.values() if m.kind == "ours")
     for method in methods.values():  # no judge is inside, and every configuration can be loaded
         judge = method.name.partition("-judged-by-")[2]
         assert judge not in method.used
+    # Features of the refinement count as those of the tuning, and margins stay with their features.
+    apart = ("tune.identity=dlib_resnet", "refine.identity=mobilefacenet", "refine.margins=-0.4")
+    mixed = {m.name: m for m in tables.leave_one_out(options(profile="standard", sets=apart))}
+    assert mixed["mi-fgsm"].used == ("dlib_resnet", "mobilefacenet")
+    line = load_config("standard", sets=mixed["scol-judged-by-dlib_resnet"].sets)
+    assert (line.tune.identity, line.refine.identity, line.refine.margins) == (
+        ("faceres",),
+        ("mobilefacenet",),
+        (-0.4,),
+    )
     paper = {m.name for m in tables.leave_one_out(options(profile="paper"))}
     assert "scol" in paper and not any(n.startswith("scol-judged") for n in paper)  # it uses the encoder alone
 
@@ -274,3 +285,5 @@ def test_a_line_without_swaps_costs_itself_alone(tmp_path):
 def test_unknown_experiment():
     with pytest.raises(ExperimentError, match="table1, table2"):
         tables.run("table7", options())
+    with pytest.raises(ExperimentError, match="--other-inside names 'x'"):
+        tables.run("table1", options(inside={"x": ["faceres"]}))

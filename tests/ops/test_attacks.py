@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from scol_ops.attack import momentum
 from scol_ops.attacks import MIFGSMSettings, TIDIMSettings, TIPIMSettings, mi_fgsm, ti_dim, tip_im
@@ -86,6 +87,80 @@ def test_without_momentum_one_step_is_fgsm(face, surrogates):
     (flat(start) * flat(face)).sum().backward()
     assert torch.equal(result.picture, (start.detach() - 2 * EPS * start.grad.sign()).clamp(low, high))
     assert x.grad is None
+
+
+@pytest.fixture
+def linear() -> tuple[torch.Tensor, np.ndarray]:
+    """A small picture, and the matrix (D, 3 * 24 * 24) of a feature that is linear but for its length."""
+    rng = np.random.default_rng(5)
+    matrix = rng.standard_normal((6, 3 * 24 * 24)) / 40
+    return torch.from_numpy(rng.uniform(-0.5, 0.5, (1, 3, 24, 24))), matrix
+
+
+def gradient_by_hand(pixels: np.ndarray, matrix: np.ndarray, toward: np.ndarray) -> np.ndarray:
+    """Of the cosine of a linear feature to a unit vector."""
+    v = matrix @ pixels.ravel()
+    length = np.linalg.norm(v)
+    return (matrix.T @ ((toward - v * (v @ toward) / length**2) / length)).reshape(pixels.shape)
+
+
+@pytest.mark.parametrize("blur", [False, True])
+def test_two_steps_by_hand(linear, blur):
+    """What a step leaves is carried to the next; TI-DIM smooths each gradient first, with zeros around it."""
+    x, matrix = linear
+    weights = torch.from_numpy(matrix)
+    feature = lambda p: torch.nn.functional.normalize(p.flatten(1) @ weights.T, dim=1)  # noqa: E731
+    eps, step = 0.05, 0.02
+    if blur:
+        settings = TIDIMSettings(eps=eps, steps=2, step_size=step, probability=0.0, kernel=5, sigma=1.5)
+        got = ti_dim(x, [feature], settings).picture.numpy()
+    else:
+        got = mi_fgsm(x, [feature], MIFGSMSettings(eps=eps, steps=2, step_size=step)).picture.numpy()
+    g = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 1.5**2))
+    kernel = np.outer(g, g) / g.sum() ** 2
+    start = x.numpy()
+    own = matrix @ start.ravel() / np.linalg.norm(matrix @ start.ravel())
+    y, c = np.mgrid[:24, :24]
+    moved, carried, plain = start + ((y + c) % 2 * 2 - 1) / 255, np.zeros_like(start), []
+    for _ in range(2):
+        gradient = gradient_by_hand(moved, matrix, own)
+        if blur:
+            gradient = np.stack([ndimage.convolve(g, kernel, mode="constant") for g in gradient[0]])[None]
+        carried = carried + gradient / np.abs(gradient).mean()
+        plain.append(np.sign(gradient))
+        moved = np.clip(moved - 2 * step * np.sign(carried), start - 2 * eps, start + 2 * eps)
+    assert (np.abs(got - moved) < 1e-6).mean() > 0.999  # signs of what is nearly zero may differ
+    assert (np.sign(carried) != plain[1]).mean() > 0.01  # without what was carried it would be another picture
+
+
+def test_diverse_inputs_come_as_often_as_they_should(linear):
+    x, matrix = linear
+    weights = torch.from_numpy(matrix)
+    grey = []
+
+    def feature(p):
+        grey.append(bool((p == 0).all(dim=1).any()))  # the padding of a shrunk picture
+        return torch.nn.functional.normalize(p.flatten(1) @ weights.T, dim=1)
+
+    ti_dim(x, [feature], TIDIMSettings(eps=0.01, steps=200, probability=0.3, smallest=0.7), seed=2)
+    steps = grey[1:-2]  # first the original; at the end the losses of both pictures as they are
+    assert len(steps) == 200 and 0.2 < np.mean(steps) < 0.4 and not grey[0] and not any(grey[-2:])
+
+
+def test_tip_im_takes_the_target_that_gains_most(linear):
+    x, matrix = linear
+    weights = torch.from_numpy(matrix)
+    feature = lambda p: torch.nn.functional.normalize(p.flatten(1) @ weights.T, dim=1)  # noqa: E731
+    own = feature(x)
+    torch.manual_seed(1)
+    near, far = (torch.nn.functional.normalize(t, dim=1) for t in (own + 0.8 * torch.randn(1, 6), -own))
+    settings = TIPIMSettings(eps=0.05, steps=1, diversity=0.0)
+    both = tip_im(x, [feature], [torch.cat([far, near])], settings)
+    alone = {name: tip_im(x, [feature], [t], settings).picture for name, t in (("near", near), ("far", far))}
+    gains = {n: float(gain([feature(p)], [own], [torch.cat([far, near])])) for n, p in alone.items()}
+    best = max(gains, key=gains.get)
+    assert torch.equal(both.picture, alone[best]) and not torch.equal(alone["near"], alone["far"])
+    assert abs(gains["near"] - gains["far"]) > 1e-4
 
 
 def test_momentum_by_hand():
