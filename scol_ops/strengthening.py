@@ -38,7 +38,8 @@ class StrengthenSettings:
 
 
 def refinement_of(settings: StrengthenSettings, base: RefineSettings, number: int) -> RefineSettings:
-    """The refinement's settings in round ``number`` (1 ..).  It starts from the whole of what is there."""
+    """The refinement's settings in round ``number`` (1 ..).  It starts from the whole of what is there, which the
+    refinement's low-pass and damping of colours go over once more."""
     _check(number)
     kept = settings.visible_factor**number
     return replace(
