@@ -426,14 +426,12 @@ def lay_out_conditions(photos: Sequence[DatasetPhoto], place: Place) -> Place:
     picked = conditions.pick(found, options.people)
     probes = {f"{c}/{person}": pool.probes[person] for c, some in picked.items() for person in some}
     out = place.out / "hard"
-    hard, _ = lay_out(Protocol(probes, {}, {}), options.data, out / "photos")
+    drawn = {}
     for index, person in enumerate(picked[conditions.COVERED]):
         source = Path(options.data) / pool.probes[person]
         photo = decode(source.read_bytes())
-        data = encode(photo, conditions.cover(photo.pixels, landmarks[person], index))
-        target = hard / conditions.COVERED / person / source.name
-        if target.read_bytes() != data:  # what is there already is left as it is: its time tells its version
-            target.write_bytes(data)
+        drawn[f"{conditions.COVERED}/{person}"] = encode(photo, conditions.cover(photo.pixels, landmarks[person], index))
+    hard, _ = lay_out(Protocol(probes, {}, {}), options.data, out / "photos", drawn)
     return Place(out, hard, gallery, people + options.distractors, options, place.say, place.progress)
 
 

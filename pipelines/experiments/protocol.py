@@ -7,9 +7,10 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from pipelines.experiments.datasets import DatasetError, DatasetPhoto
 
@@ -85,16 +86,25 @@ def develop(photos: Iterable[DatasetPhoto], people: int, distractors: int = 1000
     return choose(photos, people, distractors, DEVELOPMENT_SEED + seed, exclude=reported(photos))
 
 
-def lay_out(protocol: Protocol, root: str | os.PathLike[str], folder: str | os.PathLike[str]) -> tuple[Path, Path]:
+def lay_out(
+    protocol: Protocol,
+    root: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    drawn: Mapping[str, bytes] = MappingProxyType({}),
+) -> tuple[Path, Path]:
     """Copy the photos to `FOLDER/originals/PERSON/` and `FOLDER/gallery/PERSON/`; files that are there already, of the
     source's size and date, stay.
 
     Photos of an earlier protocol that are not of this one are removed from these two folders.
 
+    Args:
+        drawn: of some probes, by person, the file to write in place of the photo's.
+
     Returns:
         the two folders.
     """
     places = (Path(folder) / "originals", Path(folder) / "gallery")
+    made = {places[0] / person / Path(protocol.probes[person]).name: data for person, data in drawn.items()}
     wanted = [protocol.probes, {**protocol.mates, **protocol.distractors}]
     for place, photos in zip(places, wanted, strict=True):
         files = {place / person / Path(path).name: Path(root) / path for person, path in photos.items()}
@@ -102,10 +112,12 @@ def lay_out(protocol: Protocol, root: str | os.PathLike[str], folder: str | os.P
             if old.is_file() and old not in files:
                 old.unlink()
         for target, source in files.items():
-            if not _copied(source, target):
+            data = made.get(target)
+            # What is there already is left as it is: its time tells its version.
+            if not _copied(source, target) if data is None else not target.exists() or target.read_bytes() != data:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 part = target.with_name(target.name + ".part")
-                shutil.copy2(source, part)
+                shutil.copy2(source, part) if data is None else part.write_bytes(data)
                 os.replace(part, target)
     return places
 
