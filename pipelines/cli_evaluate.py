@@ -99,6 +99,7 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
         Exit status: 0 if every photo could be compared, 1 if some could not, 2 if the evaluation could not start.
         """
         from pipelines.evaluate import job
+        from pipelines.evaluate.summary import LOST
         from pipelines.manifests import to_json
         from pipelines.protect import Reporter
         from scol_ops.distortions import STANDARD
@@ -135,9 +136,7 @@ def register(main: click.Group, guarded: Callable, json_option: Callable, say: C
             click.echo(job.table_words(result.figures))
             click.echo(f"page: {result.out}/evaluation.html")
         counts = result.figures["counts"]
-        lost = sum(
-            counts.get(f"photos_{k}", 0) for k in ("missing", "ambiguous", "unreadable", "shape_differs", "error")
-        )
+        lost = sum(counts.get(name, 0) for name in LOST)
         if lost:
             say(
                 f"{lost} of {counts['photos']} photos could not be compared: status and reason are in "

@@ -14,7 +14,7 @@ import torch
 
 from pipelines.evaluate.measure import CROP, OTHER, UNPROTECTED, Spot, column
 from pipelines.evaluate.pairs import MATES
-from pipelines.evaluate.summary import AVERAGE, PROTECTED, Judge, Summary, far_name
+from pipelines.evaluate.summary import AVERAGE, LOST, PROTECTED, Judge, Summary, far_name
 from pipelines.html_page import (
     Budget,
     Pixels,
@@ -367,7 +367,7 @@ def _banner(figures: Mapping[str, Any]) -> str:
         )
     if AVERAGE not in figures["identity"]:
         problems.append("<strong>Every recogniser here was used by the method: these figures prove nothing.</strong>")
-    lost = sum(c.get(f"photos_{k}", 0) for k in ("missing", "ambiguous", "unreadable", "shape_differs", "error"))
+    lost = sum(c.get(name, 0) for name in LOST)
     if lost:
         problems.append(f'{lost:,} of {c["photos"]:,} photos could not be compared: <a href="#counts">why</a>.')
     if c.get("faces_error"):

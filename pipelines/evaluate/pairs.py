@@ -111,6 +111,11 @@ def stem(path: str, drop: str = "") -> str:
     return f"{folder}/{base}" if folder else base
 
 
+def _ends_in(path: str, drop: str) -> bool:
+    """Whether `stem` drops something of this path."""
+    return stem(path, drop) != stem(path)
+
+
 def _number(*fields: str) -> int:
     return int.from_bytes(hashlib.blake2b("\0".join(fields).encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
@@ -262,7 +267,7 @@ class Pairing:
         chosen: list[int] = []  # the smallest hashes, negated: a heap
         same = drop != "" and originals.rstrip("/") == protected.rstrip("/")  # protected files beside their originals
         for row in _listing(originals, of_folder, skipped, stop):
-            if same and stem(row["path"], drop) != row["stem"]:
+            if same and _ends_in(row["path"], drop):
                 continue
             one.add(row)
             if limit is not None:
@@ -275,7 +280,7 @@ class Pairing:
         if not one.rows:
             raise EvaluateError("EMPTY", f"no photo at {originals}")
         for row in _listing(protected, None, skipped, stop, drop):
-            if not (same and stem(row["path"]) == row["stem"]):
+            if not same or _ends_in(row["path"], drop):
                 two.add(row)
         told = 0
         if named is not None:
@@ -316,7 +321,7 @@ class Pairing:
         if gallery is not None:
             others = Spread(folder, "gallery", _LISTED, "person")
             for row in _listing(gallery, "folder", skipped, stop):
-                if drop and gallery.rstrip("/") == protected.rstrip("/") and stem(row["path"], drop) != row["stem"]:
+                if gallery.rstrip("/") == protected.rstrip("/") and _ends_in(row["path"], drop):
                     continue  # a protected photo
                 if row["error"] is None and row["person"] is not None:
                     row["person"] = _label(row["person"], row["path"])

@@ -20,6 +20,8 @@ from scol_ops.metrics import verification_threshold
 AVERAGE = "average"
 PROTECTED = "protected"
 FARS = (1e-2, 1e-3)
+# Statuses of photos that could not be compared, as `counts` have them.
+LOST = ("photos_missing", "photos_ambiguous", "photos_unreadable", "photos_shape_differs", "photos_error")
 # Of the pictures' measures: range of the distribution.
 _RANGES = {
     "psnr": (0.0, 100.0),

@@ -14,7 +14,7 @@ from typing import Any
 from cluster import Progress
 from pipelines.evaluate import job, judges
 from pipelines.evaluate.page import plain_table
-from pipelines.evaluate.summary import AVERAGE, PROTECTED
+from pipelines.evaluate.summary import AVERAGE, LOST, PROTECTED
 from pipelines.experiments.methods import Made, Method, make
 from pipelines.machine import machine
 from scol_ops.distortions import NONE
@@ -140,10 +140,7 @@ def lost_faces(lines: Sequence[Line]) -> str:
     words = []
     for line in lines:
         counts = line.figures["counts"]
-        lost = {
-            key.removeprefix("photos_"): counts.get(key, 0)
-            for key in ("photos_missing", "photos_ambiguous", "photos_unreadable", "photos_shape_differs", "photos_error")
-        }
+        lost = {name.removeprefix("photos_"): counts.get(name, 0) for name in LOST}
         lost["faces that failed"] = counts.get("faces_error", 0)
         told = [f"{number} {key.replace('_', ' ')}" for key, number in lost.items() if number]
         told += [f"{code}: {why}" for code, why in sorted(line.made.failed.items())[:3]] if told else []

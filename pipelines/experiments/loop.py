@@ -8,11 +8,11 @@ from typing import Any
 
 from pipelines.evaluate.page import plain_table
 from pipelines.manifests import WEAK, Run, read_stage
+from pipelines.stages.strengthen import PASSED
 from scol_ops.strengthening import StrengthenSettings
 
 MEASURES = ("psnr", "ssim", "flip", "ism", "ism_worst")  # of `publish`
 OUTCOMES = ("passed at once", "went back, stronger", "went back, as before", "known, but too much changed to go back")
-PASSED = "passed"  # `ended` of a face that the judge no longer knows, as `pipelines.stages.strengthen` writes it
 LEAST_PSNR = StrengthenSettings.min_psnr  # dB over the crop: the stated quality, a face below it is counted
 
 

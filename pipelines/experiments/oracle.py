@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,10 +93,7 @@ class Oracle:
 
 
 def _remember(record: Path, digests: Mapping[str, str]) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    part = record.with_suffix(".part")
-    part.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, record)
+    write_output(str(record.parent), record.name, (json.dumps(digests, indent=1) + "\n").encode())
 
 
 def make_swaps(oracle: Oracle, sources: str | Path, folder: str | Path) -> Swapped:

@@ -396,7 +396,8 @@ def run(
     """Run an experiment, or go on with it; returns its table (Markdown), which OUT/NAME.md holds, with OUT/NAME.json.
 
     Raises:
-        ExperimentError: an unknown name, or `inside` of a defence that `others` lacks. DatasetError: the data set is not there. Others as `comparison.compare`.
+        ExperimentError: an unknown name, or `inside` of a defence that `others` lacks. DatasetError: the data set is not
+            there. Others as `comparison.compare`.
     """
     if name not in NAMES:
         raise ExperimentError(f"no experiment {name!r}; there are {', '.join(NAMES)}")
