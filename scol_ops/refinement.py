@@ -26,7 +26,6 @@ from scol_ops.losses import (
 from scol_ops.perception import colour_flip, perceived_colours, visible_difference
 from scol_ops.tuning import DeadlineExceeded, TuneResult, confine, masked_psnr
 
-
 _STEERING = 0.1  # how much the logarithm of FLIP's weight moves in a step, for each e-fold off the target
 
 

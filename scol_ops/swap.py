@@ -46,8 +46,8 @@ def swap(
         target: (B, 3, 256, 256), FFHQ-aligned crops, RGB in [-1, 1].
         target_codes: (B, 16, 512): the crops' inversions; the better, the more of pose and light stays.
         source: (B, 192), unit norm: MobileFaceNet's embeddings of the sources' faces.
-        mapper: ``weights.load_swapper``.
-        generator: ``weights.load_mobilestylegan(256)``.
+        mapper: ``embedded.load_swapper``.
+        generator: ``embedded.load_mobilestylegan(256)``.
         mask: (B or 1, 1, 256, 256) in [0, 1]: where the target is replaced (``paste.face_mask`` of its
             landmarks); None for the rendered picture as it is.
 

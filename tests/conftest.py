@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `s3_server`
 
 Pixels = np.ndarray
 
@@ -19,7 +15,7 @@ Pixels = np.ndarray
 def draw_face() -> Callable[[int], Pixels]:
     """Seed -> uint8 (256, 256, 3): an FFHQ-aligned face, the same for the same seed."""
     from scol_ops.metrics import to_uint8
-    from scol_ops.models.weights import load_mobilestylegan
+    from scol_ops.models.embedded import load_mobilestylegan
 
     generator = load_mobilestylegan(256)
 
@@ -52,7 +48,8 @@ def draw_photo(draw_face) -> Callable[..., Pixels]:
 def s3_server() -> Iterator:
     """`s3_server.S3Server`: S3 over HTTP, with an empty bucket."""
     import boto3
-    from s3_server import BUCKET, S3Server
+
+    from tests.helpers.s3_server import BUCKET, S3Server
 
     server = S3Server()
     boto3.client(
@@ -72,7 +69,8 @@ def s3(s3_server, monkeypatch, request) -> Iterator:
     own."""
     import fsspec
     import s3fs
-    from s3_server import BUCKET
+
+    from tests.helpers.s3_server import BUCKET
 
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)

@@ -16,13 +16,17 @@ from PIL import Image, ImageOps
 
 from cluster import ray_session
 from gallery_index import Gallery, GalleryMismatchError
-from pipelines import gallery_jobs
-from pipelines.config import Config, load_config
-from pipelines.config import STAGES as ALL_STAGES
+from pipelines.archive.listing import list_source
+from pipelines.archive.paths import photo_id
+from pipelines.config.load import load_config
+from pipelines.config.names import STAGES as ALL_STAGES
+from pipelines.config.sections import Config
 from pipelines.experiments import loop
-from pipelines.manifests import Run, read_photos, read_stage
-from pipelines.protect import exit_status, list_source, protect
-from pipelines.sources import photo_id
+from pipelines.jobs import gallery as gallery_jobs
+from pipelines.jobs import run_gallery
+from pipelines.jobs.protect import exit_status, protect
+from pipelines.run.folder import Run
+from pipelines.run.tables import read_photos, read_stage
 from pipelines.stages import fuse
 
 STAGES = tuple(stage for stage in ALL_STAGES if stage != "strengthen")  # left out where it has no rounds
@@ -307,9 +311,9 @@ def test_gallery_of_photos_and_its_exclusions(archive: Path, first: dict, run: R
     for name, row in zip(names, fuse.operator(capped, "w", str(tmp_path / "gallery"))(table).to_pylist(), strict=True):
         others = {other for other, cosine in zip(names, alike[names.index(name)], strict=True) if -2 < cosine <= ceiling}
         assert set(row["most_ids"]) <= others
-    assert gallery_jobs.expectation(capped).weights["recogniser"] == info.weights["recogniser"]
+    assert run_gallery.expectation(capped).weights["recogniser"] == info.weights["recogniser"]
     with pytest.raises(GalleryMismatchError, match="identity_ceiling"):
-        gallery_jobs.ensure_gallery(capped, run, print)
+        run_gallery.ensure_gallery(capped, run, print)
 
     # With a person known, his other photos do not count either; person ids come from folders here.
     people = {p.photo_id: p.person_id for p in list_source(str(archive), people_from="folder").photos}

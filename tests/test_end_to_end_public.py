@@ -16,14 +16,19 @@ from PIL import Image
 
 from cluster import ray_session
 from gallery_index import GalleryMismatchError
-from pipelines import gallery_jobs, models
-from pipelines.config import STAGES, ConfigError, load_config
-from pipelines.manifests import Run, read_stage
-from pipelines.model_store import MissingModelError, ModelStore
-from pipelines.protect import protect
+from pipelines.config.load import ConfigError, load_config
+from pipelines.config.names import STAGES
+from pipelines.jobs import run_gallery
+from pipelines.jobs.protect import protect
+from pipelines.networks import fingerprints
+from pipelines.networks import resolve as resolving
+from pipelines.networks.store import MissingModelError, ModelStore
+from pipelines.run.folder import Run
+from pipelines.run.tables import read_stage
 from scol_ops.models import checkpoints
+from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.models.stylegan2 import StyleGAN2
-from scol_ops.models.weights import load_mobilestylegan
+from tests.helpers import fabricate
 
 MODELS = Path(__file__).parent / "models"
 
@@ -35,7 +40,7 @@ def _load(name: str, path: Path):
     return module
 
 
-recipe, fabricate = _load("golden_recipe", MODELS / "golden" / "recipe.py"), _load("fabricate", MODELS / "fabricate.py")
+recipe = _load("golden_recipe", MODELS / "golden" / "recipe.py")
 
 
 def filled(name: str, wanted: Callable[[str], bool] = lambda entry: True) -> dict[str, torch.Tensor]:
@@ -57,7 +62,7 @@ def e4e_64() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> ModelStore:
     """A store with both, added from files in the published layouts by the command."""
-    from pipelines.cli import main
+    from pipelines.cli.main import main
 
     folder = tmp_path_factory.mktemp("models")
     generator = filled("stylegan2_64")
@@ -114,8 +119,8 @@ def test_w_spaces_must_agree_and_both_are_named(store: ModelStore, tmp_path: Pat
     for file in ("e4e-64.json", "e4e-64.safetensors"):
         (Path(other.url) / file).symlink_to(Path(store.url) / file)
     with pytest.raises(ConfigError, match=r"'stylegan2-64' \(from other.pt\) and encoder 'e4e-64' \(from e.pt\)"):
-        models.resolve(settings(other))
-    assert models.resolve(settings(store)).engine.models == store.url
+        resolving.resolve(settings(other))
+    assert resolving.resolve(settings(store)).engine.models == store.url
     first, second = (place.record("stylegan2-64").w_fingerprint for place in (store, other))
     assert first != second and store.record("e4e-64").w_fingerprint == first
 
@@ -143,7 +148,7 @@ def test_mobilestylegan_and_stylegan2_of_one_w_share_a_gallery(store: ModelStore
     place = ModelStore(str(tmp_path / "store"))
     (tmp_path / "ffhq.pt").write_bytes(fabricate.torch_file({"g_ema": state, "latent_avg": mobile.mean_code}))
     record, sheet = place.add("stylegan2-64", str(tmp_path / "ffhq.pt"))
-    assert record.w_fingerprint == models.mapping_fingerprint() and sheet.startswith(b"\x89PNG")
+    assert record.w_fingerprint == fingerprints.mapping_fingerprint() and sheet.startswith(b"\x89PNG")
     assert store.record("stylegan2-64").w_fingerprint != record.w_fingerprint
 
     z = torch.randn(8, 512, generator=torch.Generator().manual_seed(3))
@@ -152,13 +157,13 @@ def test_mobilestylegan_and_stylegan2_of_one_w_share_a_gallery(store: ModelStore
 
     # A gallery that MobileStyleGAN made (L = 16) fits a run of ten codes of the same W, and no run of another W.
     url = str(tmp_path / "gallery")
-    gallery_jobs.build_synthetic(url, load_config(sets=["gallery.synthetic=64"]))
+    run_gallery.build_synthetic(url, load_config(sets=["gallery.synthetic=64"]))
     (Path(place.url) / "e4e-64.safetensors").symlink_to(Path(store.url) / "e4e-64.safetensors")
     encoder = json.loads((Path(store.url) / "e4e-64.json").read_text())
     encoder["w_probe"], encoder["w_fingerprint"] = record.w_probe, record.w_fingerprint
     (Path(place.url) / "e4e-64.json").write_text(json.dumps(encoder))
-    shared = models.resolve(settings(place, f"gallery.url={url}"))
-    _, info = gallery_jobs.ensure_gallery(shared, Run(str(tmp_path / "run")), print)
+    shared = resolving.resolve(settings(place, f"gallery.url={url}"))
+    _, info = run_gallery.ensure_gallery(shared, Run(str(tmp_path / "run")), print)
     assert (info.layers, info.count) == (16, 64)
     from gallery_index import Gallery
 
@@ -168,4 +173,4 @@ def test_mobilestylegan_and_stylegan2_of_one_w_share_a_gallery(store: ModelStore
     assert found.most_vectors.shape[1:] == (10, 3, 512) or found.most_vectors.shape[2] == 10
     assert found.least_vectors.shape == (1, 10, 512)
     with pytest.raises(GalleryMismatchError, match="generator's fingerprint"):
-        gallery_jobs.ensure_gallery(models.resolve(settings(store, f"gallery.url={url}")), Run(str(tmp_path / "r2")), print)
+        run_gallery.ensure_gallery(resolving.resolve(settings(store, f"gallery.url={url}")), Run(str(tmp_path / "r2")), print)

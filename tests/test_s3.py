@@ -15,13 +15,18 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
-from s3_server import Fault
 
 from cluster import hash_key
-from pipelines import presence, sources
-from pipelines.config import STAGES
-from pipelines.manifests import Run, RunError, read_photos, read_stage
-from pipelines.sources import OutputError, SourceError, check_out, list_photos, read_bytes, remove_output, write_output
+from pipelines.archive import folders, reading
+from pipelines.archive.output import check_out, remove_output, write_output
+from pipelines.archive.paths import OutputError, SourceError
+from pipelines.archive.reading import read_bytes
+from pipelines.archive.source import list_photos
+from pipelines.config.names import STAGES
+from pipelines.run import presence
+from pipelines.run.folder import Run, RunError
+from pipelines.run.tables import read_photos, read_stage
+from tests.helpers.s3_server import Fault
 
 ROOT = Path(__file__).parents[1]
 TRANSIENT = ["internal", "slow_down", "bad_gateway", "reset", "cut"]
@@ -42,7 +47,7 @@ def put(root: str, files: dict[str, bytes]) -> None:
 
 
 def test_a_listing_comes_page_by_page_in_the_order_of_paths(s3, monkeypatch):
-    monkeypatch.setattr(sources, "_PAGE", 4)
+    monkeypatch.setattr(folders, "_PAGE", 4)
     names = ["a/x.jpg", "a-b.jpg", "a.jpg", "a/b/z.PNG", "Z/q.webp", "日本/猫.jpeg", "ваня/é.tif", "a0/c.bmp", "notes.txt"]
     put(s3.root, {name: b"12345" for name in names})
     s3.requests.clear()
@@ -80,7 +85,7 @@ def test_odd_keys_get_a_reason_and_folders_are_none(s3):
 
 @pytest.mark.parametrize("kind", TRANSIENT)
 def test_a_listing_survives_faults_between_pages(s3, monkeypatch, no_pauses, kind):
-    monkeypatch.setattr(sources, "_PAGE", 2)
+    monkeypatch.setattr(folders, "_PAGE", 2)
     put(s3.root, {f"{n}.jpg": b"x" for n in range(9)})
     with s3.failing(Fault(kind, "GET", "continuation-token", times=4)) as (fault,):
         assert [row.path for row in list_photos(s3.root)] == [f"{n}.jpg" for n in range(9)]
@@ -95,7 +100,7 @@ def test_reading_a_photo_survives_faults_and_notices_what_is_missing(s3, no_paus
         assert read_bytes(f"{s3.root}/a.jpg") == data
     assert fault.seen
     with s3.failing(Fault(kind, "GET", "a.jpg", times=1)):
-        assert sources.content_digest(f"{s3.root}/a.jpg") == hashlib.blake2b(data, digest_size=16).hexdigest()
+        assert reading.content_digest(f"{s3.root}/a.jpg") == hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def test_reading_gives_up_with_a_typed_reason(s3, no_pauses):
@@ -176,7 +181,7 @@ SETTINGS += ["engine.threads=1", "engine.device=cpu"]
 
 def scol(server, *commands: list[str]) -> list[dict]:
     environment = os.environ | server.environment | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, str(ROOT / "tests" / "s3_drive.py"), json.dumps(commands)]
+    script = [sys.executable, str(ROOT / "tests" / "helpers" / "s3_drive.py"), json.dumps(commands)]
     done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.machine import machine, machine_line
+from pipelines.run.environment import machine, machine_line
 from scol_ops.detection import FaceDetector
 from scol_ops.runtime import keep_freed_memory
 
@@ -58,7 +58,7 @@ def facenet_mtcnn():
 
 def make_photos(side: int, count: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Photos with generated people, and where their faces are: (K, 2) centres for each photo."""
-    from scol_ops.models.weights import load_mobilestylegan
+    from scol_ops.models.embedded import load_mobilestylegan
 
     generator, rng = load_mobilestylegan(256), np.random.default_rng(seed)
     photos, truth = [], []

@@ -205,8 +205,8 @@ def run_watched(command: list[str]) -> tuple[float, int]:
 
 def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table]:
     """Source keys of a synthetic listing, made from `SourceRow`s as `scol protect` does."""
-    from pipelines.listing import source_key
-    from pipelines.sources import SourceRow
+    from pipelines.archive.entry import SourceRow
+    from pipelines.archive.listing import source_key
 
     for first in range(0, photos, window):
         keys = [
@@ -219,7 +219,7 @@ def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table
 
 def planning_part(folder: str, photos: str, done: str) -> None:
     """Prints a JSON object: seconds, and the process's peak resident size in bytes."""
-    from pipelines.config import STAGES, VERSIONS
+    from pipelines.config.names import STAGES, VERSIONS
 
     rules = {stage: partial(hash_keys, [hash_key(stage, VERSIONS[stage], "configuration")]) for stage in STAGES}
     store = PartStore(folder)
@@ -309,10 +309,11 @@ def measure_efficiency(actors: int, item_seconds: float, items: int, shard_items
 
 
 def measure_overhead(photos: int, workers: int) -> dict[str, Any]:
-    from pipelines import protect
+    from pipelines import stages
     from pipelines.bench import chaos_work
     from pipelines.bench.bench_stages import make_photos
-    from pipelines.config import load_config
+    from pipelines.config.load import load_config
+    from pipelines.jobs import protect as protect_job
 
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as name:
         folder = Path(name)
@@ -320,13 +321,13 @@ def measure_overhead(photos: int, workers: int) -> dict[str, Any]:
         (folder / "calls").mkdir()
         os.environ[chaos_work.LOG] = str(folder / "calls")
         config = load_config("quick", sets=[f"engine.workers={workers}", "engine.threads=1", "gallery.synthetic=5000"])
-        make_stages = protect.make_stages
-        protect.make_stages = lambda *args, **settings: chaos_work.watched(make_stages(*args, **settings))
+        make_stages = stages.make_stages
+        stages.make_stages = lambda *args, **settings: chaos_work.watched(make_stages(*args, **settings))
         begin = time.perf_counter()
         try:
-            summary = protect.protect(str(folder / "photos"), str(folder / "out"), config)
+            summary = protect_job.protect(str(folder / "photos"), str(folder / "out"), config)
         finally:
-            protect.make_stages = make_stages
+            stages.make_stages = make_stages
         wall = time.perf_counter() - begin
         busy, passed, seen = _generator_time(folder / "calls")
     if seen != workers:
@@ -388,7 +389,7 @@ def main() -> None:
     if unknown := set(wanted) - set(PARTS):
         parser.error(f"no part {', '.join(unknown)}")
 
-    from pipelines.machine import machine, machine_line
+    from pipelines.run.environment import machine, machine_line
 
     workers = arguments.workers or machine()["cores"]
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}

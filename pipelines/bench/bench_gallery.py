@@ -42,8 +42,8 @@ from gallery_index.reference import faiss_search
 from gallery_index.scoring import norms
 from gallery_index.storage import Folder
 from gallery_index.tuning import choose
-from pipelines.machine import machine, machine_line
-from scol_ops.models.weights import load_mobilestylegan
+from pipelines.run.environment import machine, machine_line
+from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.runtime import set_up
 
 K = 10

@@ -20,12 +20,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.worker import forget_peak_memory, peak_memory
-from pipelines import nightly
-from pipelines.config import STAGES, load_config
-from pipelines.keys import chain, renewal, stage_rules
-from pipelines.listing import spooled
-from pipelines.manifests import Run
-from pipelines.sources import SourceRow
+from pipelines.archive.entry import SourceRow
+from pipelines.archive.listing import spooled
+from pipelines.config.load import load_config
+from pipelines.config.names import STAGES
+from pipelines.jobs import changes as night_changes
+from pipelines.jobs.renewal import renewal
+from pipelines.run.folder import Run
+from pipelines.run.keys import chain, stage_rules
 
 
 def entries(photos: int) -> Iterator[SourceRow]:
@@ -38,7 +40,7 @@ def entries(photos: int) -> Iterator[SourceRow]:
 def night(folder: str, photos: int) -> dict[str, float]:
     """One night in this process: seconds of each step, and by how much the resident size grew at most, bytes."""
     from cluster import Engine
-    from pipelines.protect import planned
+    from pipelines.jobs.chain import planned
     from pipelines.stages import make_stages
 
     config, weights = load_config(), {stage: "0" * 16 for stage in STAGES}
@@ -55,7 +57,7 @@ def night(folder: str, photos: int) -> dict[str, float]:
 
     listing = spooled(entries(photos), "/archive")
     step("listing")
-    changes = nightly.compare(run, "/archive", listing, listing.all_ids, listing.failed, "stat")
+    changes = night_changes.compare(run, "/archive", listing, listing.all_ids, listing.failed, "stat")
     if changes.unchanged not in (0, photos):
         raise RuntimeError(f"the comparison is wrong: {changes}")
     step("comparing")

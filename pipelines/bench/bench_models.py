@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.worker import peak_memory
-from pipelines.config import EMBEDDED, ENCODER, load_config
-from pipelines.machine import machine, machine_line
-from pipelines.public_models import CARDS
+from pipelines.config.load import load_config
+from pipelines.config.names import EMBEDDED, ENCODER
+from pipelines.run.environment import machine, machine_line
 from scol_ops import runtime
 from scol_ops.models import checkpoints
-from scol_ops.models.recognisers import Recogniser, load_recogniser
-from scol_ops.models.weights import load_encoder, load_mobilestylegan
+from scol_ops.models.catalogue import CARDS
+from scol_ops.models.embedded import load_encoder, load_mobilestylegan, load_recogniser
+from scol_ops.models.recognisers import Recogniser
 
 # What the paper's table 5 says of an image: GFLOPs, millions of parameters, seconds (an RTX 3090).
 PAPER = {

@@ -17,15 +17,15 @@ import time
 from pathlib import Path
 
 from cluster import ray_session
-from pipelines.config import PROFILES
+from pipelines.config.load import PROFILES
 from pipelines.evaluate import judges
 from pipelines.experiments import loop
 from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, compare, lost_faces, protection_table, record
 from pipelines.experiments.datasets import DatasetError, read_dataset
 from pipelines.experiments.methods import ATTACKS, Method
 from pipelines.experiments.protocol import REPORTED_PEOPLE, REPORTED_SEED, choose, lay_out
-from pipelines.manifests import to_json
-from pipelines.protect import Reporter
+from pipelines.jobs.progress import Reporter
+from pipelines.run.text import to_json
 from scol_ops.distortions import NONE
 
 PHOTOS = ("../shared/data/lfw-dev", "shared/data/lfw-dev")

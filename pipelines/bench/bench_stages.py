@@ -23,12 +23,14 @@ import torch
 from PIL import Image
 
 from pipelines.bench.memory import MemoryWatch, is_ray_worker
-from pipelines.config import PROFILES, STAGES, load_config
-from pipelines.machine import machine
-from pipelines.manifests import Run, read_stage
-from pipelines.protect import protect
+from pipelines.config.load import PROFILES, load_config
+from pipelines.config.names import STAGES
+from pipelines.jobs.protect import protect
+from pipelines.run.environment import machine
+from pipelines.run.folder import Run
+from pipelines.run.tables import read_stage
 from scol_ops.metrics import to_uint8
-from scol_ops.models.weights import load_mobilestylegan
+from scol_ops.models.embedded import load_mobilestylegan
 
 
 def make_photos(folder: Path, count: int) -> None:

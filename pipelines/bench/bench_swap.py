@@ -23,19 +23,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipelines.archive.reading import read_bytes
 from pipelines.evaluate.page import plain_table
 from pipelines.experiments.datasets import DatasetError, read_dataset
 from pipelines.experiments.protocol import choose
-from pipelines.machine import machine
-from pipelines.photo import decode
-from pipelines.sources import read_bytes
+from pipelines.photos.codec import decode
+from pipelines.run.environment import machine
 from scol_ops.alignment import align
 from scol_ops.detection import FaceDetector
 from scol_ops.inversion import invert
+from scol_ops.models.embedded import RECOGNISERS, load_encoder, load_mobilestylegan, load_recogniser, load_swapper
 from scol_ops.models.mobilestylegan import NUM_CODES, MobileStyleGAN
-from scol_ops.models.recognisers import RECOGNISERS, Recogniser, ffhq_mean_geometry, load_recogniser
+from scol_ops.models.recognisers import Recogniser, ffhq_mean_geometry
 from scol_ops.models.swapper import EMBEDDER
-from scol_ops.models.weights import load_encoder, load_mobilestylegan, load_swapper
 from scol_ops.paste import face_mask
 from scol_ops.runtime import set_up
 from scol_ops.swap import swap

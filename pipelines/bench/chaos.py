@@ -254,8 +254,8 @@ class RealJob:
         return PartStore(folder / "out.run" / "manifests")
 
     def rows(self, folder: Path) -> Rows:
-        from pipelines.config import STAGES
-        from pipelines.manifests import read_stage
+        from pipelines.config.names import STAGES
+        from pipelines.run.tables import read_stage
 
         found: Rows = {}
         for stage in ("source", *STAGES):
@@ -587,7 +587,7 @@ def main() -> None:
     total = ("kills", "rows_lost", "rows_doubled", "outputs_different", "seconds_redone", "finished_redone")
     parts = {name: tally.to_dict() for name, tally in tallies.items()}
     result = {name: sum(part[name] for part in parts.values()) for name in total}
-    from pipelines.machine import machine
+    from pipelines.run.environment import machine
 
     result |= {"seed": arguments.seed, "nodes": arguments.nodes, "machine": machine(), "campaigns": parts}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

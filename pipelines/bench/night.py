@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from cluster import Operator, Stage
 from cluster.worker import peak_memory
-from pipelines.manifests import NO_FACE, SCHEMAS
+from pipelines.run.schemas import NO_FACE, SCHEMAS
 
 _FOLDER = 1000  # photos in a folder
 _LINKS = 60_000  # to one file
@@ -75,15 +75,16 @@ def _operator(stage: str, out: str, size: int) -> Operator:
 
 def make_run(src: Path, out: Path, size: int, shard: int, say: Callable[[str], None] = lambda text: None) -> None:
     """Run `scol protect` with such stages. `shard`: photos in a part."""
-    from pipelines import protect
-    from pipelines.config import load_config
+    from pipelines import stages
+    from pipelines.config.load import load_config
+    from pipelines.jobs import protect as protect_job
 
-    make_stages = protect.make_stages
-    protect.make_stages = lambda *args, **settings: faceless(make_stages(*args, **settings), str(out), size)
+    make_stages = stages.make_stages
+    stages.make_stages = lambda *args, **settings: faceless(make_stages(*args, **settings), str(out), size)
     try:
-        protect.protect(str(src), str(out), load_config("quick", sets=[f"engine.shard_photos={shard}"]), say=say)
+        protect_job.protect(str(src), str(out), load_config("quick", sets=[f"engine.shard_photos={shard}"]), say=say)
     finally:
-        protect.make_stages = make_stages
+        stages.make_stages = make_stages
 
 
 def run_again(folder: str, shard: str) -> None:
@@ -91,11 +92,11 @@ def run_again(folder: str, shard: str) -> None:
     import json
 
     begin = time.perf_counter()
-    from pipelines import protect  # the import of PyTorch is part of every night
-    from pipelines.config import load_config
+    from pipelines.config.load import load_config
+    from pipelines.jobs import protect as protect_job
 
     config = load_config("quick", sets=[f"engine.shard_photos={shard}"])
-    result = protect.protect(f"{folder}/photos", f"{folder}/out", config)
+    result = protect_job.protect(f"{folder}/photos", f"{folder}/out", config)
     seconds = time.perf_counter() - begin
     done = {name: stage["done"] for name, stage in result["engine"]["stages"].items()}
     words = {"photos": result["photos"], "seconds": seconds, "process_bytes": peak_memory(), "done": done}

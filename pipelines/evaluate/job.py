@@ -17,18 +17,20 @@ import pyarrow.compute as pc
 
 from cluster import Engine, KeyRule, PartStore, Pool, Progress, Resources, Stage, hash_key, hash_keys
 from cluster.keys import pack
-from pipelines.config import CEILING, EMBEDDED, ENCODER, trunk_of
+from pipelines.archive.output import check_out
+from pipelines.archive.paths import absolute
+from pipelines.archive.source import lies_inside
+from pipelines.config.names import CEILING, EMBEDDED, ENCODER, trunk_of
 from pipelines.evaluate import judges as recogniser_list
 from pipelines.evaluate import measure
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Gallery, Settings, face_schema, reference_schema, reference_source_schema
-from pipelines.evaluate.page import Examples, choose_examples, write_page
+from pipelines.evaluate.page import Examples, choose_examples, headline, identity_rows, plain_table, write_page
 from pipelines.evaluate.pairs import OK, Pairing
 from pipelines.evaluate.summary import FARS, Collector, Judge, Summary, clusters, thresholds
-from pipelines.machine import machine
-from pipelines.manifests import Run, RunError, to_json, utc
-from pipelines.protect import absolute, default_run, versions
-from pipelines.sources import check_out, lies_inside
+from pipelines.run.environment import machine, versions
+from pipelines.run.folder import Run, RunError, default_run
+from pipelines.run.text import to_json, utc
 from scol_ops import detection
 from scol_ops.distortions import NONE, STANDARD, Distortion
 
@@ -418,6 +420,5 @@ def figures_of(summary: Summary) -> dict[str, Any]:
 
 def table_words(figures: Mapping[str, Any]) -> str:
     """The result in a few lines for a terminal."""
-    from pipelines.evaluate.page import headline, identity_rows, plain_table
 
     return headline(figures) + "\n\n" + plain_table(identity_rows(figures))

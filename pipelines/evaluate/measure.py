@@ -25,13 +25,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster import Operator
-from pipelines import models
+from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import read_bytes
 from pipelines.evaluate import judges
 from pipelines.evaluate.pairs import OK
-from pipelines.manifests import face_id, row_seed
-from pipelines.photo import Photo, PhotoError, decode
-from pipelines.sources import SourceError, read_bytes
-from pipelines.stages.common import iterate, reason_of, to_tensor
+from pipelines.networks import load as networks
+from pipelines.photos.codec import decode
+from pipelines.photos.photo import Photo, PhotoError
+from pipelines.run.schemas import face_id, row_seed
+from pipelines.stages.crops import to_tensor
+from pipelines.stages.rows import iterate, reason_of
 from scol_ops.alignment import align_crops, ffhq_quads
 from scol_ops.detection import Face
 from scol_ops.distortions import NONE, Distortion
@@ -63,7 +66,7 @@ class Settings:
         lpips: name of the LPIPS to measure, or None.
         seed: of the other people that stand in for perfect protection.
         store: URL of the model store; None for the default one.
-        device: see `models.pick_device`.
+        device: see `networks.load.pick_device`.
     """
 
     recognisers: tuple[str, ...]
@@ -212,11 +215,11 @@ class Eyes:
     def __init__(
         self, recognisers: Sequence[str], device: str = "cpu", lpips: str | None = None, store: str | None = None
     ) -> None:
-        models.set_up()
-        self.device = models.pick_device(device)
+        networks.set_up()
+        self.device = networks.pick_device(device)
         self.networks: list[Recogniser] = [judges.load(name, self.device, store) for name in recognisers]
         self.lpips = None if lpips is None else judges.load_lpips(lpips, self.device, store)
-        self.detector = models.detector(
+        self.detector = networks.detector(
             self.device, DETECTOR["min_face_size"], DETECTOR["min_confidence"], DETECTOR["max_side"], 4
         )
 

@@ -12,23 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import read_bytes
 from pipelines.evaluate.measure import CROP, OTHER, UNPROTECTED, Spot, column
 from pipelines.evaluate.pairs import MATES
 from pipelines.evaluate.summary import AVERAGE, LOST, PROTECTED, Judge, Summary, far_name
-from pipelines.html_page import (
-    Budget,
-    Pixels,
-    data_url,
-    document,
-    escape,
-    histogram_svg,
-    name_html,
-    number,
-    ticks_between,
-)
-from pipelines.manifests import Run
-from pipelines.photo import PhotoError, decode
-from pipelines.sources import SourceError, read_bytes
+from pipelines.photos.codec import decode
+from pipelines.photos.photo import PhotoError
+from pipelines.report.charts import histogram_svg, number, ticks_between
+from pipelines.report.html import document, escape, name_html
+from pipelines.report.pictures import Budget, Pixels, data_url
+from pipelines.run.folder import Run
 from scol_ops.alignment import align_crops
 from scol_ops.distortions import NONE
 from scol_ops.metrics import to_uint8

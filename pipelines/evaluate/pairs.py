@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cluster import hash_key
+from pipelines.archive.entry import SourceRow
+from pipelines.archive.paths import photo_id
+from pipelines.archive.source import list_photos
 from pipelines.evaluate.errors import EvaluateError
-from pipelines.sources import SourceRow, list_photos, photo_id
 
 OK, MISSING, AMBIGUOUS, UNREADABLE = "ok", "missing", "ambiguous", "unreadable"
 MATES = 3  # photos of the same person offered to a probe: the first that shows a face counts (docs/evaluate.md)
@@ -198,7 +201,6 @@ def _people(table: str) -> Iterator[Row]:
     Raises:
         EvaluateError: BAD_PEOPLE.
     """
-    import pyarrow.csv
 
     try:
         if table.lower().endswith(".csv"):

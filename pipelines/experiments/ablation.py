@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Progress, ray_session
-from pipelines.config import ALL_RECOGNISERS, Config, ConfigError, load_config
+from pipelines.config.load import ConfigError, load_config
+from pipelines.config.names import ALL_RECOGNISERS
+from pipelines.config.sections import Config
 from pipelines.evaluate import judges
 from pipelines.evaluate.job import inside_of
 from pipelines.evaluate.measure import column
@@ -28,7 +30,7 @@ from pipelines.experiments.methods import Method, identity_sets, without
 from pipelines.experiments.protocol import develop, lay_out, reported
 from pipelines.experiments.tables import Options, write
 from pipelines.experiments.variants import COMMON, Variant, VariantError
-from pipelines.machine import machine
+from pipelines.run.environment import machine
 from scol_ops.distortions import NONE
 
 NAME = "ablation"

@@ -16,7 +16,7 @@ from pipelines.evaluate import job, judges
 from pipelines.evaluate.page import plain_table
 from pipelines.evaluate.summary import AVERAGE, LOST, PROTECTED
 from pipelines.experiments.methods import Made, Method, make
-from pipelines.machine import machine
+from pipelines.run.environment import machine
 from scol_ops.distortions import NONE
 
 Say = Callable[[str], None]

@@ -17,11 +17,12 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from cluster import Operator
-from pipelines import models
-from pipelines.config import load_config
-from pipelines.demo import draw_person
-from pipelines.manifests import OK
-from pipelines.protect import list_source, source_table
+from pipelines.archive.listing import list_source, source_table
+from pipelines.config.load import load_config
+from pipelines.jobs.demo import draw_person
+from pipelines.networks import load as networks
+from pipelines.networks import resolve as resolving
+from pipelines.run.schemas import OK
 from pipelines.stages import load
 
 
@@ -105,7 +106,7 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
     def configured(**values: float):
         steps = (f"{k.replace('__', '.')}={v}" for k, v in values.items())
         found = load_config(profile, sets=(*sets, "strengthen.rounds=0", *steps))
-        return models.resolve(found)
+        return resolving.resolve(found)
 
     config = configured()
     meter = _Meter()
@@ -155,7 +156,7 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
         first = attacking(1)
         parts["attack"] = first + (attacking(3) - first) / 2 * (config.attack.steps - 1)
     total = np.sum(list(parts.values()), 0)
-    device = models.pick_device(config.engine.device)
+    device = networks.pick_device(config.engine.device)
     return Cost(
         float(total[0]),
         sum(meter.parameters.values()) / 1e6,

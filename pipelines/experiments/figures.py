@@ -21,15 +21,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster import ray_session
-from pipelines import gallery_jobs, models
-from pipelines.config import Config, load_config
+from pipelines.archive.listing import list_source, source_table
+from pipelines.archive.reading import read_bytes
+from pipelines.config.load import load_config
+from pipelines.config.sections import Config
 from pipelines.evaluate import judges
 from pipelines.evaluate.measure import CROP, UNPROTECTED, Eyes, Gallery, Spot, Window, central_window, nearest
 from pipelines.evaluate.page import plain_table
 from pipelines.experiments import conditions
 from pipelines.experiments.comparison import DISTORTION
 from pipelines.experiments.datasets import DatasetPhoto, read_dataset
-from pipelines.experiments.lfw import Probe, central, stage_pictures
+from pipelines.experiments.probes import Probe, central, stage_pictures
 from pipelines.experiments.protocol import Protocol, choose, lay_out
 from pipelines.experiments.sheet import AMPLIFICATION, Cell, Figure, Pixels, Rows, Strip, difference, to_html, write_png
 from pipelines.experiments.subjects import (
@@ -55,12 +57,16 @@ from pipelines.experiments.subjects import (
     summary,
 )
 from pipelines.experiments.tables import ExperimentError, Options, write
-from pipelines.machine import machine
-from pipelines.manifests import OK, Run, read_stage
-from pipelines.photo import decode, encode
-from pipelines.protect import execute, list_source, source_table
-from pipelines.sources import read_bytes
-from pipelines.stages.common import as_codes, decode_png, geometry_in_crop, to_tensor
+from pipelines.jobs import run_gallery
+from pipelines.jobs.chain import execute
+from pipelines.networks import load as networks
+from pipelines.networks import resolve as resolving
+from pipelines.photos.codec import decode, encode
+from pipelines.run.environment import machine
+from pipelines.run.folder import Run
+from pipelines.run.schemas import OK
+from pipelines.run.tables import read_stage
+from pipelines.stages.crops import as_codes, decode_png, geometry_in_crop, to_tensor
 from scol_ops.alignment import align_crops
 from scol_ops.attack import attack_loss
 from scol_ops.inspection import Inspection, inspect_components
@@ -97,7 +103,7 @@ def figure_retrieval(place: Place) -> Drawn:
     paths = [path for path in common(subject) if person_of(path) in gallery.people]
     if not paths:
         raise ExperimentError("nobody who was protected is in the gallery")
-    generator = models.generator(config.generator, CPU, config.engine.models)
+    generator = networks.generator(config.generator, CPU, config.engine.models)
     face_of = lru_cache(None)(lambda url: gallery_face(eyes, url))
     strips, found = [], []
     for count, path in enumerate(paths):
@@ -208,8 +214,8 @@ def figure_random_code(place: Place) -> Drawn:
     }
     names, paths = outside(*subjects.values()), common(*subjects.values())
     config = configuration(subjects["fused"])
-    generator = models.generator(config.generator, CPU, config.engine.models)
-    networks = [judges.load(name) for name in names]
+    generator = networks.generator(config.generator, CPU, config.engine.models)
+    recognisers = [judges.load(name) for name in names]
     faces = {name: subject.faces(names) for name, subject in subjects.items()}
     strips, found, tuned = [], {}, {name: [] for name in subjects}
     for count, path in enumerate(paths):
@@ -219,7 +225,7 @@ def figure_random_code(place: Place) -> Drawn:
             pictures = stage_pictures(probe, generator)
             crops = {stage: to_uint8(picture[0]) for stage, picture in pictures.items()}
             by_stage = {
-                stage: crop_measures(probe, crops["original"], crops[stage], networks) for stage in ("fused", "tuned")
+                stage: crop_measures(probe, crops["original"], crops[stage], recognisers) for stage in ("fused", "tuned")
             }
             tuned[name].append(by_stage)
             numbers[name] = {"code": by_stage["fused"], "tuned": by_stage["tuned"]}
@@ -269,7 +275,7 @@ def figure_attack(place: Place) -> Drawn:
     }
     names, paths = outside(*subjects.values()), common(*subjects.values())
     config = configuration(subjects["with"])
-    encoder = models.encoder(CPU, config.encoder, config.engine.models)
+    encoder = networks.encoder(CPU, config.encoder, config.engine.models)
     scale = component_scale(config, subjects["with"].run, place.say)
     faces = {name: subject.faces(names) for name, subject in subjects.items()}
     strips, found = [], {}
@@ -309,8 +315,8 @@ def component_scale(config: Config, run: Run, say: Say) -> Tensor | None:
     """Units of the inspection's threshold, (L, 512), as the run has them; None for absolute ones."""
     if config.inspect.unit == "absolute":
         return None
-    url, info = gallery_jobs.ensure_gallery(config, run, say)
-    return torch.from_numpy(gallery_jobs.gallery_std(run, url, info, config.num_codes))
+    url, info = run_gallery.ensure_gallery(config, run, say)
+    return torch.from_numpy(run_gallery.gallery_std(run, url, info, config.num_codes))
 
 
 def inspected(probe: Probe, config: Config, scale: Tensor | None) -> Inspection:
@@ -323,7 +329,7 @@ def distance(encoder: Callable[[Tensor], Tensor], picture: Pixels, inspection: I
     """Root mean square over the inspected components between a crop's code and the target."""
     with torch.no_grad():
         loss = attack_loss(
-            lambda x: encoder(models.at_encoder_size(x)), to_tensor(picture), inspection.target, inspection.mask
+            lambda x: encoder(networks.at_encoder_size(x)), to_tensor(picture), inspection.target, inspection.mask
         )
     return float(loss[0].sqrt())
 
@@ -406,7 +412,7 @@ def lay_out_conditions(photos: Sequence[DatasetPhoto], place: Place) -> Place:
     pool = choose(photos, people, options.distractors, options.seed)
     originals, gallery = lay_out(pool, options.data, place.out / "pool")
     config = load_config(options.profile, sets=options.sets, engine__workers=options.workers)
-    config = models.resolve(config, place.say)
+    config = resolving.resolve(config, place.say)
     run = Run(str(place.out / "pool.run"))
     place.say(f"hard conditions: finding the faces of {people} people")
     source = source_table(list_source(str(originals)).photos)

@@ -7,7 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from pipelines.evaluate.page import plain_table
-from pipelines.manifests import WEAK, Run, read_stage
+from pipelines.run.folder import Run
+from pipelines.run.schemas import WEAK
+from pipelines.run.tables import read_stage
 from pipelines.stages.strengthen import PASSED
 from scol_ops.strengthening import StrengthenSettings
 

@@ -21,19 +21,25 @@ import torch
 from torch import Tensor
 
 from cluster import Engine, Operator, PartStore, Pool, Progress, Resources, Stage, hash_keys
-from pipelines.config import Config, load_config
+from pipelines.archive.listing import list_source, source_table
+from pipelines.archive.output import write_output
+from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import read_bytes
+from pipelines.config.load import load_config
+from pipelines.config.sections import Config
 from pipelines.evaluate import judges
 from pipelines.evaluate.job import inside_of
 from pipelines.evaluate.measure import Eyes, Window
-from pipelines.manifests import row_seed
-from pipelines.photo import PhotoError, decode, encode
-from pipelines.protect import list_source, protect, source_table
-from pipelines.sources import SourceError, read_bytes, write_output
-from pipelines.stages.common import reason_of, to_tensor
+from pipelines.jobs.protect import protect
+from pipelines.photos.codec import decode, encode
+from pipelines.photos.photo import PhotoError
+from pipelines.run.schemas import row_seed
+from pipelines.stages.crops import to_tensor
+from pipelines.stages.rows import reason_of
 from scol_ops.attacks import MIFGSMSettings, TIDIMSettings, TIPIMSettings, mi_fgsm, ti_dim, tip_im
 from scol_ops.metrics import to_uint8
+from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.models.recognisers import ffhq_mean_geometry
-from scol_ops.models.weights import load_mobilestylegan
 
 ATTACKS = {"mi-fgsm": MIFGSMSettings, "ti-dim": TIDIMSettings, "tip-im": TIPIMSettings}
 VERSION = "1"

@@ -19,15 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines import models
+from pipelines.archive.output import write_output
+from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import read_bytes
+from pipelines.archive.source import list_photos
 from pipelines.evaluate.measure import Eyes, central_window
 from pipelines.evaluate.pairs import stem
-from pipelines.sources import SourceError, list_photos, read_bytes, write_output
+from pipelines.networks import load as networks
 from scol_ops.metrics import to_uint8
+from scol_ops.models.embedded import load_swapper
+from scol_ops.models.files import SHA256
 from scol_ops.models.mobilestylegan import NUM_CODES
 from scol_ops.models.recognisers import ffhq_mean_geometry
 from scol_ops.models.swapper import EMBEDDER
-from scol_ops.models.weights import SHA256, load_swapper
 from scol_ops.paste import face_mask
 from scol_ops.swap import swap
 from scol_ops.warp import GeometryError
@@ -60,7 +64,7 @@ class Oracle:
     def __init__(self, seed: int = 0, device: str = "auto") -> None:
         self.seed = seed
         self.eyes = Eyes((EMBEDDER,), device)
-        self.generator = models.generator(GENERATOR, self.eyes.device)
+        self.generator = networks.generator(GENERATOR, self.eyes.device)
         self.mapper = load_swapper(self.eyes.device)
         self.fingerprint = "/".join(
             (

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from pipelines.evaluate.page import html_table
-from pipelines.html_page import Budget, data_url, document, escape, name_html
+from pipelines.report.html import document, escape, name_html
+from pipelines.report.pictures import Budget, data_url
 
 Pixels = NDArray[np.uint8]
 Rows = Sequence[Sequence[str]]  # of a table, the head first

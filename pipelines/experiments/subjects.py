@@ -11,20 +11,21 @@ import numpy as np
 import torch
 
 from cluster import Progress
-from pipelines.config import Config, load_config
+from pipelines.archive.reading import read_bytes
+from pipelines.config.load import load_config
+from pipelines.config.sections import Config
 from pipelines.evaluate import judges
 from pipelines.evaluate.measure import column
 from pipelines.experiments.comparison import DISTORTION, Line, compare, number, percent
 from pipelines.experiments.faces import COLUMNS, Faces, estimates, mean, read_faces
-from pipelines.experiments.lfw import ExperimentError as NothingProtected
-from pipelines.experiments.lfw import Probe, read_probes
 from pipelines.experiments.methods import Method
+from pipelines.experiments.probes import ExperimentError as NothingProtected
+from pipelines.experiments.probes import Probe, read_probes
 from pipelines.experiments.sheet import Pixels
 from pipelines.experiments.tables import ExperimentError, Options
-from pipelines.manifests import Run
-from pipelines.photo import decode
-from pipelines.sources import read_bytes
-from pipelines.stages.common import decode_png
+from pipelines.photos.codec import decode
+from pipelines.run.folder import Run
+from pipelines.stages.crops import decode_png
 from scol_ops.alignment import align_crops
 from scol_ops.metrics import to_uint8
 

@@ -18,10 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import read_bytes
+from pipelines.archive.source import list_photos
 from pipelines.evaluate.measure import Eyes, central_window
 from pipelines.evaluate.pairs import stem
-from pipelines.photo import PhotoError, decode
-from pipelines.sources import SourceError, list_photos, read_bytes
+from pipelines.photos.codec import decode
+from pipelines.photos.photo import PhotoError
 from scol_ops.metrics import psnr
 from scol_ops.warp import GeometryError
 

@@ -13,21 +13,28 @@ from pathlib import Path
 from typing import Any
 
 from cluster import Progress, ray_session
-from pipelines.config import load_config
+from pipelines.config.load import load_config
 from pipelines.evaluate import judges
 from pipelines.evaluate.page import plain_table
 from pipelines.evaluate.summary import AVERAGE
 from pipelines.experiments import costs
 from pipelines.experiments.comparison import (
-    DISTORTION, UNPROTECTED, Line, compare, lost_faces, number, percent, record,
+    DISTORTION,
+    UNPROTECTED,
+    Line,
+    compare,
+    lost_faces,
+    number,
+    percent,
+    record,
 )  # fmt: skip
 from pipelines.experiments.datasets import read_dataset
 from pipelines.experiments.methods import ATTACKS, Method, identity_sets, without
 from pipelines.experiments.protocol import choose, lay_out
 from pipelines.experiments.swaps import SwapFigures, measure_swaps
-from pipelines.manifests import to_json
+from pipelines.run.text import to_json
+from scol_ops.models.files import WeightsError
 from scol_ops.models.swapper import EMBEDDER
-from scol_ops.models.weights import WeightsError
 
 ORACLE = "embedded oracle"
 Say = Callable[[str], None]

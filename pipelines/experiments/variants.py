@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import ConfigError, read_toml
+from pipelines.config.load import ConfigError, read_toml
 from pipelines.experiments.tables import ExperimentError
 
 OWN = "own"  # group of variants from a file

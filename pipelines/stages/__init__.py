@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 
 from cluster import Operator, Stage
-from pipelines.config import STAGES, VERSIONS, Config
-from pipelines.manifests import stage_schema
-from pipelines.stages.common import error_rows
+from pipelines.config.names import STAGES, VERSIONS
+from pipelines.config.sections import Config
+from pipelines.run.schemas import stage_schema
+from pipelines.stages.rows import error_rows
 
 __all__ = ["STAGES", "make_stages"]
 
@@ -35,7 +36,7 @@ def make_stages(
 
     Args:
         config: of the run.
-        weights: by stage, what ``models.stage_weights`` says.
+        weights: by stage, what ``networks.fingerprints.stage_weights`` says.
         gallery: URL of the gallery; needed from ``fuse`` on.
         std: (L, 512) of the gallery, where ``inspect.unit`` is ``std``.
         out: URL of OUT; needed for ``publish``.

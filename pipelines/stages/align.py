@@ -9,13 +9,15 @@ import pyarrow as pa
 import torch
 
 from cluster import Operator
-from pipelines import models
-from pipelines.config import Config
-from pipelines.manifests import NO_FACE, OK, SOURCE, face_id, row_seed
-from pipelines.photo import Limits, Photo, PhotoError, decode
-from pipelines.sources import SourceError
-from pipelines.stages.common import FaceError, Row, encode_png, failed, iterate, reason_of, to_table
+from pipelines.archive.paths import SourceError
+from pipelines.config.sections import Config
+from pipelines.networks import load as networks
+from pipelines.photos.codec import decode
+from pipelines.photos.photo import Limits, Photo, PhotoError
+from pipelines.run.schemas import NO_FACE, OK, SOURCE, face_id, row_seed
+from pipelines.stages.crops import encode_png
 from pipelines.stages.reading import Reader
+from pipelines.stages.rows import FaceError, Row, failed, iterate, reason_of, to_table
 from scol_ops.alignment import align_crops, ffhq_quads
 from scol_ops.detection import Face, FaceDetector
 from scol_ops.warp import GeometryError
@@ -26,10 +28,10 @@ _PIXELS_AT_ONCE = 40_000_000
 
 def operator(config: Config, weights: str) -> Operator:
     """Loads the detector; the result takes rows of the source table."""
-    models.set_up()
+    networks.set_up()
     settings = config.align
     device = torch.device("cpu")  # the generators have the GPUs
-    detector = models.detector(
+    detector = networks.detector(
         device, settings.min_face_size, settings.min_confidence, settings.max_side, config.engine.align_batch
     )
     limits = Limits(settings.max_pixels, settings.max_bytes)

@@ -12,10 +12,11 @@ import torch
 from cluster import Operator
 from cluster.retries import is_transient, with_retries
 from gallery_index import Expectation, Gallery, GalleryError, QueryError, SearchResult, ShardedGallery
-from pipelines import models
-from pipelines.config import Config
-from pipelines.manifests import OK
-from pipelines.stages.common import Row, as_codes, as_vector, base_row, failed, iterate, to_table
+from pipelines.config.sections import Config
+from pipelines.networks import load as networks
+from pipelines.run.schemas import OK
+from pipelines.stages.crops import as_codes, as_vector
+from pipelines.stages.rows import Row, base_row, failed, iterate, to_table
 from scol_ops.fusion import draw_code, fuse
 
 _TARGET_SEED = 0x7A26  # apart from the draw of the code to fuse
@@ -23,7 +24,7 @@ _TARGET_SEED = 0x7A26  # apart from the draw of the code to fuse
 
 def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     """Loads the gallery; the result takes rows of ``invert`` with ``source.person_id``."""
-    models.set_up()
+    networks.set_up()
     gallery = _open(config, weights, gallery_url)
 
     def run(table: pa.Table) -> pa.Table:
@@ -45,14 +46,14 @@ def operator(config: Config, weights: str, gallery_url: str) -> Operator:
 
 
 def _open(config: Config, weights: str, url: str) -> Gallery | ShardedGallery:
-    """The gallery that the run was planned with; its fingerprint is in ``weights`` (``models.stage_weights``)."""
+    """The gallery that the run was planned with; its fingerprint is in ``weights`` (``networks.fingerprints.stage_weights``)."""
     planned = weights.removeprefix("gallery:").partition("+")[0] if weights.startswith("gallery:") else None
     expect, layers = Expectation(fingerprint=planned), config.num_codes
 
     def load() -> Gallery | ShardedGallery:
         if config.gallery.shards == 1:
             return Gallery.load(url, expect=expect, layers=layers, search=config.gallery.search)
-        from pipelines.gallery_service import open_sharded
+        from pipelines.stages.gallery_actors import open_sharded
 
         return open_sharded(url, config.gallery.shards, expect=expect, layers=layers, address=config.engine.ray_address)
 

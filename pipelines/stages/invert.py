@@ -7,19 +7,21 @@ from functools import partial
 import torch
 
 from cluster import Operator
-from pipelines import models
-from pipelines.config import Config
-from pipelines.stages.common import Row, as_vector, decode_png, each_face, geometry_in_crop
+from pipelines.config.sections import Config
+from pipelines.networks import fingerprints
+from pipelines.networks import load as networks
+from pipelines.stages.crops import as_vector, decode_png, geometry_in_crop
+from pipelines.stages.rows import Row, each_face
 from scol_ops.inversion import InvertSettings, invert
 
 
 def operator(config: Config, weights: str) -> Operator:
     """Loads the networks; the result takes rows of ``align``."""
-    models.set_up()
-    device = models.pick_device(config.engine.device)
+    networks.set_up()
+    device = networks.pick_device(config.engine.device)
     store = config.engine.models
-    encoder, generator = models.encoder(device, config.encoder, store), models.generator(config.generator, device, store)
-    recogniser = models.recogniser(models.INVERSION_RECOGNISER, device)
+    encoder, generator = networks.encoder(device, config.encoder, store), networks.generator(config.generator, device, store)
+    recogniser = networks.recogniser(fingerprints.INVERSION_RECOGNISER, device)
     settings = InvertSettings(**config.invert.model_dump())
 
     def treat(row: Row, deadline: float) -> Row:

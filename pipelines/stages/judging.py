@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.config import Config
-from pipelines.photo import Photo
-from pipelines.stages.common import to_tensor
+from pipelines.config.sections import Config
+from pipelines.photos.photo import Photo
+from pipelines.stages.crops import to_tensor
 from scol_ops.distortions import NONE, Distortion
 from scol_ops.metrics import ism
 from scol_ops.models.recognisers import Recogniser

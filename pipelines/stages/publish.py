@@ -10,14 +10,19 @@ import pyarrow as pa
 import torch
 
 from cluster import Operator
-from pipelines import models
-from pipelines.config import RECOGNISERS, Config
-from pipelines.manifests import ERROR, NO_FACE, OK, WEAK
-from pipelines.photo import Photo, PhotoError, decode
-from pipelines.sources import SourceError, read_bytes, write_output
-from pipelines.stages.common import Row, base_row, decode_png, failed, geometry_in_crop, iterate, reason_of, to_table
+from pipelines.archive.output import write_output
+from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import read_bytes
+from pipelines.config.names import RECOGNISERS
+from pipelines.config.sections import Config
+from pipelines.networks import load as networks
+from pipelines.photos.codec import decode
+from pipelines.photos.photo import Photo, PhotoError
+from pipelines.run.schemas import ERROR, NO_FACE, OK, WEAK
+from pipelines.stages.crops import decode_png, geometry_in_crop
 from pipelines.stages.judging import Place, bars_of, look, reason_of_weakness
 from pipelines.stages.reading import Reader
+from pipelines.stages.rows import Row, base_row, failed, iterate, reason_of, to_table
 from pipelines.stages.saving import Pasting, limits_of
 from scol_ops.alignment import align_crops
 from scol_ops.distortions import NONE
@@ -30,11 +35,11 @@ _JPEG = "jpeg75+half"  # of the column `ism_jpeg`, whatever `publish.distortions
 
 def operator(config: Config, weights: str, out: str) -> Operator:
     """Loads the recognisers; the result takes all rows of one photo."""
-    models.set_up()
+    networks.set_up()
     device = torch.device("cpu")
     names = dict.fromkeys((*RECOGNISERS, config.publish.judge))
-    networks = {name: models.recogniser(name, device, config.engine.models) for name in names}
-    judge = networks[config.publish.judge]
+    recognisers = {name: networks.recogniser(name, device, config.engine.models) for name in names}
+    judge = recognisers[config.publish.judge]
     bars = bars_of(config, judge)
     limits = limits_of(config)
     reader = Reader(limits.max_bytes)
@@ -124,7 +129,7 @@ def operator(config: Config, weights: str, out: str) -> Operator:
         before, after = (to_uint8(align_crops(p.pixels, quad, size)[0]) for p in (photo, saved))
         landmarks, _ = geometry_in_crop(row, size, device, "align.")
         face = face_mask(landmarks, size)[0, 0].numpy() > 0.5
-        others = {name: network for name, network in networks.items() if network is not judge}
+        others = {name: network for name, network in recognisers.items() if network is not judge}
         own = one.embed(judge)
         seen = look(judge, own, two, (_JPEG, *config.publish.distortions))
         counted = Seen({name: seen.cosines[name] for name in (NONE, *config.publish.distortions)})

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipelines.sources import read_bytes
+from pipelines.archive.reading import read_bytes
 
 _THREADS = 16
 _PHOTOS = 100  # at most in memory that nobody has asked for yet
@@ -18,7 +18,7 @@ class Reader:
     """Reads photos, those that are announced ahead of their turn.
 
     Args:
-        max_bytes: of a photo, see `sources.read_bytes`.
+        max_bytes: of a photo, see `archive.reading.read_bytes`.
     """
 
     def __init__(self, max_bytes: int, threads: int = _THREADS, photos: int = _PHOTOS, in_memory: int = _BYTES) -> None:
@@ -48,7 +48,7 @@ class Reader:
                 held += size
 
     def read(self, url: str) -> bytes:
-        """A photo's file. Raises SourceError as `sources.read_bytes`."""
+        """A photo's file. Raises SourceError as `archive.reading.read_bytes`."""
         future, _ = self._open.pop(url, (None, 0))
         try:
             if future is None:

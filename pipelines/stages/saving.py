@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.config import Config
-from pipelines.photo import Limits, Photo, decode, encode
-from pipelines.sources import SourceError
-from pipelines.stages.common import Row, decode_png, geometry_in_crop
+from pipelines.archive.paths import SourceError
+from pipelines.config.sections import Config
+from pipelines.photos.codec import decode, encode
+from pipelines.photos.photo import Limits, Photo
+from pipelines.stages.crops import decode_png, geometry_in_crop
+from pipelines.stages.rows import Row
 from scol_ops.paste import face_mask, paste_back
 
 

@@ -19,24 +19,30 @@ from torch import Tensor
 
 from cluster import ItemTimeout, Operator
 from cluster.worker import time_limit
-from pipelines import models
-from pipelines.config import Config
-from pipelines.manifests import OK
-from pipelines.photo import PhotoError, decode
-from pipelines.sources import SourceError
-from pipelines.stages.attack import Attacker
-from pipelines.stages.common import (
-    HARD_MARGIN, Row, base_row, decode_png, encode_png, failed, iterate, raise_if_unfit, reason_of, to_table,
-)  # fmt: skip
+from pipelines.archive.paths import SourceError
+from pipelines.config.sections import Config
+from pipelines.networks import load as networks
+from pipelines.photos.codec import decode
+from pipelines.photos.photo import PhotoError
+from pipelines.run.schemas import OK
+from pipelines.stages.crops import decode_png, encode_png  # fmt: skip
 from pipelines.stages.judging import Place, bars_of, look
 from pipelines.stages.reading import Reader
+from pipelines.stages.rows import HARD_MARGIN, Row, base_row, failed, iterate, raise_if_unfit, reason_of, to_table
 from pipelines.stages.saving import Pasting, limits_of
-from pipelines.stages.tune import Refiner, settings_of
+from pipelines.stages.treatments import Attacker, Refiner, settings_of
 from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
 from scol_ops.refinement import RefineSettings
 from scol_ops.strengthening import (
-    Seen, StrengthenSettings, attack_of, best_round, faded, margins_of, refinement_of, unconfined,
+    Seen,
+    StrengthenSettings,
+    attack_of,
+    best_round,
+    faded,
+    margins_of,
+    refinement_of,
+    unconfined,
 )  # fmt: skip
 from scol_ops.tuning import DeadlineExceeded
 
@@ -98,7 +104,7 @@ class _Face:
 
 def operator(config: Config, weights: str, std: np.ndarray | None) -> Operator:
     """Loads the networks; the result takes all rows of one photo, of ``attack`` with joined columns."""
-    models.set_up()
+    networks.set_up()
     return _Loop(config, weights, std)
 
 
@@ -107,8 +113,8 @@ class _Loop:
 
     def __init__(self, config: Config, weights: str, std: np.ndarray | None) -> None:
         self.config, self.weights = config, weights
-        self.device, store = models.pick_device(config.engine.device), config.engine.models
-        self.judge = models.recogniser(config.publish.judge, torch.device("cpu"), store)
+        self.device, store = networks.pick_device(config.engine.device), config.engine.models
+        self.judge = networks.recogniser(config.publish.judge, torch.device("cpu"), store)
         self.bars = bars_of(config, self.judge)
         self.settings = settings_of(StrengthenSettings, config.strengthen)
         self.refining = settings_of(RefineSettings, config.refine)

@@ -7,8 +7,8 @@ import sys
 import torch
 from safetensors.torch import save_file
 
+from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.models.mobilestylegan import CODE_DIM
-from scol_ops.models.weights import load_mobilestylegan
 
 
 def main(out: str) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.photo import PhotoError, decode
-from pipelines.sources import list_photos, read_bytes
+from pipelines.archive.reading import read_bytes
+from pipelines.archive.source import list_photos
+from pipelines.photos.codec import decode
+from pipelines.photos.photo import PhotoError
 from scol_ops.alignment import align
 from scol_ops.detection import FaceDetector
 from scol_ops.warp import crop_transform, invert_affine, transform_boxes

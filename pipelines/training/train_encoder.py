@@ -26,15 +26,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipelines.files import replacing
+from cluster.files import replacing
 from pipelines.training.train_head import draw_codes, psnr
 from scol_ops.diversity import jpeg
 from scol_ops.filters import low_pass
 from scol_ops.inversion import InvertSettings, invert
+from scol_ops.models.embedded import TRUNK_PREFIX, load_encoder, load_mobilestylegan, load_recogniser
 from scol_ops.models.encoder import Encoder
+from scol_ops.models.files import pack
 from scol_ops.models.mobilestylegan import MobileStyleGAN, StyledLayer, ToImage, inverse_haar
-from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
-from scol_ops.models.weights import TRUNK_PREFIX, load_encoder, load_mobilestylegan, pack
+from scol_ops.models.recognisers import ffhq_mean_geometry
 from scol_ops.runtime import set_up
 
 CHUNK = 64

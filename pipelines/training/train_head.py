@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from pipelines.files import replacing
+from cluster.files import replacing
+from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.models.mobilestylegan import CODE_DIM, HEAD_BLOCKS, NUM_CODES, MobileStyleGAN
-from scol_ops.models.weights import load_mobilestylegan
 from scol_ops.runtime import set_up
 
 HELD_OUT = 200  # samples 0..199 of the evaluation seed, never trained on

@@ -25,12 +25,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pipelines.files import replacing
+from cluster.files import replacing
 from pipelines.training.train_encoder import TRAIN_SEED, Preview, augment, code_statistics, scheduled
+from scol_ops.detection import FaceDetector
+from scol_ops.metrics import to_uint8
+from scol_ops.models.embedded import RECOGNISERS, load_mobilestylegan, load_recogniser
+from scol_ops.models.files import pack
 from scol_ops.models.mobilestylegan import NUM_CODES
-from scol_ops.models.recognisers import RECOGNISERS, ffhq_mean_geometry, load_recogniser
+from scol_ops.models.recognisers import ffhq_mean_geometry
 from scol_ops.models.swapper import EMBEDDER, EMBEDDING_DIM, FIRST, LAST, Swapper
-from scol_ops.models.weights import load_mobilestylegan, pack
 from scol_ops.paste import face_mask
 from scol_ops.runtime import set_up
 
@@ -215,8 +218,6 @@ def layers(count: int, ranges: list[tuple[int, int]], seed: int = 123) -> dict[s
         as the source; root mean square difference to the target's picture ([0, 1] units), whole and at the crop's rim;
         correlation over pairs of the nose's place across the face with the target's and the source's.
     """
-    from scol_ops.detection import FaceDetector
-    from scol_ops.metrics import to_uint8
 
     generator = load_mobilestylegan(256)
     recognisers = [load_recogniser(name) for name in RECOGNISERS]

@@ -22,8 +22,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from scol_ops.models import pickle_reader, stylegan2, w_space
+from scol_ops.models.files import WeightsError
 from scol_ops.models.pickle_reader import Skipped, TensorRef, UnreadableFile
-from scol_ops.models.weights import WeightsError
 
 State = dict[str, Tensor]
 Entry = Tensor | TensorRef
@@ -512,8 +512,8 @@ def package_lin(net: str) -> State:
     import importlib.util
     from pathlib import Path
 
+    from scol_ops.models.files import read_checked
     from scol_ops.models.lpips_distance import LINEAR_SHA256
-    from scol_ops.models.weights import read_checked
 
     spec = importlib.util.find_spec("lpips")
     if spec is None or spec.origin is None:

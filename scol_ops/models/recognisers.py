@@ -6,7 +6,6 @@ Each network does its own alignment, from the same landmarks and boxes, so that 
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -21,7 +20,6 @@ from scol_ops.warp import GeometryError, invert_affine, similarity_transform, wa
 ARCFACE_LANDMARKS = torch.tensor(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
 )
-
 # Where MTCNN finds faces in the embedded generator's pictures, as shares of the crop's side from its corner: mean of
 # 64 faces (truncation 0.7, seed 11, 256 px), made symmetrical.  Standard deviations: eyes 0.005, mouth 0.014, nose
 # 0.032 across and 0.015 down (it shows the pose), box 0.02 to 0.045.
@@ -179,34 +177,3 @@ def box_alignment(boxes: Tensor, scale: float, size: int) -> Tensor:
 def unit(embedding: Tensor) -> Tensor:
     """L2-normalise (B, dim)."""
     return F.normalize(embedding, dim=1)
-
-
-_CLASSES = {
-    "mobilefacenet": ("scol_ops.models.mobilefacenet", "MobileFaceNet"),
-    "dlib_resnet": ("scol_ops.models.dlib_resnet", "DlibResNet"),
-    "faceres": ("scol_ops.models.faceres", "FaceRes"),
-}
-RECOGNISERS: tuple[str, ...] = tuple(_CLASSES)
-
-
-def load_recogniser(name: str, device: torch.device | str = "cpu") -> Recogniser:
-    """An embedded recogniser, in eval mode, parameters frozen.
-
-    Args:
-        name: one of ``RECOGNISERS``.
-        device: where to put it.
-
-    Raises:
-        ValueError: unknown name.
-        WeightsError: see ``weights.read_verified``.
-    """
-    # Late, because the networks' modules import this one.
-    from scol_ops.models.weights import SHA256, read_safetensors
-
-    if name not in _CLASSES:
-        raise ValueError(f"unknown recogniser {name!r}; there are {', '.join(RECOGNISERS)}")
-    module, cls = _CLASSES[name]
-    network: Recogniser = getattr(importlib.import_module(module), cls)()
-    network.load_state_dict(read_safetensors(f"{name}.safetensors"), strict=True)
-    network.fingerprint = SHA256[f"{name}.safetensors"][:16]
-    return network.eval().requires_grad_(False).to(device)

@@ -1,9 +1,5 @@
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for `arithmetic`, which the workers import too
 
 from cluster import ray_session  # noqa: E402
 

@@ -12,9 +12,18 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from arithmetic import PARTS, VERSIONS, chain, expected_total, failed_parts, make_square, source_table, stages
 
 from cluster import ContractError, Engine, EngineError, PartStore, Pool, Resources, RunInterrupted, Stage
+from tests.helpers.arithmetic import (
+    PARTS,
+    VERSIONS,
+    chain,
+    expected_total,
+    failed_parts,
+    make_square,
+    source_table,
+    stages,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -250,7 +259,7 @@ def wait_for(condition, seconds=240):
 
 
 def drive(path, log, address=None):
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1] / "helpers"
     command = [sys.executable, here / "drive.py", path, log, "30", "slow:0.4", *([address] if address else [])]
     return subprocess.Popen(
         command, cwd=here.parents[1], env={**os.environ, "PYTHONPATH": str(here.parents[1])}, text=True,

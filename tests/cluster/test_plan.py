@@ -6,7 +6,6 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import pytest
-from arithmetic import PARTS, VERSIONS, chain, failed_parts, make_square, source_table, stages
 
 from cluster import (
     ContractError,
@@ -20,10 +19,11 @@ from cluster import (
     hash_key,
     hash_keys,
 )
-from cluster.layout import size_pools
 from cluster.keys import KeyIndex, distinct, pack, unpack
+from cluster.layout import size_pools
 from cluster.session import usable_cpus
 from cluster.store import INDEX
+from tests.helpers.arithmetic import PARTS, VERSIONS, chain, failed_parts, make_square, source_table, stages
 
 
 def test_a_plan_says_what_is_missing_and_starts_nothing(tmp_path):

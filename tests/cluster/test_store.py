@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from arithmetic import race
 
 from cluster import PartStore, SchemaVersionError, StoreError, UnsafeStoreError, hash_key, part_key
 from cluster.keys import pack
 from cluster.store import INDEX
+from tests.helpers.arithmetic import race
 
 A, B, C = (hash_key(name) for name in "ABC")
 ROOT = Path(__file__).parents[2]

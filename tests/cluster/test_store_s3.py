@@ -8,10 +8,10 @@ import time
 import fsspec
 import pyarrow as pa
 import pytest
-from s3_server import Fault
 
 from cluster import PartStore, StoreError, hash_key, part_key
 from cluster.retries import is_transient, with_retries
+from tests.helpers.s3_server import Fault
 
 A, B, C = (hash_key(name) for name in "ABC")
 

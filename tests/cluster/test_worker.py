@@ -6,7 +6,6 @@ import time
 
 import pyarrow as pa
 import pytest
-from arithmetic import COMMON, PARTS, failed_parts, make_square
 from ray import cloudpickle
 
 from cluster import ContractError, ItemTimeout, PartStore, Stage, StoreError, hash_key
@@ -22,6 +21,7 @@ from cluster.worker import (
     read_input,
     time_limit,
 )
+from tests.helpers.arithmetic import COMMON, PARTS, failed_parts, make_square
 
 X, Y = hash_key("x"), hash_key("y")
 ROWS = pa.table(

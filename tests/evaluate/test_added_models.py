@@ -12,14 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import public_models
-from pipelines.demo import draw_person
 from pipelines.evaluate import job, judges, measure
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Gallery, Measurer, Settings, Window, face_schema
 from pipelines.evaluate.summary import Collector, Judge
-from pipelines.model_store import ModelStore
+from pipelines.jobs.demo import draw_person
+from pipelines.networks.store import ModelStore
 from scol_ops.metrics import to_uint8
+from scol_ops.models import catalogue as public_models
 from scol_ops.models import checkpoints
 from scol_ops.models.lpips_distance import LPIPSDistance
 from scol_ops.models.mobilefacenet512 import MobileFaceNet512

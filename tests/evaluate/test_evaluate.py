@@ -14,12 +14,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cluster import ray_session
-from pipelines.cli import main
-from pipelines.demo import draw_person
+from pipelines.archive.paths import OutputError
+from pipelines.cli.main import main
 from pipelines.evaluate import job, measure
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Eyes, Gallery, Measurer, Settings, Spot, Window
-from pipelines.sources import OutputError
+from pipelines.jobs.demo import draw_person
 from scol_ops.distortions import Distortion
 
 SIDE = 250
@@ -276,7 +276,7 @@ def test_the_command(trees, figures):
 def test_recognisers_used_inside_are_found(trees):
     run = trees / "two.run"
     run.mkdir()
-    from pipelines.config import ConfigError, load_config
+    from pipelines.config.load import ConfigError, load_config
 
     config = load_config().model_dump(mode="json")
     (run / "run.json").write_text(json.dumps({"config": config}))

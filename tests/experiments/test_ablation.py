@@ -10,15 +10,15 @@ import pytest
 from click.testing import CliRunner
 
 from cluster import ray_session
-from pipelines.cli import main
-from pipelines.config import load_config
+from pipelines.cli.main import main
+from pipelines.config.load import load_config
 from pipelines.experiments import ablation, protocol, tables, variants
 from pipelines.experiments.datasets import DatasetError, DatasetPhoto
 from pipelines.experiments.faces import COLUMNS
 from pipelines.experiments.methods import Method
 from pipelines.experiments.variants import Variant, VariantError
 from scol_ops.distortions import NONE
-from tests.experiments.lfw_tree import lfw
+from tests.helpers.lfw_tree import lfw
 
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13, "Dan": 2, "Eve": 21}
 NAMES = ("mobilefacenet", "dlib_resnet", "faceres")

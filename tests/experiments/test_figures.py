@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cluster import ray_session
-from pipelines.cli import main
+from pipelines.cli.main import main
 from pipelines.experiments import conditions, figures
 from pipelines.experiments.conditions import Hardness, cover, hardness, pick
 from pipelines.experiments.figures import TOP, retrieve
 from pipelines.experiments.sheet import Cell, Figure, Strip, difference, to_html, write_png
-from tests.experiments.lfw_tree import lfw
+from tests.helpers.lfw_tree import lfw
 
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13, "Dan": 2}
 # Eyes, nose and mouth corners of a face that looks straight ahead.

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from cluster import ray_session
-from pipelines.demo import draw_person
 from pipelines.evaluate.measure import Eyes
 from pipelines.evaluate.summary import AVERAGE
 from pipelines.experiments import comparison
 from pipelines.experiments.comparison import UNPROTECTED, compare, protection_table
 from pipelines.experiments.methods import Method, box_mask, make, target_features
-from pipelines.photo import decode
+from pipelines.jobs.demo import draw_person
+from pipelines.photos.codec import decode
 
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13, "Dan": 2}
 SIDE = 220

@@ -7,11 +7,11 @@ import json
 import pytest
 from PIL import Image
 
-from pipelines.demo import draw_person
 from pipelines.experiments import tables
 from pipelines.experiments.comparison import UNPROTECTED, Line
 from pipelines.experiments.methods import Made, Method
 from pipelines.experiments.oracle import Oracle, make_swaps
+from pipelines.jobs.demo import draw_person
 
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13}
 

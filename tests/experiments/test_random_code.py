@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from gallery_index import CodeBatch, Gallery, build
-from pipelines.config import ConfigError, load_config
+from pipelines.config.load import ConfigError, load_config
 from pipelines.stages import fuse
-from pipelines.stages.common import to_table
+from pipelines.stages.rows import to_table
 from scol_ops.fusion import draw_code
 
 PHOTOS, LAYERS = 12, 16

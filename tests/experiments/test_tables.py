@@ -16,15 +16,15 @@ from click.testing import CliRunner
 from PIL import Image
 
 from cluster import ray_session
-from pipelines.cli import main
-from pipelines.config import load_config
-from pipelines.demo import draw_person
+from pipelines.cli.main import main
+from pipelines.config.load import load_config
 from pipelines.experiments import comparison, methods, tables
 from pipelines.experiments.comparison import UNPROTECTED, Line
 from pipelines.experiments.methods import Made, Method
 from pipelines.experiments.swaps import SwapFigures, measure_swaps
 from pipelines.experiments.tables import ExperimentError, Options
-from scol_ops.models.weights import load_mobilestylegan
+from pipelines.jobs.demo import draw_person
+from scol_ops.models.embedded import load_mobilestylegan
 
 # Person -> seed; each has two photos.
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13}

@@ -1,11 +1,7 @@
-import os
-import sys
 
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, os.path.dirname(__file__))
 
 from gallery_index import CodeBatch, Gallery, build  # noqa: E402
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from gallery_reference import random_codes
 
 from gallery_index import CodeBatch, Gallery, GalleryCorruptError, GalleryError, Plan, Store, build, check, open_gallery
 from gallery_index.tuning import Rates, choose, estimate, words
+from tests.helpers.gallery_reference import random_codes
 
 N, LAYERS, DIM = 1500, 2, 32
 RATES = Rates(product=1e11, stream=3e10, disk=1e9)

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from gallery_reference import brute_force, random_codes
 
 from gallery_index import MODES, NotEnoughCodesError, QueryError
 from gallery_index import search as search_module
 from gallery_index.reference import faiss_search
+from tests.helpers.gallery_reference import brute_force, random_codes
 
 
 def check(gallery, codes, queries, k, excluded=None, **options):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from gallery_reference import random_codes
 
 from gallery_index import (
     MODES,
@@ -17,6 +16,7 @@ from gallery_index import (
 )
 from gallery_index import builder as builder_module
 from gallery_index.sharded import extents
+from tests.helpers.gallery_reference import random_codes
 
 NAMES = ("most_ids", "most_scores", "most_vectors", "least_ids", "least_scores", "least_vectors")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from gallery_reference import random_codes
 
 from gallery_index import (
     MODES,
@@ -34,6 +33,7 @@ from gallery_index import (
 )
 from gallery_index import builder as builder_module
 from gallery_index.info import GalleryInfo
+from tests.helpers.gallery_reference import random_codes
 
 WEIGHTS = {"generator": "g1", "encoder": "e1"}
 

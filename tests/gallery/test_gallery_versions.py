@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gallery_reference import brute_force, random_codes
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -32,6 +31,7 @@ from gallery_index import (
 )
 from gallery_index import builder as builder_module
 from gallery_index.store import require_same, store_of
+from tests.helpers.gallery_reference import brute_force, random_codes
 
 WEIGHTS = {"generator": "g1", "encoder": "e1"}
 LAYERS, DIM = 2, 8

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fabricate import e4e_file, nvidia_pickle, torch_file
 from torch import Tensor, nn
 
 from scol_ops.models import checkpoints
 from scol_ops.models.checkpoints import FAMILIES, Loaded
 from scol_ops.models.stylegan2 import NVIDIA, ROSINALITY, blur_kernel
+from tests.helpers.fabricate import e4e_file, nvidia_pickle, torch_file
 
 OURS = Path(__file__).parent / "golden"
 FOLDER = Path(os.environ.get("SCOL_GOLDEN") or OURS)

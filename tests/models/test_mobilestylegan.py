@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from scol_ops.models import weights
+from scol_ops.models import files
+from scol_ops.models.embedded import load_encoder, load_mobilestylegan, load_recogniser
+from scol_ops.models.files import WeightsError
 from scol_ops.models.mobilestylegan import MobileStyleGAN, inverse_haar
 from scol_ops.models.openvino_ir import IRFormatError, read_constants
-from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
-from scol_ops.models.weights import WeightsError, load_encoder, load_mobilestylegan
+from scol_ops.models.recognisers import ffhq_mean_geometry
 
 DATA = Path(importlib.util.find_spec("random_face").origin).parent / "data"
 
@@ -105,13 +106,13 @@ def test_packed_weights_come_back(tmp_path, monkeypatch):
     big, small = torch.randn(60, 5, 30, 30, generator=rng), torch.randn(60, 5, generator=rng)
     big[3] *= 1e-4
     big[7] = 0
-    packed = weights.pack({"big": big, "small": small, "vector": torch.randn(200_000, generator=rng)})
+    packed = files.pack({"big": big, "small": small, "vector": torch.randn(200_000, generator=rng)})
     assert [packed[k].dtype for k in ("big", "small", "vector")] == [torch.int8, torch.float16, torch.float16]
     save_file(packed, tmp_path / "packed.safetensors")
     digest = hashlib.sha256((tmp_path / "packed.safetensors").read_bytes()).hexdigest()
-    monkeypatch.setattr(weights, "DATA", tmp_path)
-    monkeypatch.setitem(weights.SHA256, "packed.safetensors", digest)
-    found = weights.read_safetensors("packed.safetensors")
+    monkeypatch.setattr(files, "DATA", tmp_path)
+    monkeypatch.setitem(files.SHA256, "packed.safetensors", digest)
+    found = files.read_safetensors("packed.safetensors")
     assert set(found) == {"big", "small", "vector"} and all(v.dtype == torch.float32 for v in found.values())
     largest = big.flatten(1).abs().amax(1)
     assert ((found["big"] - big).flatten(1).abs().amax(1) <= 0.501 * largest / 127 + 1e-12).all()
@@ -120,16 +121,16 @@ def test_packed_weights_come_back(tmp_path, monkeypatch):
 
 def test_altered_weights_are_refused(tmp_path, monkeypatch):
     name = "encoder.safetensors"
-    content = bytearray((weights.DATA / name).read_bytes())
+    content = bytearray((files.DATA / name).read_bytes())
     content[-1] ^= 1
     (tmp_path / name).write_bytes(content)
-    monkeypatch.setattr(weights, "DATA", tmp_path)
+    monkeypatch.setattr(files, "DATA", tmp_path)
     with pytest.raises(WeightsError, match="sha256"):
         load_encoder()
     with pytest.raises(WeightsError, match="cannot read"):
-        weights.read_verified("mobilestylegan_head256.safetensors")
+        files.read_verified("mobilestylegan_head256.safetensors")
     with pytest.raises(WeightsError, match="unknown"):
-        weights.read_verified("../../etc/passwd")
+        files.read_verified("../../etc/passwd")
 
 
 @pytest.mark.parametrize(

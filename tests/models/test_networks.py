@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_golden import OURS, checkpoints, family_of, filled, given, outputs_of, published, recipe
 
 from scol_ops import runtime
 from scol_ops.models.e4e import E4E
@@ -17,6 +16,7 @@ from scol_ops.models.recognisers import ffhq_mean_geometry
 from scol_ops.models.stylegan2 import StyleGAN2
 from scol_ops.tuning import PARAMETER_SETS, select_parameters
 from scol_ops.warp import GeometryError
+from tests.models.test_golden import OURS, checkpoints, family_of, filled, given, outputs_of, published, recipe
 
 
 def golden(name: str):

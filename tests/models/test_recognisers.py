@@ -6,16 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scol_ops.models import weights
-from scol_ops.models.recognisers import (
-    ARCFACE_LANDMARKS,
-    RECOGNISERS,
-    Recogniser,
-    box_alignment,
-    ffhq_mean_geometry,
-    load_recogniser,
-)
-from scol_ops.models.weights import WeightsError, load_mobilestylegan
+from scol_ops.models import files
+from scol_ops.models.embedded import RECOGNISERS, load_mobilestylegan, load_recogniser
+from scol_ops.models.files import WeightsError
+from scol_ops.models.recognisers import ARCFACE_LANDMARKS, Recogniser, box_alignment, ffhq_mean_geometry
 from scol_ops.warp import (
     GeometryError,
     crop_transform,
@@ -67,8 +61,8 @@ def test_attributes(networks, crops, name):
     network = networks[name]
     assert network.name == name and not network.training
     assert not any(p.requires_grad for p in network.parameters())
-    assert network.fingerprint == weights.SHA256[f"{name}.safetensors"][:16]
-    assert (weights.DATA / f"{name}.md").is_file()
+    assert network.fingerprint == files.SHA256[f"{name}.safetensors"][:16]
+    assert (files.DATA / f"{name}.md").is_file()
     embeddings = network.embed_crops(crops, *ffhq_mean_geometry(2, 256))
     assert embeddings.shape == (2, network.dim)
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(2))
@@ -202,10 +196,10 @@ def test_bad_input_is_refused(networks, crops):
 def test_loader_refuses_other_names_and_other_weights(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="mobilefacenet"):
         load_recogniser("arcface")
-    content = bytearray((weights.DATA / "mobilefacenet.safetensors").read_bytes())
+    content = bytearray((files.DATA / "mobilefacenet.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "mobilefacenet.safetensors").write_bytes(content)
-    monkeypatch.setattr(weights, "DATA", tmp_path)
+    monkeypatch.setattr(files, "DATA", tmp_path)
     with pytest.raises(WeightsError, match="refused"):
         load_recogniser("mobilefacenet")
 

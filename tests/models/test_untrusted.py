@@ -19,12 +19,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fabricate import as_module, e4e_file, nvidia_pickle, torch_file, whole_module
 
 from scol_ops.models import checkpoints, pickle_reader
 from scol_ops.models.checkpoints import CheckpointError, load_public, read_checkpoint
 from scol_ops.models.mobilefacenet512 import MobileFaceNet512
 from scol_ops.models.stylegan2 import NVIDIA, StyleGAN2
+from tests.helpers.fabricate import as_module, e4e_file, nvidia_pickle, torch_file, whole_module
 
 MARKER = "scol-untrusted-was-run"
 

@@ -10,7 +10,8 @@ from scol_ops.attacks import MIFGSMSettings, TIDIMSettings, TIPIMSettings, mi_fg
 from scol_ops.attacks.common import bounds
 from scol_ops.attacks.ti_dim import diverse, gaussian_kernel
 from scol_ops.attacks.tip_im import discrepancy, gain, identity_loss
-from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
+from scol_ops.models.embedded import load_recogniser
+from scol_ops.models.recognisers import ffhq_mean_geometry
 
 EPS = 6 / 255
 

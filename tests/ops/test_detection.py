@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines.bench.bench_align import facenet_mtcnn
 from scol_ops import detection
 from scol_ops.detection import Face, FaceDetector
-from scol_ops.models.weights import WeightsError
+from scol_ops.models.files import WeightsError
 
 
 @pytest.fixture(scope="module", autouse=True)

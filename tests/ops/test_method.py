@@ -9,8 +9,8 @@ import torch
 from scol_ops.attack import AttackSettings, attack, attack_loss
 from scol_ops.filters import damp_chroma, low_pass
 from scol_ops.inversion import InvertSettings, invert
-from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
-from scol_ops.models.weights import load_mobilestylegan
+from scol_ops.models.embedded import load_mobilestylegan, load_recogniser
+from scol_ops.models.recognisers import ffhq_mean_geometry
 from scol_ops.refinement import RefineSettings, refine
 from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, pristine, select_parameters, tune
 

@@ -13,7 +13,15 @@ from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
 from scol_ops.refinement import RefineSettings
 from scol_ops.strengthening import (
-    Bars, Seen, StrengthenSettings, attack_of, best_round, faded, margins_of, refinement_of, unconfined,
+    Bars,
+    Seen,
+    StrengthenSettings,
+    attack_of,
+    best_round,
+    faded,
+    margins_of,
+    refinement_of,
+    unconfined,
 )  # fmt: skip
 from scol_ops.tuning import confine
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scol_ops.models import weights
-from scol_ops.models.recognisers import ffhq_mean_geometry, load_recogniser
+from scol_ops.models import files
+from scol_ops.models.embedded import load_mobilestylegan, load_recogniser, load_swapper
+from scol_ops.models.files import WeightsError
+from scol_ops.models.recognisers import ffhq_mean_geometry
 from scol_ops.models.swapper import FIRST, LAST, Swapper
-from scol_ops.models.weights import WeightsError, load_mobilestylegan, load_swapper
 from scol_ops.paste import face_mask
 from scol_ops.swap import swap
 
@@ -48,7 +49,7 @@ def test_mapper(mapper):
 
 
 def test_loader_refuses_another_file(monkeypatch):
-    monkeypatch.setitem(weights.SHA256, "swapper.safetensors", "0" * 64)
+    monkeypatch.setitem(files.SHA256, "swapper.safetensors", "0" * 64)
     with pytest.raises(WeightsError, match="refused"):
         load_swapper()
 

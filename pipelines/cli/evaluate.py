@@ -1,0 +1,143 @@
+"""`scol evaluate`."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from pipelines.cli.options import guarded, json_option, tell
+
+
+@click.command(short_help="Measure how well a protected tree hides its people, and what it cost.")
+@click.argument("originals")
+@click.argument("protected")
+@click.option("--out", metavar="OUT", help="Folder of the results.  [default: PROTECTED.eval]")
+@click.option(
+    "--gallery",
+    metavar="PHOTOS",
+    help="Unprotected photos of the same and of other people, a folder for each "
+    "person (or a table with person_id).  [default: ORIGINALS]",
+)
+@click.option(
+    "--people-from",
+    metavar="folder|TABLE",
+    help="Whose photo it is: the name of its folder, or a CSV or Parquet table with columns path and person_id.",
+)
+@click.option(
+    "--recogniser",
+    "recognisers",
+    metavar="NAME",
+    multiple=True,
+    help="Repeatable.  [default: all; see scol models]",
+)
+@click.option(
+    "--distortion",
+    "distortions",
+    metavar="NAME",
+    multiple=True,
+    help="jpegQ, webpQ, half, resizeP, blurS, "
+    "screenshot, and chains like jpeg75+half; repeatable.  [default: nine of them]",
+)
+@click.option("--no-distortions", is_flag=True, help="Only the photos as they are.")
+@click.option(
+    "--inside",
+    metavar="NAME",
+    multiple=True,
+    help="A recogniser that the method used, which then counts in no "
+    "average; repeatable; none: it used none of them.  [default: as PROTECTED.run says]",
+)
+@click.option(
+    "--strip",
+    "drop",
+    metavar="TEXT",
+    default="",
+    help="End of the protected names that the originals' lack, e.g. _cloaked.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only a random sample of so many photos.")
+@click.option("--seed", type=int, default=0, help="Of that sample, and of the gallery's.")
+@click.option("--references", type=click.IntRange(min=2), default=1000, help="Most people in the gallery.")
+@click.option(
+    "--no-photo", is_flag=True, help="Leave out the measures over whole photos, which are slow on large ones."
+)
+@click.option(
+    "--models", "store", metavar="STORE", help="Model store whose recognisers and LPIPS take part (scol models)."
+)
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: as the machine has cores]")
+@click.option("--ray-address", metavar="HOST:PORT", help="Join this Ray cluster.")
+@json_option
+@guarded
+def evaluate(
+    originals,
+    protected,
+    out,
+    gallery,
+    people_from,
+    recognisers,
+    distortions,
+    no_distortions,
+    inside,
+    drop,
+    limit,
+    seed,
+    references,
+    no_photo,
+    store,
+    workers,
+    ray_address,
+    as_json,
+):
+    """Compare the photos of PROTECTED, ours or another tool's, with those of ORIGINALS, as face recognisers and
+    eyes do.
+
+    Photos go together by relative path without suffix. OUT gets evaluation.html, evaluation.json and faces.parquet;
+    the same command again goes on where it was stopped, and does only what is new or changed. docs/evaluate.md
+    tells how to read the figures.
+
+    Exit status: 0 if every photo could be compared, 1 if some could not, 2 if the evaluation could not start.
+    """
+    from pipelines.evaluate import job
+    from pipelines.evaluate.summary import LOST
+    from pipelines.jobs.progress import Reporter
+    from pipelines.run.text import to_json
+    from scol_ops.distortions import STANDARD
+
+    if no_distortions and distortions:
+        raise click.UsageError("--distortion and --no-distortions exclude each other")
+    reporter = Reporter(sys.stderr)
+    try:
+        result = job.evaluate(
+            originals,
+            protected,
+            out=out,
+            gallery=gallery,
+            people_from=people_from,
+            recognisers=recognisers or None,
+            distortions=() if no_distortions else distortions or STANDARD,
+            inside=() if inside == ("none",) else inside or None,
+            limit=limit,
+            seed=seed,
+            references=references,
+            drop=drop,
+            photo=not no_photo,
+            store=store,
+            workers=workers,
+            ray_address=ray_address,
+            say=tell,
+            progress=reporter,
+        )
+    finally:
+        reporter.close()
+    if as_json:
+        click.echo(to_json(result.figures))
+    else:
+        click.echo(job.table_words(result.figures))
+        click.echo(f"page: {result.out}/evaluation.html")
+    counts = result.figures["counts"]
+    lost = sum(counts.get(name, 0) for name in LOST)
+    if lost:
+        tell(
+            f"{lost} of {counts['photos']} photos could not be compared: status and reason are in "
+            f"{result.out}/faces.parquet"
+        )
+    sys.exit(1 if lost or counts.get("faces_error") else 0)

@@ -1,0 +1,136 @@
+"""Pictures of a run's faces, before and after."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import read_bytes
+from pipelines.photos.codec import decode
+from pipelines.photos.photo import MAX_BYTES, PhotoError
+from pipelines.report.pictures import Pixels
+from pipelines.run.folder import Run
+
+AMPLIFICATION = 10
+_LAST = ("attack", "strengthen")  # a face's last picture is of the later one that has any
+
+
+@dataclass(frozen=True, eq=False)
+class FacePictures:
+    """A face's aligned crop before and after, uint8 (S, S, 3) RGB.
+
+    Attributes:
+        original: as it was aligned.
+        protected: None where the run has none yet.
+        saved: `protected` was cut out of the saved file; otherwise it is as the last stage left it.
+    """
+
+    original: Pixels
+    protected: Pixels | None
+    saved: bool = False
+
+    def difference(self, amplification: float = AMPLIFICATION) -> Pixels | None:
+        """|protected - original| times `amplification`, clipped at 255: black where nothing changed."""
+        if self.protected is None or self.protected.shape != self.original.shape:
+            return None
+        change = np.abs(self.protected.astype(np.int16) - self.original)
+        return np.clip(change * amplification, 0, 255).astype(np.uint8)
+
+
+def _decode(data: bytes | None) -> Pixels | None:
+    if data is None:
+        return None
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None  # a report leaves a picture out rather than fail
+
+
+def read_crops(run: Run | str, face_ids: Iterable[str], stage: str, column: str) -> dict[str, Pixels]:
+    """Pictures of some faces from a stage's table, uint8 (S, S, 3); faces that have none there are left out.
+
+    Raises:
+        RunError, StoreError: see `run.tables.read_stage`.
+    """
+    return {face: pixels for face, row in _face_rows(run, face_ids, stage, [column]).items()
+            if (pixels := _decode(row[column])) is not None}
+
+
+def _face_rows(
+    run: Run | str, face_ids: Iterable[str], stage: str, columns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    run = run if isinstance(run, Run) else Run(str(run))
+    wanted = set(face_ids)
+    if not wanted:
+        return {}
+    photo_ids = {face.rsplit("-", 1)[0] for face in wanted}
+    plan = run.plan()
+    chosen = plan.filter(pa.array([p in photo_ids for p in plan["photo_id"].to_pylist()], pa.bool_()))
+    rows = run.store.read_rows(stage, chosen[stage].to_pylist(), ["face_id", *columns])
+    return {row["face_id"]: row for row in rows.to_pylist() if row["face_id"] in wanted} if rows.num_rows else {}
+
+
+def read_pictures(run: Run | str, face_ids: Iterable[str]) -> dict[str, FacePictures]:
+    """Before and after of some faces: the original from the manifests, the protected one from the saved file.
+
+    Where the saved file cannot be read (moved, another machine) the picture after is the one that the last stage left
+    in the manifests.
+
+    Raises:
+        RunError, StoreError: see `run.tables.read_stage`.
+    """
+    face_ids = list(face_ids)
+    aligned = _face_rows(run, face_ids, "align", ["crop", "quad", "width", "height"])
+    published = _face_rows(run, face_ids, "publish", ["action", "out_path"])
+    made: dict[str, Pixels] | None = None
+    out: dict[str, FacePictures] = {}
+    last: tuple[str, Any] = ("", None)  # faces of one photo come one after the other
+    for face in face_ids:
+        row, done = aligned.get(face), published.get(face)
+        original = _decode(row["crop"]) if row else None
+        if original is None:
+            continue
+        cut = None
+        if done and done["action"] == "protected" and done["out_path"] and row["quad"] is not None:
+            if last[0] != done["out_path"]:
+                last = (done["out_path"], _read_photo(done["out_path"]))
+            cut = _cut(last[1], row, len(original))
+        if cut is None:
+            if made is None:
+                made = {f: p for stage in _LAST for f, p in read_crops(run, face_ids, stage, "protected").items()}
+            out[face] = FacePictures(original, made.get(face))
+        else:
+            out[face] = FacePictures(original, cut, saved=True)
+    return out
+
+
+def _read_photo(url: str) -> Pixels | None:
+    try:
+        return decode(read_bytes(url, 2 * MAX_BYTES)).pixels
+    except (SourceError, PhotoError):
+        return None
+
+
+def _cut(photo: Pixels | None, row: Mapping[str, Any], size: int) -> Pixels | None:
+    """The aligned crop of a face in a saved photo, cut as the verdict's is."""
+    if photo is None or photo.shape[:2] != (row["height"], row["width"]):
+        return None
+    import torch  # late: seconds that a report without faces need not take
+
+    from scol_ops.alignment import align_crops
+    from scol_ops.metrics import to_uint8
+    from scol_ops.warp import GeometryError
+
+    quad = torch.tensor(row["quad"], dtype=torch.float64).reshape(1, 4, 2)
+    try:
+        return to_uint8(align_crops(photo, quad, size)[0])
+    except GeometryError:
+        return None

@@ -1,0 +1,84 @@
+"""The totals of a run, from its tables."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.run.folder import Run, stages_of
+from pipelines.run.schemas import ERROR, OK, STATUSES, WEAK
+from pipelines.run.tables import as_run, read_photos, read_stage
+
+
+def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
+    values = [v for v in column.to_pylist() if v is not None and math.isfinite(v)]
+    if not values:
+        return None
+    return {
+        "n": len(values),
+        "mean": round(statistics.fmean(values), 4),
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def _strengthened(run: Run) -> dict[str, Any]:
+    """What the closed loop did."""
+    rows = read_stage(run, "strengthen", ["rounds", "ended"]).to_pylist()
+    again = [row for row in rows if row["rounds"]]
+    return {
+        "judged": sum(row["rounds"] is not None for row in rows),
+        "faces": len(again),
+        "rounds": sum(row["rounds"] for row in again),
+        "ended": dict(sorted(Counter(row["ended"] for row in again).items())),
+    }
+
+
+def summary(run: Run | str) -> dict[str, Any]:
+    """Totals of a run as they stand, from the manifests; see docs/manifests.md (`summary.json`).
+
+    `faces` counts faces; `ok`, `weak`, `no_face`, `error`, `pending` count photos by their worst face.  `psnr`, `ssim`,
+    `flip`, `ism` are means over the faces that were published protected, `spread` has their distribution.
+    """
+    run = as_run(run)
+    photos = read_photos(run)
+    counts = Counter(photos["status"].to_pylist())
+    actions = Counter(photos["action"].to_pylist())
+    measures = ["psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg", "ism_worst"]
+    faces = read_stage(run, "publish", ["face_id", "status", "reason", "judge", "max_ism", *measures])
+    face_counts = Counter(
+        s for s, f in zip(faces["status"].to_pylist(), faces["face_id"].to_pylist(), strict=True) if f
+    )
+    reasons = Counter((r or "").split(":")[0] for r in faces["reason"].to_pylist() if r)
+    seconds: dict[str, float] = {}
+    stages = stages_of(run.plan())
+    for stage in stages:
+        column = read_stage(run, stage, ["seconds"])["seconds"]
+        seconds[stage] = round(float(pc.sum(column).as_py() or 0.0), 3)
+    judged = face_counts[OK] + face_counts[WEAK]
+    spreads = {name: _statistics(faces[name]) for name in measures}
+    judges = {j for j in faces["judge"].to_pylist() if j}
+    limits = {round(m, 4) for m in faces["max_ism"].to_pylist() if m is not None}
+    return {
+        "photos": photos.num_rows,
+        "faces": sum(face_counts.values()),
+        **{status: counts.get(status, 0) for status in (*STATUSES, "pending")},
+        "face_status": {status: face_counts.get(status, 0) for status in (OK, WEAK, ERROR)},
+        "weak_share": round(face_counts[WEAK] / judged, 4) if judged else None,
+        "strengthened": _strengthened(run) if "strengthen" in stages else None,
+        "published": actions.get("protected", 0),
+        "copied": actions.get("copied", 0),
+        "reasons": dict(sorted(reasons.items())),
+        **{name: spread["mean"] if spread else None for name, spread in spreads.items()},
+        "spread": spreads,
+        "judge": judges.pop() if len(judges) == 1 else None,
+        "max_ism": limits.pop() if len(limits) == 1 else None,
+        "stage_seconds": seconds,
+        "seconds": None,
+    }

@@ -1,0 +1,1 @@
+"""What several tests share: servers, trees, files made by hand, stages of plain numbers."""

@@ -1,0 +1,17 @@
+"""Commands of `scol` in a process of their own: `s3_drive.py JSON`, a list of argument lists; prints what came out."""
+
+import json
+import sys
+
+from click.testing import CliRunner
+
+from pipelines.cli.main import main
+
+if __name__ == "__main__":
+    found = []
+    for arguments in json.loads(sys.argv[1]):
+        result = CliRunner().invoke(main, arguments)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        found.append({"status": result.exit_code, "out": result.stdout, "err": result.stderr})
+    print(json.dumps(found))

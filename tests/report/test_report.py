@@ -1,0 +1,356 @@
+"""The report: parsed as HTML, and opened in a real browser where there is one."""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from pipelines.config.names import STAGES
+from pipelines.report import run_faces, run_page
+from pipelines.run.folder import Run, RunError
+from pipelines.run.schemas import PLAN_SCHEMA, SCHEMAS, SOURCE
+from pipelines.run.tables import read_stage
+
+NASTY = '<img src=x onerror="document.title=1">&\'"\u202egpj.exe\n.jpg'
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+def png(seed: int, side: int = 64) -> bytes:
+    return _png(seed % 97, side)
+
+
+@functools.cache
+def _png(seed: int, side: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 255, (4, 4, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(out, "PNG")
+    return out.getvalue()
+
+
+def photo(path, *faces, reason=None, stage=None, upto="publish"):
+    """A photo of a made-up run: `faces` are status words; none: no face, or an error where there is a reason."""
+    return {"path": path, "faces": faces, "reason": reason, "stage": stage, "upto": upto}
+
+
+def make_run(folder: Path, photos: list[dict], run_json: bool = True) -> Run:
+    run = Run(str(folder))
+    rows = {stage: [] for stage in STAGES}
+    plan = []
+    for i, item in enumerate(photos):
+        photo_id = f"{i:016x}"
+        keys = {stage: f"{i:030x}{n:02x}" for n, stage in enumerate((SOURCE, *STAGES))}
+        plan.append({"photo_id": photo_id, "path": item["path"], **keys})
+        for stage in STAGES[: STAGES.index(item["upto"]) + 1] if item["upto"] else ():
+            faces = list(enumerate(item["faces"])) or [(None, "error" if item["reason"] else "no_face")]
+            for number, status in faces:
+                done = status in ("ok", "weak")
+                row = {name: None for name in SCHEMAS[stage].names}
+                row |= {"key": keys[stage], "photo_id": photo_id, "status": status, "seconds": 0.5 if done else 0.0,
+                        "face_id": None if number is None else f"{photo_id}-{number:02d}", "seed": 1, "weights": "ab"}
+                if status == "error":
+                    row |= {"reason": item["reason"] or "EXCEPTION: it broke", "failed_stage": item["stage"] or "tune"}
+                if status == "weak":
+                    row["reason"] = "ISM: too similar"
+                    row["status"] = "weak" if stage == "publish" else "ok"
+                if done:
+                    code = [0.123456] * 8192 if i < 50 else None
+                    value = {"align": {"crop": png(i)}, "invert": {"code": code},
+                             "fuse": {"fused": code, "target": code},
+                             "attack": {"protected": png(i + 1000)},
+                             "strengthen": {"protected": png(i + 2000) if i % 2 else None, "rounds": i % 3,
+                                            "ended": "passed" if i % 3 < 2 else "rounds"},
+                             "publish": {"path": item["path"], "out_path": item["path"], "action": "protected",
+                                         "psnr": 30 + i % 7 / 2, "ssim": 0.95, "flip": 0.1, "face_psnr": 28.0,
+                                         "judge": "faceres", "max_ism": 0.545,
+                                         "ism": 0.3 + i % 5 / 50 + (0.4 if status == "weak" else 0)}}
+                    row |= value.get(stage, {})
+                rows[stage].append(row)
+    run.write_plan(pa.Table.from_pylist(plan, PLAN_SCHEMA))
+    for stage, items in rows.items():
+        if items:
+            run.store.write_part(stage, None, pa.Table.from_pylist(items, SCHEMAS[stage]))
+    if run_json:
+        run.write_json("run.json", {"config": {"seed": 3, "tune": {"steps": 40}}, "fingerprints": {"encoder": "c0ffee"},
+                                    "versions": {"torch": "2.14.1"}, "out": "/somewhere/<b>"})
+    return run
+
+
+class Page(HTMLParser):
+    """Everything that a test asks about: tags balanced, attributes, text by section."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags, self.open, self.sections, self.text, self.ids = [], [], {}, "", []
+        self.heading = None
+        self.feed(text)
+        assert not self.open, f"unclosed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in dict(attrs):
+            self.ids.append(dict(attrs)["id"])
+            if tag == "h2":
+                self.heading = dict(attrs)["id"]
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("script", "style"):
+            return
+        self.text += data
+        if self.heading:
+            self.sections[self.heading] = self.sections.get(self.heading, "") + data
+
+    def all(self, tag):
+        return [attributes for t, attributes in self.tags if t == tag]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> tuple[Run, str]:
+    photos = [photo(f"a/{i:03d}.jpg", "ok") for i in range(40)]
+    photos += [photo(f"weak/{i:03d}.jpg", "ok", "weak") for i in range(5)]
+    photos += [photo(f"broken/{i}.jpg", reason="TRUNCATED: the file ends too early", stage="align") for i in range(30)]
+    photos += [photo("slow.jpg", "ok", "error", reason="TIMEOUT: more than 5 s"), photo("empty.png"),
+               photo(NASTY, reason="CORRUPT: <script>alert(1)</script>", stage="align")]
+    run = make_run(tmp_path_factory.mktemp("mixed"), photos)
+    url = run_page.write_report(run.url)
+    assert url == run.path("report.html")
+    return run, Path(url).read_text(encoding="utf-8")
+
+
+def test_no_outside_reference(mixed):
+    page = Page(mixed[1])
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
+            value = attributes.get(name) or ""
+            assert value == "" or value.startswith(("data:image/", "#")), (tag, name, value[:80])
+        assert not any(n.startswith("on") for n in attributes), attributes
+        assert "style" not in attributes  # the content security policy would drop it
+    assert not re.search(r"@import|url\(|https?://", mixed[1])
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & {t for t, _ in page.tags}
+    assert {a["href"][1:] for a in page.all("a")} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_counts_and_banner(mixed):
+    page = Page(mixed[1])
+    tiles = dict(re.findall(r"<dt>([^<]+)</dt><dd[^>]*>([^<]+)</dd>", mixed[1]))
+    assert (tiles["photos"], tiles["faces"]) == ("78", "52")
+    assert (tiles["photos protected"], tiles["photos weak"], tiles["photos failed"]) == ("40", "5", "32")
+    assert tiles["photos without a face"] == "1" and tiles["photos not reached"] == "0"
+    # 51 faces have a verdict, 5 of them weak; the made-up loop sent two of three back
+    strengthened = [row["rounds"] for row in read_stage(mixed[0], "strengthen").to_pylist() if row["status"] == "ok"]
+    again = [rounds for rounds in strengthened if rounds]
+    assert tiles["faces strengthened"] == f"{len(again)} of {len(strengthened)}" and tiles["faces weak"] == "9.8 %"
+    assert tiles["rounds of these, mean"] == f"{sum(again) / len(again):.1f}"
+    assert tiles["of these now below the bar"] == f"{again.count(1)} of {len(again)}"
+    assert "32 of 78 photos failed" in page.text and "5 faces are weakly protected" in page.text
+    assert "not finished" not in page.text
+    assert "empty.png" in page.sections["others"]
+
+
+def test_failures_are_all_there_by_reason_and_escaped(mixed):
+    page = Page(mixed[1])
+    text = page.sections["failures"]
+    assert "TRUNCATED at align: 30" in text and "TIMEOUT at tune: 1" in text and "CORRUPT at align: 1" in text
+    assert all(f"broken/{i}.jpg" in text for i in range(30))
+    assert "slow.jpg, face 2" in text
+    # As text, with what is invisible spelled out; never as markup.
+    assert '<img src=x onerror="document.title=1">&\'"\\u202egpj.exe\\u000a.jpg' in text
+    assert "<script>alert(1)</script>" in text
+    assert len(page.all("script")) == 1 and not any(i.get("src") == "x" for i in page.all("img"))
+
+
+def test_faces_have_three_described_pictures(mixed):
+    page = Page(mixed[1])
+    images = page.all("img")
+    assert len(images) == 3 * (run_page.SAMPLE + 5)
+    assert all(i["loading"] == "lazy" and i["alt"].split(":")[0] in
+               ("Original", "Protected", "Difference, 10 times amplified") for i in images)
+    assert page.text.count("difference × 10") == run_page.SAMPLE + 5
+    assert all(f"weak/{i:03d}.jpg, face 2" in page.sections["weak"] for i in range(5))
+
+
+def test_settings_but_no_code(mixed):
+    page = Page(mixed[1])
+    assert all(word in page.sections["settings"] for word in ("tune.steps", "c0ffee", "2.14.1", "/somewhere/<b>"))
+    assert "0.1234" not in mixed[1]
+
+
+def test_difference_is_amplified_and_clipped():
+    before = np.full((2, 2, 3), 100, np.uint8)
+    after = before.copy()
+    after[0, 0], after[0, 1] = 97, 255
+    difference = run_faces.FacePictures(before, after).difference()
+    assert difference[0, 0].tolist() == [30] * 3 and difference[0, 1].tolist() == [255] * 3
+    assert difference[1].max() == 0
+    assert run_faces.FacePictures(before, None).difference() is None
+
+
+def test_sample_is_seeded(mixed):
+    def names(text):
+        return re.findall(r'alt="Original: ([^"]+)"', text)
+
+    first = names(mixed[1])
+    assert names(run_page.render(mixed[0])) == first
+    other = dict(mixed[0].read_json("run.json"))
+    other["config"] = other["config"] | {"seed": 4}
+    original = mixed[0].read("run.json")
+    mixed[0].write_json("run.json", other)
+    try:
+        assert names(run_page.render(mixed[0])) != first
+    finally:
+        mixed[0].write("run.json", original)
+
+
+def test_picture_budget_lists_the_rest_by_name(tmp_path):
+    run = make_run(tmp_path, [photo(f"{i}.jpg", "weak") for i in range(12)])
+    text = run_page.render(run, sample=0, weak=10, picture_bytes=60_000)
+    page = Page(text)
+    shown = len(page.all("img")) // 3
+    assert 0 < shown < 10
+    assert sum(len(i["src"]) for i in page.all("img")) <= 60_000
+    assert f"{12 - shown} more, by name" in page.sections["weak"]
+    assert all(f"{i}.jpg" in page.sections["weak"] for i in range(12))
+
+
+@pytest.mark.parametrize("name, photos, words", [
+    ("no photos", [], "The run has no photos"),
+    ("no faces", [photo("a.png"), photo("b.png")], "All photos were done"),
+    ("all failed", [photo("a.png", reason="EMPTY: no bytes", stage="align")], "1 of 1 photos failed"),
+    ("nothing yet", [photo("a.png", "ok", upto=None)], "1 of 1 photos have not been published"),
+    ("half way", [photo("a.png", "ok"), photo("b.png", "ok", upto="tune")], "1 of 2 photos have not been published"),
+])  # fmt: skip
+def test_other_runs(tmp_path, name, photos, words):
+    page = Page(run_page.render(make_run(tmp_path, photos, run_json=name != "nothing yet")))
+    assert words in page.text
+    if name in ("nothing yet", "half way"):
+        assert "This run is not finished" in page.text
+        assert photos[-1]["path"] in page.sections["others"]
+    if name != "half way":
+        assert not page.all("img")
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(RunError, match="no run"):
+        run_page.write_report(str(tmp_path))
+
+
+def test_unreadable_crop_is_left_out(tmp_path):
+    run = make_run(tmp_path, [photo("a.png", "ok")])
+    table = run.store.read_rows("align")
+    key = table["key"][0].as_py()
+    broken = table.set_column(table.schema.get_field_index("crop"), SCHEMAS["align"].field("crop"), [[b"no png"]])
+    for part in run.store.parts("align"):
+        Path(run.store.path("align", part)).unlink()
+    run.store.write_part("align", None, broken)
+    assert run_faces.read_pictures(run, [f"{0:016x}-00"]) == {}
+    assert not Page(run_page.render(run)).all("img") and key
+
+
+def test_pictures_come_from_the_saved_file(tmp_path):
+    """The crop after is what the saved file holds; where that is gone, what the last stage left."""
+    run = make_run(tmp_path / "run", [photo("a.png", "ok")])
+    before = np.asarray(Image.open(io.BytesIO(png(5, 300))))
+    after = before.copy()
+    after[120:150, 120:150] = np.clip(after[120:150, 120:150].astype(int) + 7, 0, 255)
+    saved = tmp_path / "a.png"
+    Image.fromarray(after).save(saved)
+    low, high = 99.5, 163.5  # 64 x 64 px at 1:1, so that the crop's pixels are the photo's
+    geometry = {"quad": [low, low, low, high, high, high, high, low], "box": [110.0, 105.0, 150.0, 160.0],
+                "landmarks": [120.0, 125, 140, 125, 130, 135, 122, 145, 138, 145], "width": 300, "height": 300}
+    crop = io.BytesIO()
+    Image.fromarray(before[100:164, 100:164]).save(crop, "PNG")
+    changed = {"align": geometry | {"crop": crop.getvalue()}, "publish": {"out_path": str(saved)}}
+    for stage, values in changed.items():
+        rows = [row | values for row in run.store.read_rows(stage).to_pylist()]
+        for part in run.store.parts(stage):
+            Path(run.store.path(stage, part)).unlink()
+        run.store.write_part(stage, None, pa.Table.from_pylist(rows, SCHEMAS[stage]))
+    name = f"{0:016x}-00"
+    pictures = run_faces.read_pictures(run, [name])[name]
+    assert pictures.saved and np.array_equal(pictures.protected, after[100:164, 100:164])
+    difference = pictures.difference()
+    assert difference[21:49, 21:49].max() == 70 and difference[:19].max() == 0
+    assert "could not be read" not in run_page.render(run)
+    saved.unlink()
+    pictures = run_faces.read_pictures(run, [name])[name]
+    assert not pictures.saved and np.array_equal(pictures.protected, np.asarray(Image.open(io.BytesIO(png(1000)))))
+    assert "the saved file could not be read" in run_page.render(run)
+
+
+def test_of_a_strengthened_face_the_last_picture_is_that_one(tmp_path):
+    run = make_run(tmp_path, [photo("a.png", "ok"), photo("b.png", "ok")])
+    last = [run_faces.read_pictures(run, [f"{i:016x}-00"])[f"{i:016x}-00"].protected for i in (0, 1)]
+    for pixels, number in zip(last, (1000, 2001), strict=True):
+        assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(png(number)))))
+
+
+def test_histogram():
+    svg = run_page.histogram([30.0, 31.0, 31.2, 35.0, float("inf"), None], "PSNR", "PSNR, dB", [(33.0, "limit <")])
+    page = Page(svg)
+    counts = [int(re.search(r": (\d+)$", t).group(1)) for t in re.findall(r"<title>([^<]+)</title>", svg)]
+    assert sum(counts) == 4 == len(page.all("rect")) + 4 - len(counts)
+    assert "PSNR, dB" in page.text and "faces" in page.text and "limit <" in page.text
+    assert "mean 31.800" in page.text and "1 more without a finite value" in page.text
+    assert page.all("svg")[0]["aria-label"].startswith("Histogram. PSNR.")
+    assert "No face has this measure" in run_page.histogram([None], "a", "b")
+    assert Page(run_page.histogram([0.5, 0.5], "all equal", "x")).all("rect")
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
+
+
+def browse(tmp_path: Path, url: str, *options: str) -> str:
+    done = subprocess.run([CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000",
+                           "--enable-logging=stderr", "--v=0", *options, url],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # The policy's violations and the script's errors are reported on the console.
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+def test_in_chromium(tmp_path):
+    """Three thousand faces, a hundred of them weak: the page loads, its script runs, its pictures decode."""
+    photos = [photo(f"folder/{i:04d}.jpg", "ok") for i in range(2900)]
+    photos += [photo(f"w{i}.jpg", "weak") for i in range(100)]
+    photos.append(photo(NASTY, reason="CORRUPT: <b>", stage="align"))
+    run = make_run(tmp_path / "run", photos)
+    url = run_page.write_report(run)
+    assert Path(url).stat().st_size < 15_000_000
+    dom = browse(tmp_path, Path(url).as_uri(), "--dump-dom")
+    page = Page(dom)
+    assert len(page.all("img")) == 3 * (run_page.SAMPLE + run_page.WEAK_SHOWN)
+    assert "40 more, by name" in page.text
+    assert "<title>scol: report of a run</title>" in dom  # the nasty name has not run
+    shot = tmp_path / "shot.png"
+    browse(tmp_path, Path(url).as_uri(), f"--screenshot={shot}", "--window-size=1200,1600")
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB"), np.float32)
+    assert pixels.shape[:2] == (1600, 1200)
+    # The pictures are there: a large share of the lower half is neither paper nor ink.
+    colourful = (pixels.max(2) - pixels.min(2)) > 40
+    assert colourful[800:].mean() > 0.1
