@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 
 from pipelines.archive.entry import SourceRow, failed_row, modified_of, stat_row
 from pipelines.archive.paths import (

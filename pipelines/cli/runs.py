@@ -145,10 +145,11 @@ def purge(run, photos, people, as_json):
     """
     if not photos and not people:
         raise click.UsageError("give --photo PATH or --person ID")
+    from pipelines.jobs import purge as purge_job
 
-    done = retry.purge(run, photos, people, say=tell)
+    done = purge_job.purge(run, photos, people, say=tell)
     if as_json:
         print_json(done.to_dict())
     else:
-        click.echo("\n".join(retry.lines(done)))
+        click.echo("\n".join(purge_job.lines(done)))
     sys.exit(1 if done.kept else 0)

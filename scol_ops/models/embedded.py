@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-import importlib
 
 import torch
 from torch import Tensor
 
+from scol_ops.models.dlib_resnet import DlibResNet
 from scol_ops.models.encoder import Encoder
+from scol_ops.models.faceres import FaceRes
 from scol_ops.models.files import read_safetensors, read_verified
+from scol_ops.models.mobilefacenet import MobileFaceNet
 from scol_ops.models.mobilestylegan import MobileStyleGAN, state_dict_from_ir
 from scol_ops.models.openvino_ir import read_constants
 from scol_ops.models.recognisers import Recogniser
@@ -74,10 +76,10 @@ def load_swapper(device: torch.device | str = "cpu") -> Swapper:
     return mapper.eval().requires_grad_(False).to(device)
 
 
-_CLASSES = {
-    "mobilefacenet": ("scol_ops.models.mobilefacenet", "MobileFaceNet"),
-    "dlib_resnet": ("scol_ops.models.dlib_resnet", "DlibResNet"),
-    "faceres": ("scol_ops.models.faceres", "FaceRes"),
+_CLASSES: dict[str, type[Recogniser]] = {
+    "mobilefacenet": MobileFaceNet,
+    "dlib_resnet": DlibResNet,
+    "faceres": FaceRes,
 }
 RECOGNISERS: tuple[str, ...] = tuple(_CLASSES)
 
@@ -98,8 +100,7 @@ def load_recogniser(name: str, device: torch.device | str = "cpu") -> Recogniser
 
     if name not in _CLASSES:
         raise ValueError(f"unknown recogniser {name!r}; there are {', '.join(RECOGNISERS)}")
-    module, cls = _CLASSES[name]
-    network: Recogniser = getattr(importlib.import_module(module), cls)()
+    network = _CLASSES[name]()
     network.load_state_dict(read_safetensors(f"{name}.safetensors"), strict=True)
     network.fingerprint = SHA256[f"{name}.safetensors"][:16]
     return network.eval().requires_grad_(False).to(device)
