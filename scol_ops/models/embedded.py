@@ -10,7 +10,7 @@ from torch import Tensor
 from scol_ops.models.dlib_resnet import DlibResNet
 from scol_ops.models.encoder import Encoder
 from scol_ops.models.faceres import FaceRes
-from scol_ops.models.files import read_safetensors, read_verified
+from scol_ops.models.files import SHA256, read_safetensors, read_verified
 from scol_ops.models.mobilefacenet import MobileFaceNet
 from scol_ops.models.mobilestylegan import MobileStyleGAN, state_dict_from_ir
 from scol_ops.models.openvino_ir import read_constants
@@ -95,9 +95,6 @@ def load_recogniser(name: str, device: torch.device | str = "cpu") -> Recogniser
         ValueError: unknown name.
         WeightsError: see ``files.read_verified``.
     """
-    # Late, because the networks' modules import this one.
-    from scol_ops.models.files import SHA256, read_safetensors
-
     if name not in _CLASSES:
         raise ValueError(f"unknown recogniser {name!r}; there are {', '.join(RECOGNISERS)}")
     network = _CLASSES[name]()
