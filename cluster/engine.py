@@ -609,6 +609,7 @@ class _Run:
             self.plan.keys_of(position, task.items),
             self.plan.parts_of(position, task.items),
             None if columns is None else list(dict.fromkeys(columns)),
+            self.stages[position - 1].schema if position else None,
         )
 
     def _collect(self) -> None:

@@ -623,6 +623,7 @@ class PartStore:
         keys: Iterable[str] | None = None,
         columns: Sequence[str] | None = None,
         parts: Iterable[str] | None = None,
+        later: pa.Schema | None = None,
     ) -> Iterator[pa.Table]:
         """Go through a stage part by part, with exactly one set of rows for each item key.
 
@@ -634,6 +635,7 @@ class PartStore:
             keys: only rows of these keys; None for all.
             columns: only these columns (`key` is always read, and comes back only if asked for).
             parts: names of the parts to look in; None for all.
+            later: as for `read_part`.
 
         Yields:
             One table for each part that has rows to give.
@@ -644,7 +646,7 @@ class PartStore:
             if wanted is not None and len(seen) == len(wanted):
                 return
             read = None if columns is None else list(dict.fromkeys(["key", *columns]))
-            table = self.read_part(stage, name, read)
+            table = self.read_part(stage, name, read, later)
             distinct = pc.unique(table["key"]).to_pylist()
             new = [k for k in distinct if k not in seen and (wanted is None or k in wanted)]
             if not new:
@@ -661,11 +663,12 @@ class PartStore:
         columns: Sequence[str] | None = None,
         parts: Iterable[str] | None = None,
         schema: pa.Schema | None = None,
+        later: pa.Schema | None = None,
     ) -> pa.Table:
         """Rows of a stage as one table, exactly one set for each item key (see `scan`).
 
         Args:
-            stage, columns, parts: as for `scan`.
+            stage, columns, parts, later: as for `scan`.
             keys: the items wanted. Rows come in the order of `keys`, rows of one item in the order they were written;
                 a key with no rows is left out. With None: all items, in the order of part names.
             schema: schema to give an empty answer (else a table without columns).
@@ -682,7 +685,7 @@ class PartStore:
                 raise StoreError(self._dir(stage), str(error)) from error
             parts = [index.names[code] for code in codes.tolist() if code >= 0]
         read = columns if columns is None or wanted is None else list(dict.fromkeys(["key", *columns]))
-        tables = list(self.scan(stage, wanted, read, parts))
+        tables = list(self.scan(stage, wanted, read, parts, later))
         if not tables:
             empty = schema if schema is not None else pa.schema([])
             return empty.empty_table().select([c for c in columns or empty.names if c in empty.names])

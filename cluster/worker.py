@@ -40,12 +40,14 @@ class Input:
         keys: of the items at that stage, in the shard's order.
         parts: names of the parts that hold them.
         columns: to read, `key` among them; None for all.
+        schema: of the earlier stage now; columns that an older version of it did not write are null. None: as written.
     """
 
     stage: str
     keys: Sequence[str]
     parts: Sequence[str]
     columns: Sequence[str] | None
+    schema: pa.Schema | None = None
 
 
 @dataclass(frozen=True)
@@ -281,12 +283,20 @@ def read_input(store: PartStore, stage: Stage, shard: Shard) -> pa.Table:
         StoreError: rows are missing or unreadable.
         ContractError: a join is not one row to one row.
     """
-    before, *joined = shard.inputs
-    rows, position = _read(store, before)
+    return joined_rows(stage, shard, [_read(store, source) for source in shard.inputs])
+
+
+def joined_rows(stage: Stage, shard: Shard, tables: Sequence[tuple[pa.Table, np.ndarray]]) -> pa.Table:
+    """What `read_input` gives, from the rows of each of the shard's inputs, and for each row its item's place in the
+    shard.
+
+    Raises:
+        ContractError: a join is not one row to one row.
+    """
+    rows, position = tables[0]
     key = pa.array(shard.keys, pa.string()).take(pa.array(position))
     rows = rows.set_column(rows.schema.get_field_index("key"), "key", key)
-    for source in joined:
-        other, other_position = _read(store, source)
+    for source, (other, other_position) in zip(shard.inputs[1:], tables[1:], strict=True):
         by_row = stage.row_id is not None and stage.row_id in other.column_names and stage.row_id in rows.column_names
         names = other[stage.row_id].to_pylist() if by_row else [None] * other.num_rows
         place = {}
@@ -303,7 +313,7 @@ def read_input(store: PartStore, stage: Stage, shard: Shard) -> pa.Table:
 
 
 def _read(store: PartStore, source: Input) -> tuple[pa.Table, np.ndarray]:
-    rows = store.read_rows(source.stage, source.keys, source.columns, source.parts)
+    rows = store.read_rows(source.stage, source.keys, source.columns, source.parts, later=source.schema)
     found = pc.index_in(rows["key"], value_set=pa.array(source.keys, pa.string())) if rows.num_rows else None
     position = np.zeros(0, np.int64) if found is None else found.to_numpy().astype(np.int64)
     missing = np.setdiff1d(np.arange(len(source.keys)), position)

@@ -313,7 +313,7 @@ def test_gallery_of_photos_and_its_exclusions(archive: Path, first: dict, run: R
         assert set(row["most_ids"]) <= others
     assert run_gallery.expectation(capped).weights["recogniser"] == info.weights["recogniser"]
     with pytest.raises(GalleryMismatchError, match="identity_ceiling"):
-        run_gallery.ensure_gallery(capped, run, print)
+        run_gallery.RunGallery.open(capped, run, print)
 
     # With a person known, his other photos do not count either; person ids come from folders here.
     people = {p.photo_id: p.person_id for p in list_source(str(archive), people_from="folder").photos}

@@ -163,7 +163,7 @@ def test_mobilestylegan_and_stylegan2_of_one_w_share_a_gallery(store: ModelStore
     encoder["w_probe"], encoder["w_fingerprint"] = record.w_probe, record.w_fingerprint
     (Path(place.url) / "e4e-64.json").write_text(json.dumps(encoder))
     shared = resolving.resolve(settings(place, f"gallery.url={url}"))
-    _, info = run_gallery.ensure_gallery(shared, Run(str(tmp_path / "run")), print)
+    info = run_gallery.RunGallery.open(shared, Run(str(tmp_path / "run")), print).info
     assert (info.layers, info.count) == (16, 64)
     from gallery_index import Gallery
 
@@ -173,4 +173,4 @@ def test_mobilestylegan_and_stylegan2_of_one_w_share_a_gallery(store: ModelStore
     assert found.most_vectors.shape[1:] == (10, 3, 512) or found.most_vectors.shape[2] == 10
     assert found.least_vectors.shape == (1, 10, 512)
     with pytest.raises(GalleryMismatchError, match="generator's fingerprint"):
-        run_gallery.ensure_gallery(resolving.resolve(settings(store, f"gallery.url={url}")), Run(str(tmp_path / "r2")), print)
+        run_gallery.RunGallery.open(resolving.resolve(settings(store, f"gallery.url={url}")), Run(str(tmp_path / "r2")), print)

@@ -39,6 +39,11 @@ def read_bytes(url: str, max_bytes: int = MAX_BYTES) -> bytes:
         raise SourceError("READ_FAILED", f"{type(e).__name__}: {e}") from e
 
 
+def digest_of(data: bytes) -> str:
+    """BLAKE2b of a file's bytes, 32 hex digits, as of ``content_digest``."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
 def content_digest(url: str) -> str:
     """BLAKE2b of a file's bytes, 32 hex digits; read in pieces, so that its size does not matter.
 

@@ -309,10 +309,10 @@ def measure_efficiency(actors: int, item_seconds: float, items: int, shard_items
 
 
 def measure_overhead(photos: int, workers: int) -> dict[str, Any]:
-    from pipelines import stages
     from pipelines.bench import chaos_work
     from pipelines.bench.bench_stages import make_photos
     from pipelines.config.load import load_config
+    from pipelines.jobs import chain
     from pipelines.jobs import protect as protect_job
 
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as name:
@@ -321,13 +321,13 @@ def measure_overhead(photos: int, workers: int) -> dict[str, Any]:
         (folder / "calls").mkdir()
         os.environ[chaos_work.LOG] = str(folder / "calls")
         config = load_config("quick", sets=[f"engine.workers={workers}", "engine.threads=1", "gallery.synthetic=5000"])
-        make_stages = stages.make_stages
-        stages.make_stages = lambda *args, **settings: chaos_work.watched(make_stages(*args, **settings))
+        make_stages = chain.make_stages
+        chain.make_stages = lambda *args, **settings: chaos_work.watched(make_stages(*args, **settings))
         begin = time.perf_counter()
         try:
             summary = protect_job.protect(str(folder / "photos"), str(folder / "out"), config)
         finally:
-            stages.make_stages = make_stages
+            chain.make_stages = make_stages
         wall = time.perf_counter() - begin
         busy, passed, seen = _generator_time(folder / "calls")
     if seen != workers:

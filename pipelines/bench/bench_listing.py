@@ -41,12 +41,13 @@ def night(folder: str, photos: int) -> dict[str, float]:
     """One night in this process: seconds of each step, and by how much the resident size grew at most, bytes."""
     from cluster import Engine
     from pipelines.jobs.chain import planned
-    from pipelines.stages import make_stages
+    from pipelines.stages.chain import make_stages
+    from pipelines.stages.declaration import Setting
 
     config, weights = load_config(), {stage: "0" * 16 for stage in STAGES}
     out = f"{folder}/out"
     run = Run(f"{folder}/out.run")
-    stages = make_stages(config, weights, gallery="", out=out, photos=photos)
+    stages = make_stages(Setting(config, weights, gallery="", out=out, photos=photos))
     forget_peak_memory()
     before, begin = peak_memory(), time.perf_counter()
     found: dict[str, float] = {}

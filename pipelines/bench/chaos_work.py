@@ -102,12 +102,12 @@ def run_arithmetic(store: str, items: int, address: str, actors: int) -> None:
 def run_real(src: str, out: str, sets: Sequence[str]) -> None:
     """One driver's life of `scol protect` with the quick profile."""
     from cluster import store
-    from pipelines import stages
     from pipelines.config.load import load_config
+    from pipelines.jobs import chain
     from pipelines.jobs import protect as protect_job
 
-    make_stages = stages.make_stages
-    stages.make_stages = lambda *args, **settings: watched(make_stages(*args, **settings))
+    make_stages = chain.make_stages
+    chain.make_stages = lambda *args, **settings: watched(make_stages(*args, **settings))
     store.PartStore = WatchedStore
     protect_job.protect(src, out, load_config("quick", sets=sets), say=print)
 

@@ -75,16 +75,16 @@ def _operator(stage: str, out: str, size: int) -> Operator:
 
 def make_run(src: Path, out: Path, size: int, shard: int, say: Callable[[str], None] = lambda text: None) -> None:
     """Run `scol protect` with such stages. `shard`: photos in a part."""
-    from pipelines import stages
     from pipelines.config.load import load_config
+    from pipelines.jobs import chain
     from pipelines.jobs import protect as protect_job
 
-    make_stages = stages.make_stages
-    stages.make_stages = lambda *args, **settings: faceless(make_stages(*args, **settings), str(out), size)
+    make_stages = chain.make_stages
+    chain.make_stages = lambda *args, **settings: faceless(make_stages(*args, **settings), str(out), size)
     try:
         protect_job.protect(str(src), str(out), load_config("quick", sets=[f"engine.shard_photos={shard}"]), say=say)
     finally:
-        stages.make_stages = make_stages
+        chain.make_stages = make_stages
 
 
 def run_again(folder: str, shard: str) -> None:

@@ -25,9 +25,9 @@ from pipelines.config.names import (
 from scol_ops.distortions import NONE, Distortion
 from scol_ops.models import catalogue as public_models
 
-# What is off is not said to the stages, so that keys are those of before it could be had.
-# Section, key, what it is when it is off, and the keys left out then.
-_UNSAID: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
+# Options at their default are left out of the hashed configuration, so a new option does not invalidate old keys.
+# Each line: the section, the option, its default, and the options left out where it has that.
+_OMITTED_AT_DEFAULT: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("fuse", "source", "similar", ("source",)),
     ("fuse", "target", "least", ("target",)),
     ("tune", "perceptual", "ssim", ("perceptual", "lpips_weight")),
@@ -527,6 +527,10 @@ class Config(Section):
         """Whether rounds of ``strengthen`` refine: a refinement that is off stays off there."""
         return bool(self.refines and self.strengthen.steps)
 
+    def has_stage(self, stage: str) -> bool:
+        """Whether a run makes this stage of ``names.STAGES``: one without anything to do is left out."""
+        return stage != "strengthen" or self.strengthen.rounds > 0
+
     @property
     def encoder_trunk(self) -> str:
         """The recogniser that the encoder reads the features of, or was made from."""
@@ -537,7 +541,7 @@ class Config(Section):
 
         def of(section: str) -> dict[str, Any]:
             said = getattr(self, section).model_dump(mode="json")
-            off = [left for name, key, value, left in _UNSAID if name == section and said[key] == value]
+            off = [left for name, key, value, left in _OMITTED_AT_DEFAULT if name == section and said[key] == value]
             return {key: value for key, value in said.items() if not any(key in left for left in off)}
 
         parts: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ from pipelines.jobs.demo import draw_person
 from pipelines.networks import load as networks
 from pipelines.networks import resolve as resolving
 from pipelines.run.schemas import OK
-from pipelines.stages import load
+from pipelines.stages.declaration import load
 
 
 def _convolution_backward(

@@ -57,8 +57,8 @@ from pipelines.experiments.subjects import (
     summary,
 )
 from pipelines.experiments.tables import ExperimentError, Options, write
-from pipelines.jobs import run_gallery
 from pipelines.jobs.chain import execute
+from pipelines.jobs.run_gallery import RunGallery
 from pipelines.networks import load as networks
 from pipelines.networks import resolve as resolving
 from pipelines.photos.codec import decode, encode
@@ -315,8 +315,7 @@ def component_scale(config: Config, run: Run, say: Say) -> Tensor | None:
     """Units of the inspection's threshold, (L, 512), as the run has them; None for absolute ones."""
     if config.inspect.unit == "absolute":
         return None
-    url, info = run_gallery.ensure_gallery(config, run, say)
-    return torch.from_numpy(run_gallery.gallery_std(run, url, info, config.num_codes))
+    return torch.from_numpy(RunGallery.open(config, run, say).std())
 
 
 def inspected(probe: Probe, config: Config, scale: Tensor | None) -> Inspection:

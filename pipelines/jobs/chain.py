@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 
@@ -14,24 +13,16 @@ from cluster import Engine, KeyRule, Progress, RunSummary
 from pipelines.archive.listing import Listing
 from pipelines.config.names import STAGES
 from pipelines.config.sections import Config
-from pipelines.jobs import run_gallery
 from pipelines.jobs.renewal import renewal
-from pipelines.networks import fingerprints
+from pipelines.jobs.run_gallery import RunGallery
+from pipelines.networks.fingerprints import stage_weights
 from pipelines.run import attempts
 from pipelines.run.folder import Run
 from pipelines.run.keys import chain, derive, stage_rules
 from pipelines.run.schemas import PLAN_SCHEMA, SOURCE
-from pipelines.stages import make_stages
+from pipelines.stages.chain import make_stages
+from pipelines.stages.declaration import Setting
 from pipelines.stages.pools import layout
-
-
-@dataclass
-class Setting:
-    """What the stages of a run were given."""
-
-    weights: dict[str, str]
-    gallery_url: str
-    gallery: dict[str, Any]
 
 
 def execute(
@@ -46,8 +37,8 @@ def execute(
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
     say: Callable[[str], None] = lambda text: None,
-    on_start: Callable[[Setting], None] | None = None,
-) -> tuple[RunSummary, Setting]:
+    on_start: Callable[[Setting, RunGallery | None], None] = lambda setting, gallery: None,
+) -> RunSummary:
     """Plan and run the stages up to ``until`` over these photos; what is done already is not done again.
 
     Args:
@@ -55,36 +46,28 @@ def execute(
         about: kept with the plan, see ``run.folder.plan_about``.
         verify: read what is in OUT, and publish again what has other bytes than were written.
         stop: see ``Engine``.
+        on_start: called once all is checked and planned, before the stages run.
 
     Raises:
         WeightsError: embedded weights are missing or altered.
         GalleryError, StoreError, EngineError: see their packages.
         RunInterrupted: Ctrl-C; what is finished is kept.
     """
-    url, described, std = "", {}, None
+    gallery = None
     if STAGES.index(until) >= STAGES.index("fuse"):
-        heard = stop or (lambda: False)
-        url, info = run_gallery.patiently(lambda: run_gallery.ensure_gallery(config, run, say, heard))
-        described = run_gallery.described_for_run(url, info)
-        if config.attack.enabled and config.inspect.unit == "std":
-            std = run_gallery.gallery_std(run, url, info, config.num_codes)
-    std_digest = "" if std is None else hashlib.sha256(std.tobytes()).hexdigest()[:16]
-    way = run_gallery.compressed_info(info) if described and config.gallery.search == "compressed" else ""
-    weights = fingerprints.stage_weights(config, described.get("fingerprint", "") + way, std_digest)
+        gallery = RunGallery.open(config, run, say, stop or (lambda: False))
+    setting = _setting(config, gallery, out, len(source))
     opened = attempts.opened(run)
-    rules = stage_rules(config, weights, out or "", opened)
+    rules = stage_rules(config, setting.weights, out or "", opened)
     if until == "publish":
         rules["publish"] = chain(rules["publish"], renewal(run, out, opened.get("publish", ()), verify))
     tables = [source] if isinstance(source, pa.Table) else source
     # Stages beyond `until` get their keys in the plan as well: they are what a later run would make.
     run.write_plan((planned(table, rules) for table in tables), about)
-    setting = Setting(weights, url, described)
-    if on_start is not None:
-        on_start(setting)
-    stages = make_stages(config, weights, gallery=url, std=std, out=out, photos=len(source), until=until)
+    on_start(setting, gallery)
     engine = Engine(
         run.store,
-        stages,
+        make_stages(setting, until),
         pools=partial(layout, config),
         source=SOURCE,
         shard_items=config.engine.shard_photos,
@@ -92,8 +75,19 @@ def execute(
         progress=progress,
         stop=stop,
     )
-    with run_gallery.reading(url):
-        return engine.run(source, rules), setting
+    with gallery.reading() if gallery is not None else nullcontext():
+        return engine.run(source, rules)
+
+
+def _setting(config: Config, gallery: RunGallery | None, out: str | None, photos: int) -> Setting:
+    if gallery is None:
+        return Setting(config, stage_weights(config, ""), out=out, photos=photos)
+    std, digest = None, ""
+    if config.attack.enabled and config.inspect.unit == "std":
+        std = gallery.std()
+        digest = hashlib.sha256(std.tobytes()).hexdigest()[:16]
+    weights = stage_weights(config, gallery.key_words, digest)
+    return Setting(config, weights, gallery.url, gallery.info.fingerprint, std, out, photos)
 
 
 def planned(table: pa.Table, rules: Mapping[str, KeyRule]) -> pa.Table:

@@ -18,7 +18,7 @@ from pipelines.archive.listing import list_source
 from pipelines.archive.paths import SourceError
 from pipelines.archive.reading import read_bytes
 from pipelines.config.sections import Config
-from pipelines.networks import load as networks
+from pipelines.networks.load import Networks
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import Limits, PhotoError
 from pipelines.run.folder import Run, RunError
@@ -50,10 +50,7 @@ def plan(src: str, config: Config, *, run_url: str | None = None, sample: int = 
         size += row.size or 0
         if place in places:
             chosen.append(row)
-    device = networks.pick_device(config.engine.device)
-    detector = networks.detector(
-        device, config.align.min_face_size, config.align.min_confidence, config.align.max_side, 1
-    )
+    detector = Networks(config).detector
     counts, unreadable = [], 0
     for row in chosen:
         try:
@@ -131,19 +128,13 @@ def calibrate(config: Config) -> tuple[float, int]:
 
     Detection, search and publishing are left out: they take below a second or two.
     """
-
-
-
-    device = networks.pick_device(config.engine.device)
+    networks = Networks(config)
+    device = networks.device
     threads = layout(config, [_this_machine()])["generator"].resources.threads
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    networks.set_up()
     try:
-        generator, encoder = (
-            networks.generator(config.generator, device, config.engine.models),
-            networks.encoder(device, config.encoder, config.engine.models),
-        )
+        generator, encoder = networks.generator, networks.encoder
         code = generator.mean_code.expand(1, config.num_codes, -1).contiguous()
         with torch.no_grad():
             face = generator(code).clamp(-1, 1)
@@ -151,10 +142,7 @@ def calibrate(config: Config) -> tuple[float, int]:
         mask = torch.ones_like(face[:, :1])
 
         def features(names):
-            return [
-                networks.identity_feature(name, device, landmarks, box, config.encoder, config.engine.models)
-                for name in names
-            ]
+            return networks.features(names, landmarks, box)
 
         def steps(call: Callable[[int], Any], wanted: int) -> float:
             """Seconds of `wanted` steps, from 1 and 4 of them; the first call is thrown away."""
@@ -206,7 +194,7 @@ def calibrate(config: Config) -> tuple[float, int]:
             attacking = settings_of(AttackSettings, config.attack)
             total += steps(
                 lambda n: attack(
-                    lambda x: encoder(networks.at_encoder_size(x)),
+                    networks.encode,
                     face,
                     code,
                     torch.ones_like(code, dtype=torch.bool),

@@ -5,20 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from cluster import Progress, RunInterrupted, RunSummary
 from cluster.digest import read_digest
-from pipelines.archive.listing import list_source
+from pipelines.archive.listing import Listing, list_source
 from pipelines.archive.output import check_places
 from pipelines.archive.paths import absolute
 from pipelines.config.names import STAGES, VERSIONS
 from pipelines.config.sections import Config
-from pipelines.jobs import changes as night_changes
-from pipelines.jobs import prune as pruning
-from pipelines.jobs.chain import Setting, execute
+from pipelines.jobs.chain import execute
+from pipelines.jobs.changes import Changes, compare
 from pipelines.jobs.progress import Reporter
-from pipelines.networks import resolve as resolving
+from pipelines.jobs.prune import prune as remove_outputs
+from pipelines.jobs.run_gallery import RunGallery
+from pipelines.networks.resolve import resolve
 from pipelines.report.run_page import write_report
 from pipelines.run.environment import machine, versions
 from pipelines.run.folder import Run, default_run
@@ -28,6 +30,7 @@ from pipelines.run.presence import Presence
 from pipelines.run.schemas import LIGHT
 from pipelines.run.summary import summary
 from pipelines.run.text import utc
+from pipelines.stages.declaration import Setting
 
 
 def protect(
@@ -70,11 +73,11 @@ def protect(
         RunInterrupted: Ctrl-C or ``scol cancel``; the tables, the report and the summary of what is finished are
             written before.
     """
-    config = resolving.resolve(config, say)  # a model that is missing is told before anything is made
+    config = resolve(config, say)  # a model that is missing is told before anything is made
+    begin = time.monotonic()
     run = Run(absolute(run_url or default_run(out)))
     check_places(src, out, run.url)
     observer = Observer(run)
-    begin = time.monotonic()
     with ExitStack() as stack:
         presence = Presence(run, "protect", observer.tell, observer.work)
         if log_json is not None:
@@ -86,139 +89,171 @@ def protect(
                 lambda: log.event("end", **where, state=presence.state, seconds=round(time.monotonic() - begin, 3))
             )
         stack.enter_context(presence)
-        return _protect(
-            run,
-            src,
-            absolute(out),
-            config,
-            presence,
-            observer,
-            people_from=people_from,
-            limit=limit,
-            sample_seed=sample_seed,
-            verify_content=verify_content,
-            prune=prune,
-            say=say,
-            progress_stream=progress_stream,
+        wish = _Wish(src, absolute(out), people_from, limit, sample_seed, verify_content, prune)
+        return _Job(run, wish, config, presence, observer, say).work(begin, progress_stream)
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What was asked for, besides the configuration; names as of ``protect``."""
+
+    src: str
+    out: str
+    people_from: str | None
+    limit: int | None
+    sample_seed: int
+    verify_content: bool
+    prune: bool
+
+
+class _Job:
+    """The phases of one ``scol protect``: list, compare, record, run the stages, prune, add up, report."""
+
+    def __init__(
+        self,
+        run: Run,
+        wish: _Wish,
+        config: Config,
+        presence: Presence,
+        observer: Observer,
+        say: Callable[[str], None],
+    ) -> None:
+        self.run, self.wish, self.config = run, wish, config
+        self.presence, self.observer, self.say = presence, observer, say
+        self.source = absolute(wish.src)
+
+    def work(self, begin: float, progress_stream: TextIO | None) -> dict[str, Any]:
+        """All of it; the summary. Arguments: seconds on the monotonic clock, and as of ``protect``."""
+        listing = self._list()
+        changes = self._compare(listing)
+        record = self._record(listing)
+        done, interrupted = self._run_stages(listing, record, progress_stream)
+        result, same = _totals(self.run, done)
+        result |= {"skipped": listing.skipped, "changes": changes.to_dict()}
+        if self.wish.prune and interrupted is None:
+            result["changes"]["pruned"] = self._prune(listing)
+        elif changes.waiting:
+            self.say(f"{len(changes.waiting)} deleted photo(s) still have their outputs; --prune removes them")
+        result |= _effort(result, done) | {"interrupted": interrupted is not None}
+        result["seconds"] = round(time.monotonic() - begin, 3)
+        self.run.write_json("run.json", record | {"finished": utc()})
+        self.run.write_json("summary.json", result)
+        if not same:
+            _write_report(self.run, self.say)
+        if interrupted is not None:
+            if self.presence.stopped():
+                self.say("stopped, because `scol cancel` asked for it")
+            raise interrupted
+        return result
+
+    def _list(self) -> Listing:
+        wish = self.wish
+        listing = list_source(
+            wish.src,
+            out=wish.out,
+            people_from=wish.people_from,
+            limit=wish.limit,
+            seed=wish.sample_seed,
+            verify_content=wish.verify_content,
+            stop=self.presence.stopped,
         )
+        some = f", of {listing.total}" if len(listing) < listing.total else ""
+        self.say(f"{len(listing)} photos at {wish.src}{some}" + _skipped_words(listing.skipped))
+        self.observer.photos = listing.ids
+        return listing
 
+    @property
+    def _evidence(self) -> str:
+        """By what versions of photos are told apart."""
+        return "content" if self.wish.verify_content else "stat"
 
-def _protect(
-    run: Run,
-    src: str,
-    out: str,
-    config: Config,
-    presence: Presence,
-    observer: Observer,
-    *,
-    people_from: str | None,
-    limit: int | None,
-    sample_seed: int,
-    verify_content: bool,
-    prune: bool,
-    say: Callable[[str], None],
-    progress_stream: TextIO | None,
-) -> dict[str, Any]:
-    begin = time.monotonic()
-    listing = list_source(
-        src,
-        out=out,
-        people_from=people_from,
-        limit=limit,
-        seed=sample_seed,
-        verify_content=verify_content,
-        stop=presence.stopped,
-    )
-    some = f", of {listing.total}" if len(listing) < listing.total else ""
-    say(f"{len(listing)} photos at {src}{some}" + _skipped_words(listing.skipped))
-    observer.photos = listing.ids
-    about = {"source": absolute(src), "evidence": "content" if verify_content else "stat"}
-    changes = night_changes.compare(run, about["source"], listing, listing.all_ids, listing.failed, about["evidence"])
-    if changes.compared:
-        say(changes.words())
-    if changes.evidence_changed:
-        say("the last run told versions of photos otherwise (--verify-content), so all photos are done anew")
-    for path in changes.deleted[:20]:
-        say(f"deleted: {path}")
-    record: dict[str, Any] = {
-        "version": 1,
-        "started": utc(),
-        "finished": None,
-        "source": about["source"],
-        "out": out,
-        "run": run.url,
-        "limit": limit,
-        "sample_seed": sample_seed if limit is not None else None,
-        "people_from": people_from,
-        "verify_content": verify_content,
-        "prune": prune,
-        "skipped": listing.skipped,
-        "config": config.model_dump(mode="json"),
-        "stage_versions": VERSIONS,
-        "versions": versions(),
-        "machine": machine(),
-    }
+    def _compare(self, listing: Listing) -> Changes:
+        """What is new, changed and gone since the last run."""
+        changes = compare(self.run, self.source, listing, listing.all_ids, listing.failed, self._evidence)
+        if changes.compared:
+            self.say(changes.words())
+        if changes.evidence_changed:
+            self.say("the last run told versions of photos otherwise (--verify-content), so all photos are done anew")
+        for path in changes.deleted[:20]:
+            self.say(f"deleted: {path}")
+        return changes
 
-    def started(setting: Setting) -> None:
-        record["weights"], record["gallery"] = setting.weights, setting.gallery
-        run.write_json("run.json", record)
+    def _record(self, listing: Listing) -> dict[str, Any]:
+        """The content of ``RUN/run.json``, without weights and gallery, which are known once the run is planned."""
+        wish = self.wish
+        return {
+            "version": 1,
+            "started": utc(),
+            "finished": None,
+            "source": self.source,
+            "out": wish.out,
+            "run": self.run.url,
+            "limit": wish.limit,
+            "sample_seed": wish.sample_seed if wish.limit is not None else None,
+            "people_from": wish.people_from,
+            "verify_content": wish.verify_content,
+            "prune": wish.prune,
+            "skipped": listing.skipped,
+            "config": self.config.model_dump(mode="json"),
+            "stage_versions": VERSIONS,
+            "versions": versions(),
+            "machine": machine(),
+        }
 
-    reporter = None if progress_stream is None else Reporter(progress_stream)
+    def _run_stages(
+        self, listing: Listing, record: dict[str, Any], progress_stream: TextIO | None
+    ) -> tuple[RunSummary, RunInterrupted | None]:
+        """What the engine did, and the interruption that ended it early."""
 
-    def progress(message: Progress) -> None:
-        observer(message)
-        if reporter is not None:
-            reporter(message)
+        def started(setting: Setting, gallery: RunGallery | None) -> None:
+            record["weights"], record["gallery"] = setting.weights, gallery.described() if gallery else {}
+            self.run.write_json("run.json", record)
 
-    interrupted: RunInterrupted | None = None
-    done: RunSummary | None = None
-    try:
-        done, _ = execute(
-            run,
-            listing,
-            config,
-            about=about,
-            out=out,
-            verify=verify_content,
-            progress=progress,
-            stop=presence.stopped,
-            say=say,
-            on_start=started,
-        )
-    except RunInterrupted as error:
-        interrupted, done = error, error.summary
-    finally:
-        if reporter is not None:
-            reporter.close()
-    result, same = _totals(run, done)
-    result["skipped"] = listing.skipped
-    result["changes"] = changes.to_dict()
-    if prune and interrupted is None:
-        pruned = pruning.prune(run, about["source"], out, listing.all_paths())
-        result["changes"]["pruned"] = pruned.to_dict()
-        say(f"pruned: {len(pruned.removed)} output(s) removed")
+        reporter = None if progress_stream is None else Reporter(progress_stream)
+
+        def progress(message: Progress) -> None:
+            self.observer(message)
+            if reporter is not None:
+                reporter(message)
+
+        try:
+            done = execute(
+                self.run,
+                listing,
+                self.config,
+                about={"source": self.source, "evidence": self._evidence},
+                out=self.wish.out,
+                verify=self.wish.verify_content,
+                progress=progress,
+                stop=self.presence.stopped,
+                say=self.say,
+                on_start=started,
+            )
+            return done, None
+        except RunInterrupted as error:
+            return error.summary, error
+        finally:
+            if reporter is not None:
+                reporter.close()
+
+    def _prune(self, listing: Listing) -> dict[str, Any]:
+        """Remove outputs of deleted photos; what was done."""
+        pruned = remove_outputs(self.run, self.source, self.wish.out, listing.all_paths())
+        self.say(f"pruned: {len(pruned.removed)} output(s) removed")
         for path, why in pruned.kept.items():
-            say(f"not pruned: {path}: {why}")
-    elif changes.waiting:
-        say(f"{len(changes.waiting)} deleted photo(s) still have their outputs; --prune removes them")
-    result["seconds"] = round(time.monotonic() - begin, 3)
+            self.say(f"not pruned: {path}: {why}")
+        return pruned.to_dict()
+
+
+def _effort(result: dict[str, Any], done: RunSummary) -> dict[str, Any]:
+    """Columns of the summary about the work that was done."""
+    spent, faces = sum(result["stage_seconds"].values()), result["faces"]
     worked = sum(stage.operator_seconds for stage in done.stages.values())
-    result["engine"] = done.to_dict()
-    result["seconds_per_face"] = (
-        round(sum(result["stage_seconds"].values()) / result["faces"], 3) if result["faces"] else None
-    )
-    result["operator_seconds"] = round(worked, 3)
-    result["interrupted"] = interrupted is not None
-    record["finished"] = utc()
-    run.write_json("run.json", record)
-    run.write_json("summary.json", result)
-    if not same:
-        _write_report(run, say)
-    if interrupted is not None:
-        if presence.stopped():
-            say("stopped, because `scol cancel` asked for it")
-        raise interrupted
-    return result
+    return {
+        "engine": done.to_dict(),
+        "seconds_per_face": round(spent / faces, 3) if faces else None,
+        "operator_seconds": round(worked, 3),
+    }
 
 
 def _totals(run: Run, done: RunSummary) -> tuple[dict[str, Any], bool]:
@@ -235,7 +270,6 @@ def _totals(run: Run, done: RunSummary) -> tuple[dict[str, Any], bool]:
 
 
 def _write_report(run: Run, say: Callable[[str], None]) -> None:
-
     try:
         write_report(run.url)
     except Exception as error:  # the photos are done: a report that fails must not look like a run that failed

@@ -7,6 +7,8 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,7 +36,7 @@ from pipelines.config.sections import Config
 from pipelines.networks import fingerprints
 from pipelines.networks import load as networks
 from pipelines.run.folder import Run
-from pipelines.run.schemas import CODE_DIM, CODE_LAYERS, IDENTITY_DIM
+from pipelines.run.schemas import CODE_DIM, IDENTITY_DIM
 from scol_ops.models import catalogue as public_models
 from scol_ops.models.embedded import load_mobilestylegan
 
@@ -114,9 +116,118 @@ def synthetic_name(config: Config) -> str:
     return f"synthetic-{settings.synthetic}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
+def patiently(action: Callable[[], T]) -> T:
+    """What `action` does with a gallery, begun again where the store below it failed in a way that may pass."""
+    return with_retries(action, transient=lambda e: not isinstance(e, GalleryError) and is_transient(e))
+
+
+@dataclass(frozen=True, eq=False)
+class RunGallery:
+    """The gallery that a run fuses with.
+
+    Attributes:
+        config: of the run.
+        run: its folder.
+        url: of the gallery, or of a version of it.
+        info: its description.
+    """
+
+    config: Config
+    run: Run
+    url: str
+    info: GalleryInfo
+
+    @classmethod
+    def open(
+        cls, config: Config, run: Run, say: Callable[[str], None], stop: Callable[[], bool] = lambda: False
+    ) -> RunGallery:
+        """The gallery of the configuration, checked; or a synthetic one in the run's folder, made once.
+
+        Args:
+            stop: see ``build_synthetic``.
+
+        Raises:
+            GalleryNotFoundError, GalleryMismatchError, GalleryCorruptError: the configured one does not serve.
+        """
+        find = _configured if config.gallery.url is not None else partial(_made, say=say, stop=stop)
+        return cls(config, run, *patiently(lambda: find(config, run)))
+
+    @property
+    def key_words(self) -> str:
+        """What enters the keys of ``fuse``: the fingerprint, and how compressed indexes answer where they do, since they
+        may answer otherwise."""
+        found = self.info.compression
+        if found is None or self.config.gallery.search != "compressed":
+            return self.info.fingerprint
+        return f"{self.info.fingerprint}+{found['factory']},{found['search']}"
+
+    def described(self) -> dict[str, Any]:
+        """What a run records of its gallery."""
+        found = store_of(self.url)
+        return {
+            "url": self.url,
+            "store": found[0].url if found else None,
+            "version": found[1] if found else None,
+            "fingerprint": self.info.fingerprint,
+            "codes": self.info.count,
+            "similarity": self.info.mode,
+            "source": self.info.source,
+        }
+
+    def std(self) -> np.ndarray:
+        """Standard deviation of each component over the gallery, (L, 512) float32; kept in the run's folder."""
+        layers = self.config.num_codes
+        name = f"gallery/std-{self.info.fingerprint}{'' if layers == self.info.layers else f'-{layers}'}.npy"
+        try:
+            return np.load(io.BytesIO(self.run.read(name)), allow_pickle=False)
+        except ValueError:
+            std = np.ascontiguousarray(patiently(lambda: Gallery.load(self.url, layers=layers)).component_std())
+            buffer = io.BytesIO()
+            np.save(buffer, std)
+            self.run.write(name, buffer.getvalue())
+            return std
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While the block lasts, a version of a store is not pruned (on local disks)."""
+        found = store_of(self.url)
+        return found[0].reading(found[1]) if found else nullcontext()
+
+
+def _configured(config: Config, run: Run) -> tuple[str, GalleryInfo]:
+    """URL and description of ``gallery.url``, if it serves the run."""
+    url = _version_for(config, run)
+    info = read_info(url)
+    expectation(config).check(info, url)
+    if config.fuse.identity_ceiling is not None and info.embedding_dim != IDENTITY_DIM:
+        raise GalleryMismatchError(f"{url} holds no identity embeddings for fuse.identity_ceiling")
+    if config.gallery.search == "compressed" and info.compression is None:
+        raise GalleryMismatchError(f"{url} has no compressed indexes for gallery.search; build it with --compress")
+    if config.fuse.k >= info.count:
+        raise GalleryNotFoundError(f"{url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more")
+    return url, info
+
+
+def _made(
+    config: Config, run: Run, say: Callable[[str], None], stop: Callable[[], bool]
+) -> tuple[str, GalleryInfo]:
+    """URL and description of the synthetic gallery in the run's folder; makes it where it is not there."""
+    if config.fuse.identity_ceiling is not None:
+        raise GalleryMismatchError("fuse.identity_ceiling needs gallery.url: people who do not exist have no identity")
+    if config.gallery.search == "compressed":
+        raise GalleryMismatchError("gallery.search=compressed needs gallery.url, of a gallery built with --compress")
+    url = run.path(f"gallery/{synthetic_name(config)}")
+    try:
+        return url, read_info(url)
+    except GalleryNotFoundError:
+        say(f"making a gallery of {config.gallery.synthetic} synthetic people")
+        try:
+            return url, build_synthetic(url, config, stop)
+        except GalleryExistsError:  # another driver was quicker, or the answer to our own commit was lost
+            return url, read_info(url)
+
+
 def _version_for(config: Config, run: Run) -> str:
     """URL of the gallery, or of the version of it, that a run is to use (``gallery.version``)."""
-
     url = absolute(config.gallery.url)
     store, wanted = Store(url), config.gallery.version
     if store.folder.exists(INDEX):  # a gallery without versions, or a version's own folder
@@ -135,93 +246,11 @@ def _version_for(config: Config, run: Run) -> str:
     return store.version(current if wanted == "current" else wanted).url
 
 
-def patiently(action: Callable[[], T]) -> T:
-    """What `action` does with a gallery, begun again where the store below it failed in a way that may pass."""
-    return with_retries(action, transient=lambda e: not isinstance(e, GalleryError) and is_transient(e))
-
-
-def reading(url: str) -> AbstractContextManager[None]:
-    """While the block lasts, a version of a store is not pruned (on local disks)."""
-    found = store_of(url)
-    return found[0].reading(found[1]) if found else nullcontext()
-
-
-def described_for_run(url: str, info: GalleryInfo) -> dict[str, Any]:
-    """What a run records of its gallery."""
-    found = store_of(url)
-    return {
-        "url": url,
-        "store": found[0].url if found else None,
-        "version": found[1] if found else None,
-        "fingerprint": info.fingerprint,
-        "codes": info.count,
-        "similarity": info.mode,
-        "source": info.source,
-    }
-
-
-def ensure_gallery(
-    config: Config, run: Run, say: Callable[[str], None], stop: Callable[[], bool] = lambda: False
-) -> tuple[str, GalleryInfo]:
-    """The gallery of a run: the one of the configuration, checked; or a synthetic one in the run's folder, made once.
-
-    Args:
-        stop: see ``build_synthetic``.
-
-    Returns:
-        its URL and description.
-
-    Raises:
-        GalleryNotFoundError, GalleryMismatchError, GalleryCorruptError: the configured one does not serve.
-    """
-    if config.fuse.identity_ceiling is not None and config.gallery.url is None:
-        raise GalleryMismatchError("fuse.identity_ceiling needs gallery.url: people who do not exist have no identity")
-    if config.gallery.url is not None:
-        url = _version_for(config, run)
-        info = read_info(url)
-        expectation(config).check(info, url)
-        if config.fuse.identity_ceiling is not None and info.embedding_dim != IDENTITY_DIM:
-            raise GalleryMismatchError(f"{url} holds no identity embeddings for fuse.identity_ceiling")
-        if config.gallery.search == "compressed" and info.compression is None:
-            raise GalleryMismatchError(f"{url} has no compressed indexes for gallery.search; build it with --compress")
-        if config.fuse.k >= info.count:
-            raise GalleryNotFoundError(f"{url} holds {info.count} codes, fuse.k = {config.fuse.k} needs more")
-        return url, info
-    if config.gallery.search == "compressed":
-        raise GalleryMismatchError("gallery.search=compressed needs gallery.url, of a gallery built with --compress")
-    url = run.path(f"gallery/{synthetic_name(config)}")
-    try:
-        return url, read_info(url)
-    except GalleryNotFoundError:
-        say(f"making a gallery of {config.gallery.synthetic} synthetic people")
-        try:
-            return url, build_synthetic(url, config, stop)
-        except GalleryExistsError:  # another driver was quicker, or the answer to our own commit was lost
-            return url, read_info(url)
-
-
-def gallery_std(run: Run, url: str, info: GalleryInfo, layers: int = CODE_LAYERS) -> np.ndarray:
-    """Standard deviation of each component over the gallery, (L, 512) float32; kept in the run's folder."""
-    name = f"gallery/std-{info.fingerprint}{'' if layers == info.layers else f'-{layers}'}.npy"
-    try:
-        return np.load(io.BytesIO(run.read(name)), allow_pickle=False)
-    except ValueError:
-        std = np.ascontiguousarray(patiently(lambda: Gallery.load(url, layers=layers)).component_std())
-        buffer = io.BytesIO()
-        np.save(buffer, std)
-        run.write(name, buffer.getvalue())
-        return std
-
-
 def expected_weights(config: Config) -> dict[str, str]:
+    """Fingerprints of the networks that a gallery's codes and embeddings have to come from, by their part."""
     store = config.engine.models
     return {
         "generator": fingerprints.mapping_fingerprint(config.generator, store),
         "encoder": fingerprints.encoder_fingerprint(config.encoder, store),
         "recogniser": fingerprints.recogniser_fingerprint(fingerprints.INVERSION_RECOGNISER),
     }
-
-
-def compressed_info(info: GalleryInfo) -> str:
-    """What enters the keys of ``fuse`` where compressed indexes answer, since they may answer otherwise."""
-    return "" if info.compression is None else f"+{info.compression['factory']},{info.compression['search']}"

@@ -1,7 +1,4 @@
-"""Networks of a worker process: loaded once, by name; their fingerprints, without loading any; and their cards.
-
-Fingerprints enter the stages' keys: another file means other results.
-"""
+"""Networks of a process: each is loaded once, by its name, or by the part that a run's configuration gives it (`Networks`)."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.config.names import EMBEDDED, ENCODER, GENERATORS
+from pipelines.config.sections import Config
 from pipelines.networks.fingerprints import open_store, recogniser_fingerprint
 from scol_ops import runtime
 from scol_ops.losses import IdentityFeature
@@ -91,6 +89,7 @@ def perceptual(name: str, device: torch.device, store: str | None = None) -> nn.
 def detector(
     device: torch.device, min_face_size: float, min_confidence: float, max_side: int, batch_size: int
 ) -> detection.FaceDetector:
+    """MTCNN; arguments as of ``detection.FaceDetector``. Raises WeightsError as ``generator``."""
     from scol_ops import detection  # needs torchvision: a second and 160 MB that only this stage's workers should pay
 
     return detection.FaceDetector(
@@ -107,34 +106,77 @@ def at_encoder_size(faces: Tensor) -> Tensor:
     )
 
 
-def load_features(names: Iterable[str], device: torch.device, encoder_name: str, store: str | None) -> None:
-    """Load the networks of ``identity_feature`` before the first face needs them."""
-    for name in names:
-        if name == ENCODER:
-            encoder(device, encoder_name, store)
-        else:
-            recogniser(name, device, store)
+class Networks:
+    """The networks of a run on one device, by the parts that its configuration gives them.
 
-
-def identity_feature(
-    name: str,
-    device: torch.device,
-    landmarks: Tensor,
-    box: Tensor,
-    encoder_name: str = EMBEDDED,
-    store: str | None = None,
-) -> IdentityFeature:
-    """A feature of the id-lock for one face: crops (B, 3, S, S) -> unit vectors (B, D).
+    Nothing is loaded before it is asked for; a process loads each network once, whoever asks.
 
     Args:
-        name: a recogniser, or ``encoder``: its latent in standard units, so that no component outweighs the others.
-        landmarks: (1, 5, 2) in pixels of the crop.
-        box: (1, 4) in pixels of the crop.
-        encoder_name: the run's encoder.
-        store: URL of the model store.
+        config: of the run, as ``resolve`` leaves it.
+        device: where the networks are put; None for what ``engine.device`` says (``pick_device``).
+
+    Raises:
+        WeightsError, MissingModelError, ModelStoreError: by every method, see ``generator``.
     """
-    if name == ENCODER:
-        network = encoder(device, encoder_name, store)
-        return lambda crops: recognisers.unit(network.normalised(at_encoder_size(crops)).flatten(1))
-    network = recogniser(name, device, store)
-    return lambda crops: network.embed_crops(crops, landmarks, box)
+
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+        set_up()
+        self._config, self._store = config, config.engine.models
+        self.device = pick_device(config.engine.device) if device is None else device
+
+    @property
+    def generator(self) -> nn.Module:
+        """Codes (B, L, 512) -> (B, 3, S, S) in about [-1, 1]."""
+        return generator(self._config.generator, self.device, self._store)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """(B, 3, 256, 256) in [-1, 1] -> codes (B, L, 512)."""
+        return encoder(self.device, self._config.encoder, self._store)
+
+    @property
+    def judge(self) -> recognisers.Recogniser:
+        """The recogniser that looks at saved files."""
+        return self.recogniser(self._config.publish.judge)
+
+    @property
+    def perceptual(self) -> nn.Module | None:
+        """The tuning's perceptual distance; None where it is SSIM."""
+        name = self._config.tune.perceptual
+        return None if name == "ssim" else perceptual(name, self.device, self._store)
+
+    @property
+    def detector(self) -> detection.FaceDetector:
+        """The face detector with the run's bounds."""
+        align, batch = self._config.align, self._config.engine.align_batch
+        return detector(self.device, align.min_face_size, align.min_confidence, align.max_side, batch)
+
+    def recogniser(self, name: str) -> recognisers.Recogniser:
+        """A recogniser by its name."""
+        return recogniser(name, self.device, self._store)
+
+    def encode(self, faces: Tensor) -> Tensor:
+        """Crops (B, 3, S, S) in [-1, 1] of any size -> codes (B, L, 512); differentiable."""
+        return self.encoder(at_encoder_size(faces))
+
+    def load_features(self, names: Iterable[str]) -> None:
+        """Load the networks of ``features`` before the first face needs them."""
+        for name in names:
+            _ = self.encoder if name == ENCODER else self.recogniser(name)
+
+    def features(self, names: Iterable[str], landmarks: Tensor, box: Tensor) -> list[IdentityFeature]:
+        """Features of the id-lock for one face: each takes crops (B, 3, S, S) to unit vectors (B, D).
+
+        Args:
+            names: recognisers, or ``encoder``: its latent in standard units, so that no component outweighs the others.
+            landmarks: (1, 5, 2) in pixels of the crop.
+            box: (1, 4) in pixels of the crop.
+        """
+        return [self._feature(name, landmarks, box) for name in names]
+
+    def _feature(self, name: str, landmarks: Tensor, box: Tensor) -> IdentityFeature:
+        if name == ENCODER:
+            network = self.encoder
+            return lambda crops: recognisers.unit(network.normalised(at_encoder_size(crops)).flatten(1))
+        network = self.recogniser(name)
+        return lambda crops: network.embed_crops(crops, landmarks, box)

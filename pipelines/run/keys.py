@@ -29,7 +29,7 @@ def stage_rules(
     """
     rules: dict[str, KeyRule] = {}
     for stage in STAGES:
-        if stage == "strengthen" and not config.strengthen.rounds:  # left out: the next one follows from the one before
+        if not config.has_stage(stage):  # left out: the next one follows from the one before
             rules[stage] = _same
             continue
         # What is the same for all photos is hashed once.

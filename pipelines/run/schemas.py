@@ -44,6 +44,7 @@ ROUNDS = pa.list_(
 )
 _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
     "align": [
+        ("content", pa.string()),
         ("face_index", pa.int16()),
         ("format", pa.string()),
         ("width", pa.int32()),
@@ -144,7 +145,9 @@ SCHEMAS: dict[str, pa.Schema] = {
 }
 # What is read of every row every night; the rest (pictures, codes, histories) is read where it is wanted.
 LIGHT: dict[str, pa.Schema] = {
-    stage: pa.schema([f for f in schema if not (pa.types.is_nested(f.type) or pa.types.is_binary(f.type))])
+    stage: pa.schema(
+        [f for f in schema if not (pa.types.is_nested(f.type) or pa.types.is_binary(f.type) or f.name == "content")]
+    )
     for stage, schema in SCHEMAS.items()
 }
 

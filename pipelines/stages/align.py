@@ -3,38 +3,47 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from cluster import Operator
+from cluster import Operator, Stage
 from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import digest_of
 from pipelines.config.sections import Config
-from pipelines.networks import load as networks
+from pipelines.networks.load import Networks
 from pipelines.photos.codec import decode
-from pipelines.photos.photo import Limits, Photo, PhotoError
+from pipelines.photos.photo import Photo, PhotoError
 from pipelines.run.schemas import NO_FACE, OK, SOURCE, face_id, row_seed
 from pipelines.stages.crops import encode_png
+from pipelines.stages.declaration import Setting, declared
 from pipelines.stages.reading import Reader
 from pipelines.stages.rows import FaceError, Row, failed, iterate, reason_of, to_table
+from pipelines.stages.saving import limits_of
 from scol_ops.alignment import align_crops, ffhq_quads
-from scol_ops.detection import Face, FaceDetector
 from scol_ops.warp import GeometryError
+
+if TYPE_CHECKING:  # imports torchvision, which only the detector's workers should pay
+    from scol_ops.detection import Face, FaceDetector
 
 # Photos of more pixels than this together are not held decoded at the same time.
 _PIXELS_AT_ONCE = 40_000_000
 
 
+def stage(setting: Setting) -> Stage:
+    """Reads the source table; photos of a batch share the detector's passes."""
+    engine = setting.config.engine
+    return declared(
+        "align", setting, pool="photos", columns=None, batch_items=engine.align_batch, item_seconds=engine.face_seconds
+    )
+
+
 def operator(config: Config, weights: str) -> Operator:
     """Loads the detector; the result takes rows of the source table."""
-    networks.set_up()
-    settings = config.align
-    device = torch.device("cpu")  # the generators have the GPUs
-    detector = networks.detector(
-        device, settings.min_face_size, settings.min_confidence, settings.max_side, config.engine.align_batch
-    )
-    limits = Limits(settings.max_pixels, settings.max_bytes)
+    detector = Networks(config, torch.device("cpu")).detector  # the generators have the GPUs
+    limits = limits_of(config)
     reader = Reader(limits.max_bytes)
 
     def ahead(table: pa.Table) -> None:
@@ -51,9 +60,11 @@ def operator(config: Config, weights: str) -> Operator:
                 continue
             begin = time.monotonic()
             try:
-                photo = decode(reader.read(row["url"]), limits)
+                data = reader.read(row["url"])
+                row["content"] = digest_of(data)
+                photo = decode(data, limits)
             except (PhotoError, SourceError) as error:
-                answers[i] = [failed(row, "align", reason_of(error), weights, time.monotonic() - begin)]
+                answers[i] = [_failed(row, reason_of(error), weights, time.monotonic() - begin)]
                 continue
             waiting.append((i, row, photo, time.monotonic() - begin))
             if sum(w[2].width * w[2].height for w in waiting) >= _PIXELS_AT_ONCE:
@@ -64,6 +75,10 @@ def operator(config: Config, weights: str) -> Operator:
 
     run.ahead = ahead
     return run
+
+
+def _failed(row: Row, reason: str, weights: str, seconds: float) -> Row:
+    return failed(row, "align", reason, weights, seconds) | {"content": row.get("content")}
 
 
 def _detect(
@@ -81,7 +96,7 @@ def _detect(
             rows = _faces(row, photo, faces, config)
         except (FaceError, GeometryError) as error:
             reason = str(error) if isinstance(error, FaceError) else f"GEOMETRY: {error}"
-            answers[i] = [failed(row, "align", reason, weights, reading + detecting)]
+            answers[i] = [_failed(row, reason, weights, reading + detecting)]
             continue
         seconds = (reading + detecting + time.monotonic() - begin) / len(rows)
         answers[i] = [r | {"weights": weights, "seconds": seconds} for r in rows]
@@ -92,6 +107,7 @@ def _faces(row: Row, photo: Photo, faces: list[Face], config: Config) -> list[Ro
     common = {
         "key": row["key"],
         "photo_id": row["photo_id"],
+        "content": row["content"],
         "format": photo.format,
         "width": photo.width,
         "height": photo.height,

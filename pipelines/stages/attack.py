@@ -6,10 +6,11 @@ from functools import partial
 
 import numpy as np
 
-from cluster import Operator
+from cluster import Operator, Stage
 from pipelines.config.sections import Config
-from pipelines.networks import load as networks
+from pipelines.networks.load import Networks
 from pipelines.stages.crops import decode_png, encode_png, geometry_in_crop
+from pipelines.stages.declaration import GEOMETRY, Setting, declared
 from pipelines.stages.rows import Row, each_face
 from pipelines.stages.treatments import Attacker, settings_of
 from scol_ops.attack import AttackSettings
@@ -17,12 +18,21 @@ from scol_ops.metrics import psnr, to_uint8
 from scol_ops.paste import face_mask
 
 
+def stage(setting: Setting) -> Stage:
+    """Reads the pictures of ``tune``. Each face has its own time limit."""
+    joins = {"align": ["crop", *GEOMETRY], "invert": ["code"], "fuse": ["target"]}
+    columns = ["tuned", "refined"]
+    return declared(
+        "attack", setting, setting.std, pool="generator", columns=columns, joins=joins, shard_items=setting.slow_shard
+    )
+
+
 def operator(config: Config, weights: str, std: np.ndarray | None) -> Operator:
     """Loads the encoder; the result takes rows of ``tune`` with the crop, the face's own code and its target."""
-    networks.set_up()
-    device = networks.pick_device(config.engine.device)
+    networks = Networks(config)
+    device = networks.device
     settings = settings_of(AttackSettings, config.attack)
-    attacker = Attacker(config, std, device) if config.attack.enabled else None
+    attacker = Attacker(config, std, networks) if config.attack.enabled else None
 
     def treat(row: Row, deadline: float) -> Row:
         data = row["refined"] or row["tuned"]

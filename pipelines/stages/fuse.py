@@ -9,23 +9,41 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cluster import Operator
+from cluster import Operator, Stage
 from cluster.retries import is_transient, with_retries
 from gallery_index import Expectation, Gallery, GalleryError, QueryError, SearchResult, ShardedGallery
 from pipelines.config.sections import Config
-from pipelines.networks import load as networks
+from pipelines.networks.load import set_up
 from pipelines.run.schemas import OK
 from pipelines.stages.crops import as_codes, as_vector
+from pipelines.stages.declaration import Setting, declared
+from pipelines.stages.gallery_actors import open_sharded
 from pipelines.stages.rows import Row, base_row, failed, iterate, to_table
 from scol_ops.fusion import draw_code, fuse
 
 _TARGET_SEED = 0x7A26  # apart from the draw of the code to fuse
 
 
-def operator(config: Config, weights: str, gallery_url: str) -> Operator:
-    """Loads the gallery; the result takes rows of ``invert`` with ``source.person_id``."""
-    networks.set_up()
-    gallery = _open(config, weights, gallery_url)
+def stage(setting: Setting) -> Stage:
+    """Reads the codes of ``invert``; those of a batch share one pass over the gallery."""
+    return declared(
+        "fuse",
+        setting,
+        setting.gallery,
+        setting.gallery_fingerprint,
+        pool="gallery",
+        columns=["code", "identity"],
+        joins={"source": ["person_id"]},
+        batch_items=16,
+        item_seconds=setting.config.engine.face_seconds,
+    )
+
+
+def operator(config: Config, weights: str, gallery_url: str, fingerprint: str | None = None) -> Operator:
+    """Loads the gallery, refusing one of another fingerprint; the result takes rows of ``invert`` with
+    ``source.person_id``."""
+    set_up()
+    gallery = _open(config, gallery_url, fingerprint)
 
     def run(table: pa.Table) -> pa.Table:
         rows = list(iterate(table))
@@ -45,16 +63,13 @@ def operator(config: Config, weights: str, gallery_url: str) -> Operator:
     return run
 
 
-def _open(config: Config, weights: str, url: str) -> Gallery | ShardedGallery:
-    """The gallery that the run was planned with; its fingerprint is in ``weights`` (``networks.fingerprints.stage_weights``)."""
-    planned = weights.removeprefix("gallery:").partition("+")[0] if weights.startswith("gallery:") else None
-    expect, layers = Expectation(fingerprint=planned), config.num_codes
+def _open(config: Config, url: str, fingerprint: str | None) -> Gallery | ShardedGallery:
+    """The gallery that the run was planned with."""
+    expect, layers = Expectation(fingerprint=fingerprint), config.num_codes
 
     def load() -> Gallery | ShardedGallery:
         if config.gallery.shards == 1:
             return Gallery.load(url, expect=expect, layers=layers, search=config.gallery.search)
-        from pipelines.stages.gallery_actors import open_sharded
-
         return open_sharded(url, config.gallery.shards, expect=expect, layers=layers, address=config.engine.ray_address)
 
     return with_retries(load, transient=lambda e: not isinstance(e, GalleryError) and is_transient(e))

@@ -11,7 +11,7 @@ from gallery_index import Expectation, ShardedGallery, make_part
 
 def _answerer(url: str, fingerprint: str, extents: list[Any], threads: int, number: int):
     """In the actor: load part ``number``."""
-    import torch
+    import torch  # late: this is imported where no tensor is
 
     torch.set_num_threads(threads)
     return make_part(url, fingerprint, extents[number])

@@ -6,22 +6,26 @@ from functools import partial
 
 import torch
 
-from cluster import Operator
+from cluster import Operator, Stage
 from pipelines.config.sections import Config
-from pipelines.networks import fingerprints
-from pipelines.networks import load as networks
+from pipelines.networks.fingerprints import INVERSION_RECOGNISER
+from pipelines.networks.load import Networks
 from pipelines.stages.crops import as_vector, decode_png, geometry_in_crop
+from pipelines.stages.declaration import GEOMETRY, Setting, declared
 from pipelines.stages.rows import Row, each_face
 from scol_ops.inversion import InvertSettings, invert
 
 
+def stage(setting: Setting) -> Stage:
+    """Reads the crops of ``align``."""
+    return declared("invert", setting, pool="generator", columns=["crop", *GEOMETRY])
+
+
 def operator(config: Config, weights: str) -> Operator:
     """Loads the networks; the result takes rows of ``align``."""
-    networks.set_up()
-    device = networks.pick_device(config.engine.device)
-    store = config.engine.models
-    encoder, generator = networks.encoder(device, config.encoder, store), networks.generator(config.generator, device, store)
-    recogniser = networks.recogniser(fingerprints.INVERSION_RECOGNISER, device)
+    networks = Networks(config)
+    device, encoder, generator = networks.device, networks.encoder, networks.generator
+    recogniser = networks.recogniser(INVERSION_RECOGNISER)
     settings = InvertSettings(**config.invert.model_dump())
 
     def treat(row: Row, deadline: float) -> Row:

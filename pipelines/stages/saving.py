@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from pipelines.archive.paths import SourceError
+from pipelines.archive.reading import digest_of
 from pipelines.config.sections import Config
 from pipelines.photos.codec import decode, encode
 from pipelines.photos.photo import Limits, Photo
 from pipelines.stages.crops import decode_png, geometry_in_crop
+from pipelines.stages.reading import Reader
 from pipelines.stages.rows import Row
 from scol_ops.paste import face_mask, paste_back
 
@@ -23,6 +25,18 @@ from scol_ops.paste import face_mask, paste_back
 def limits_of(config: Config) -> Limits:
     """Of the run's photos."""
     return Limits(config.align.max_pixels, config.align.max_bytes)
+
+
+def read_unchanged(reader: Reader, row: Row) -> bytes:
+    """The file of a photo, from a row with ``source.url`` and ``align.content``.
+
+    Raises:
+        SourceError: CHANGED, it is not the one that the faces were looked for in; others as ``Reader.read``.
+    """
+    data, known = reader.read(row["source.url"]), row["align.content"]
+    if known is not None and digest_of(data) != known:  # rows of runs before the column was there have none
+        raise SourceError("CHANGED", "the photo has changed since its faces were looked for")
+    return data
 
 
 class Pasting:
@@ -45,7 +59,7 @@ class Pasting:
     def __init__(self, data: bytes, rows: Sequence[Row], config: Config) -> None:
         self.photo: Photo = decode(data, limits_of(config))
         if (self.photo.width, self.photo.height) != (rows[0]["align.width"], rows[0]["align.height"]):
-            raise SourceError("CHANGED", "the photo has changed since its faces were found")
+            raise SourceError("CHANGED", "the photo has changed since its faces were looked for")
         size, device = config.crop_size, torch.device("cpu")
         self.originals = torch.cat([decode_png(row["align.crop"]) for row in rows])
         self.masks = torch.cat([face_mask(geometry_in_crop(row, size, device, "align.")[0], size) for row in rows])

@@ -17,19 +17,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from cluster import ItemTimeout, Operator
+from cluster import ItemTimeout, Operator, Stage
 from cluster.worker import time_limit
 from pipelines.archive.paths import SourceError
 from pipelines.config.sections import Config
-from pipelines.networks import load as networks
+from pipelines.networks.load import Networks
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import PhotoError
 from pipelines.run.schemas import OK
 from pipelines.stages.crops import decode_png, encode_png  # fmt: skip
+from pipelines.stages.declaration import GEOMETRY, Setting, declared
 from pipelines.stages.judging import Place, bars_of, look
 from pipelines.stages.reading import Reader
 from pipelines.stages.rows import HARD_MARGIN, Row, base_row, failed, iterate, raise_if_unfit, reason_of, to_table
-from pipelines.stages.saving import Pasting, limits_of
+from pipelines.stages.saving import Pasting, limits_of, read_unchanged
 from pipelines.stages.treatments import Attacker, Refiner, settings_of
 from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
@@ -102,9 +103,27 @@ class _Face:
         return _Attempt(number, picture, png if number else None, quality)
 
 
+def stage(setting: Setting) -> Stage:
+    """Reads the pictures of ``attack`` and the photo. Each face has its own time limit."""
+    config = setting.config
+    joins = {"source": ["url"], "align": ["content", "crop", *GEOMETRY, "width", "height"]}
+    if config.attack.enabled:
+        joins |= {"invert": ["code"], "fuse": ["target"]}
+    if config.refine.id_lock:
+        joins["fuse"] = [*joins.get("fuse", []), "fused"]
+    return declared(
+        "strengthen",
+        setting,
+        setting.std,
+        pool="generator",
+        columns=["protected"],
+        joins=joins,
+        shard_items=setting.slow_shard,
+    )
+
+
 def operator(config: Config, weights: str, std: np.ndarray | None) -> Operator:
     """Loads the networks; the result takes all rows of one photo, of ``attack`` with joined columns."""
-    networks.set_up()
     return _Loop(config, weights, std)
 
 
@@ -113,14 +132,15 @@ class _Loop:
 
     def __init__(self, config: Config, weights: str, std: np.ndarray | None) -> None:
         self.config, self.weights = config, weights
-        self.device, store = networks.pick_device(config.engine.device), config.engine.models
-        self.judge = networks.recogniser(config.publish.judge, torch.device("cpu"), store)
+        networks = Networks(config)
+        self.device = networks.device
+        self.judge = Networks(config, torch.device("cpu")).judge
         self.bars = bars_of(config, self.judge)
         self.settings = settings_of(StrengthenSettings, config.strengthen)
         self.refining = settings_of(RefineSettings, config.refine)
-        self.refiner = Refiner(config, self.device) if config.refines_again else None
+        self.refiner = Refiner(config, networks) if config.refines_again else None
         self.attacking = settings_of(AttackSettings, config.attack)
-        self.attacker = Attacker(config, std, self.device) if config.attack.enabled else None
+        self.attacker = Attacker(config, std, networks) if config.attack.enabled else None
         self.limit = config.engine.face_seconds
         self.reader = Reader(limits_of(config).max_bytes)
 
@@ -145,7 +165,7 @@ class _Loop:
         """The loop of one photo."""
         faces: list[_Face] = []
         with self._photo_time(faces):
-            pasting = Pasting(self.reader.read(rows[0]["source.url"]), rows, self.config)
+            pasting = Pasting(read_unchanged(self.reader, rows[0]), rows, self.config)
             for i, row in enumerate(rows):
                 place = Place(row, pasting.photo.width, pasting.photo.height)
                 own = place.of(pasting.photo).embed(self.judge)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipelines.config.sections import Config, Section
-from pipelines.networks import load as networks
+from pipelines.networks.load import Networks
 from pipelines.stages.crops import as_codes, geometry_in_crop, photo_side
 from pipelines.stages.rows import Row
 from scol_ops.attack import AttackResult, AttackSettings, attack
@@ -28,13 +28,13 @@ class Refiner:
     """Refinement of one face, as the configuration says.
 
     Args:
-        device: where the features' networks are loaded, and for the id-lock the generator.
+        networks: of the run: those of the features are loaded now, and for the id-lock the generator.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self._config, self._device, store = config, device, config.engine.models
-        networks.load_features(config.refine.identity, device, config.encoder, store)
-        self._generator = networks.generator(config.generator, device, store) if config.refine.id_lock else None
+    def __init__(self, config: Config, networks: Networks) -> None:
+        self._config, self._networks = config, networks
+        networks.load_features(config.refine.identity)
+        self._generator = networks.generator if config.refine.id_lock else None
 
     def __call__(
         self,
@@ -54,12 +54,9 @@ class Refiner:
             fused: the face's fused code, a manifest's vector; needed for the id-lock alone.
             picture, original, mask, margins, settings, seed, deadline: see ``refine``.
         """
-        config, device = self._config, self._device
+        config, device = self._config, self._networks.device
         landmarks, box = geometry_in_crop(row, config.crop_size, device, "align.")
-        identity = [
-            networks.identity_feature(name, device, landmarks, box, config.encoder, config.engine.models)
-            for name in config.refine.identity
-        ]
+        identity = self._networks.features(config.refine.identity, landmarks, box)
         locked = None
         if self._generator is not None:
             with torch.no_grad():
@@ -84,17 +81,14 @@ class Attacker:
 
     Args:
         std: (L, 512) of the gallery, where ``inspect.unit`` is ``std``.
-        device: where the encoder is loaded.
+        networks: of the run; the encoder is loaded now.
     """
 
-    def __init__(self, config: Config, std: np.ndarray | None, device: torch.device) -> None:
-        self._inspect, self._device = config.inspect, device
+    def __init__(self, config: Config, std: np.ndarray | None, networks: Networks) -> None:
+        self._inspect, self._networks = config.inspect, networks
         absolute = config.inspect.unit == "absolute"
-        self._std = None if absolute else torch.from_numpy(np.array(std, np.float32)).to(device)
-        self._encoder = networks.encoder(device, config.encoder, config.engine.models)
-
-    def _look(self, faces: Tensor) -> Tensor:
-        return self._encoder(networks.at_encoder_size(faces))
+        self._std = None if absolute else torch.from_numpy(np.array(std, np.float32)).to(networks.device)
+        _ = networks.encoder
 
     def __call__(
         self, row: Row, picture: Tensor, mask: Tensor, settings: AttackSettings, seed: int, deadline: float
@@ -104,9 +98,10 @@ class Attacker:
         Returns:
             the result, and the share of the components that count as identity related.
         """
-        own, target = as_codes(row["invert.code"], self._device), as_codes(row["fuse.target"], self._device)
+        device = self._networks.device
+        own, target = as_codes(row["invert.code"], device), as_codes(row["fuse.target"], device)
         inspection = inspect_components(own, target, self._inspect.tau, unit=self._inspect.unit, std=self._std)
         result = attack(
-            self._look, picture, inspection.target, inspection.mask, mask, settings, seed=seed, deadline=deadline
+            self._networks.encode, picture, inspection.target, inspection.mask, mask, settings, seed=seed, deadline=deadline
         )
         return result, float(inspection.share[0])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from cluster import Operator
+from cluster import Operator, Stage
 from pipelines.config.sections import Config
-from pipelines.networks import load as networks
+from pipelines.networks.load import Networks
 from pipelines.stages.crops import as_codes, decode_png, encode_png, geometry_in_crop
+from pipelines.stages.declaration import GEOMETRY, Setting, declared
 from pipelines.stages.rows import Row, each_face
 from pipelines.stages.treatments import Refiner, settings_of
 from scol_ops.metrics import psnr, ssim, to_uint8
@@ -16,15 +17,20 @@ from scol_ops.refinement import RefineSettings
 from scol_ops.tuning import TuneResult, TuneSettings, tune
 
 
+def stage(setting: Setting) -> Stage:
+    """Reads the fused codes of ``fuse`` and the crops of ``align``. Each face has its own time limit."""
+    joins = {"align": ["crop", *GEOMETRY]}
+    return declared(
+        "tune", setting, pool="generator", columns=["fused"], joins=joins, shard_items=setting.slow_shard
+    )
+
+
 def operator(config: Config, weights: str) -> Operator:
     """Loads the networks; the result takes rows of ``fuse`` with ``align.crop`` and the face's geometry."""
-    networks.set_up()
-    device = networks.pick_device(config.engine.device)
-    store = config.engine.models
-    generator = networks.generator(config.generator, device, store)
-    networks.load_features(config.tune.identity, device, config.encoder, store)
-    refiner = Refiner(config, device) if config.refines else None
-    perceptual = None if config.tune.perceptual == "ssim" else networks.perceptual(config.tune.perceptual, device, store)
+    networks = Networks(config)
+    device, generator, perceptual = networks.device, networks.generator, networks.perceptual
+    networks.load_features(config.tune.identity)
+    refiner = Refiner(config, networks) if config.refines else None
     tuning, refining = settings_of(TuneSettings, config.tune), settings_of(RefineSettings, config.refine)
 
     def treat(row: Row, deadline: float) -> Row:
@@ -36,7 +42,7 @@ def operator(config: Config, weights: str) -> Operator:
             fused,
             face,
             mask,
-            [networks.identity_feature(n, device, landmarks, box, config.encoder, store) for n in config.tune.identity],
+            networks.features(config.tune.identity, landmarks, box),
             config.tune.margin_of_each(),
             tuning,
             seed=row["seed"],

@@ -306,12 +306,12 @@ def make_archive(folder: Path, seed: int, inputs: int, bad: int, faces: Sequence
 
 def check(folder: Path) -> dict:
     """Sends FOLDER/list.txt through; see the module's text. Memory in bytes, time in seconds."""
-    from pipelines import stages
     from pipelines.archive.listing import list_source, source_table
     from pipelines.config.load import load_config
+    from pipelines.stages.declaration import load
 
     config = load_config("quick", None, (f"align.max_pixels={MAX_PIXELS}", f"align.max_bytes={MAX_BYTES}"))
-    align = stages.load("align", config, "weights")
+    align = load("align", config, "weights")
     rows = source_table(list_source(str(folder / "list.txt")).photos)
     align(source_table(list_source(str(folder / "archive"), limit=1).photos))  # so that what stays is there
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -13,7 +13,8 @@ from pipelines.archive.paths import photo_id
 from pipelines.cli.main import main
 from pipelines.config.load import load_config
 from pipelines.jobs import gallery as gallery_jobs
-from pipelines.jobs import purge, run_gallery
+from pipelines.jobs import purge
+from pipelines.jobs.run_gallery import RunGallery
 from pipelines.networks import fingerprints
 from pipelines.run.folder import Run
 from pipelines.run.schemas import CODE_DIM, CODE_LAYERS, IDENTITY_DIM, PLAN_SCHEMA, SCHEMAS, SOURCE, SOURCE_SCHEMA
@@ -35,9 +36,9 @@ def test_a_run_stays_on_its_version(tmp_path: Path) -> None:
 
     def taken(*sets: str) -> str | None:
         config = load_config("quick", sets=[f"gallery.url={url}", "fuse.k=3", *sets])
-        at, info = run_gallery.ensure_gallery(config, run, print)
-        described = run_gallery.described_for_run(at, info)
-        assert described["store"] == url and described["fingerprint"] == info.fingerprint
+        gallery = RunGallery.open(config, run, print)
+        described = gallery.described()
+        assert described["store"] == url and described["fingerprint"] == gallery.info.fingerprint
         run.write_json("run.json", {"gallery": described})  # as a run does when it starts
         return described["version"]
 
@@ -46,7 +47,7 @@ def test_a_run_stays_on_its_version(tmp_path: Path) -> None:
     assert Store(url).current() == second and taken() == first
     assert taken("gallery.version=current") == second and taken() == second
     assert taken(f"gallery.version={first}") == first
-    with run_gallery.reading(f"{url}/versions/{first}"):
+    with RunGallery.open(load_config("quick", sets=[f"gallery.url={url}", f"gallery.version={first}", "fuse.k=3"]), run, print).reading():
         assert list(gallery_jobs.prune(url, 0).kept) == [first]
         with pytest.raises(GalleryBusyError), Store(url).folder.folder("locks").lock(first, exclusive=True):
             pass
@@ -133,5 +134,5 @@ def test_compressed_from_the_command_line(tmp_path: Path) -> None:
         result = CliRunner().invoke(main, ["gallery", *wrong])
         assert result.exit_code == 2 and result.stderr.startswith("error: ")
     config = load_config("quick", sets=[f"gallery.url={out}", "gallery.search=compressed"])
-    url, info = run_gallery.ensure_gallery(config, Run(str(tmp_path / "run")), print)
-    assert run_gallery.compressed_info(info) == "+SQ8,"
+    gallery = RunGallery.open(config, Run(str(tmp_path / "run")), print)
+    assert gallery.key_words == f"{gallery.info.fingerprint}+SQ8,"

@@ -12,7 +12,8 @@ from PIL import Image
 from pipelines.archive.listing import list_source, source_table
 from pipelines.config.load import ConfigError, load_config
 from pipelines.config.sections import Config
-from pipelines.stages import load, strengthen, treatments
+from pipelines.stages import strengthen, treatments
+from pipelines.stages.declaration import load
 from pipelines.stages.rows import to_table
 from scol_ops import refinement
 
