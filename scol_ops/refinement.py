@@ -96,11 +96,7 @@ def refine(
     if settings.steps == 0 or not identity:
         return TuneResult(tuned, 0, 0.0)
     begin = time.monotonic()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        of_original = [f(original) for f in identity]
-        colours = perceived_colours(original) if settings.visible_weight or settings.flip_weight else None
-    area = mask.sum().clamp_min(1e-6)
+    objective = _Objective(original, mask, identity, margins, locked, settings, seed, photo_side)
     residual = (settings.start * (tuned - original)).clone().requires_grad_(True)
     optimiser = torch.optim.Adam([residual], lr=settings.lr)
 
@@ -108,7 +104,6 @@ def refine(
         return confine(original + damp_chroma(residual, settings.chroma), original, mask, settings.residual_sigma)
 
     history: list[dict[str, float]] = []
-    flip_weight = settings.flip_weight
     for step in range(settings.steps):
         if deadline is not None and time.monotonic() > deadline:
             raise DeadlineExceeded(f"refinement step {step} of {settings.steps}")
@@ -116,36 +111,7 @@ def refine(
         rate = settings.lr * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
-        picture = changed()
-        seen = picture
-        if settings.photo_scale and photo_side is not None:
-            seen = at_photo_scale(seen, photo_side)
-        seen = diversify(seen, rng, settings.diversity, settings.blur, settings.jpeg_quality)
-        features = [f(seen) for f in identity]
-        hinge = identity_hinge_loss(features, of_original, margins)
-        loss = settings.hinge * hinge + settings.l2_weight * (picture - original).square().mean()
-        losses = {"hinge": float(hinge.detach())}
-        if settings.ssim_weight:
-            loss = loss + settings.ssim_weight * multiscale_ssim_loss(picture, original)
-        if colours is not None:
-            perceived = perceived_colours(picture)
-            if settings.visible_weight:
-                visible = visible_difference(perceived, colours)
-                losses["visible"] = float(visible.detach())
-                loss = loss + settings.visible_weight * visible
-            if settings.flip_weight:
-                flip = (colour_flip(perceived, colours) * mask[:, 0]).sum() / area
-                losses["flip"] = float(flip.detach())
-                loss = loss + flip_weight * flip
-                # Not before what tuning left has settled, or its large change would drive the weight too far up.
-                if settings.flip_target and 3 * step >= settings.steps:
-                    off = math.log(max(float(flip.detach()), 1e-6) / settings.flip_target)
-                    flip_weight *= math.exp(_STEERING * max(-1.0, min(1.0, off)))
-        if locked is not None and settings.id_lock:
-            lock = id_lock_loss(features, locked)
-            losses["id_lock"] = float(lock.detach())
-            loss = loss + settings.id_lock * lock
-        losses["psnr"] = masked_psnr(picture.detach(), original, mask)
+        loss, losses = objective(changed(), step)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss {float(loss)} at refinement step {step}")
         optimiser.zero_grad(set_to_none=True)
@@ -158,3 +124,67 @@ def refine(
     with torch.no_grad():
         result = changed().clamp(-1, 1)
     return TuneResult(result, len(history), time.monotonic() - begin, history)
+
+
+class _Objective:
+    """What the refinement minimises; arguments as of ``refine``."""
+
+    def __init__(
+        self,
+        original: Tensor,
+        mask: Tensor,
+        identity: Sequence[IdentityFeature],
+        margins: Sequence[float],
+        locked: Sequence[Tensor] | None,
+        settings: RefineSettings,
+        seed: int,
+        photo_side: float | None,
+    ) -> None:
+        self.original, self.mask, self.identity, self.margins = original, mask, identity, margins
+        self.locked, self.settings, self.photo_side = locked, settings, photo_side
+        self.rng = torch.Generator().manual_seed(seed)
+        self.flip_weight = settings.flip_weight
+        self.area = mask.sum().clamp_min(1e-6)
+        with torch.no_grad():
+            self.of_original = [f(original) for f in identity]
+            looks = settings.visible_weight or settings.flip_weight
+            self.colours = perceived_colours(original) if looks else None
+
+    def __call__(self, picture: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The loss of a picture (1, 3, S, S), and its parts by name."""
+        settings = self.settings
+        seen = picture
+        if settings.photo_scale and self.photo_side is not None:
+            seen = at_photo_scale(seen, self.photo_side)
+        seen = diversify(seen, self.rng, settings.diversity, settings.blur, settings.jpeg_quality)
+        features = [f(seen) for f in self.identity]
+        hinge = identity_hinge_loss(features, self.of_original, self.margins)
+        loss = settings.hinge * hinge + settings.l2_weight * (picture - self.original).square().mean()
+        losses = {"hinge": float(hinge.detach())}
+        if settings.ssim_weight:
+            loss = loss + settings.ssim_weight * multiscale_ssim_loss(picture, self.original)
+        if self.colours is not None:
+            loss = self._seen(picture, step, loss, losses)
+        if self.locked is not None and settings.id_lock:
+            lock = id_lock_loss(features, self.locked)
+            losses["id_lock"] = float(lock.detach())
+            loss = loss + settings.id_lock * lock
+        losses["psnr"] = masked_psnr(picture.detach(), self.original, self.mask)
+        return loss, losses
+
+    def _seen(self, picture: Tensor, step: int, loss: Tensor, losses: dict[str, float]) -> Tensor:
+        """The loss with what an eye sees of the change added; steers the weight of FLIP."""
+        settings, perceived = self.settings, perceived_colours(picture)
+        if settings.visible_weight:
+            visible = visible_difference(perceived, self.colours)
+            losses["visible"] = float(visible.detach())
+            loss = loss + settings.visible_weight * visible
+        if settings.flip_weight:
+            flip = (colour_flip(perceived, self.colours) * self.mask[:, 0]).sum() / self.area
+            losses["flip"] = float(flip.detach())
+            loss = loss + self.flip_weight * flip
+            # Not before what tuning left has settled, or its large change would drive the weight too far up.
+            if settings.flip_target and 3 * step >= settings.steps:
+                off = math.log(max(float(flip.detach()), 1e-6) / settings.flip_target)
+                self.flip_weight *= math.exp(_STEERING * max(-1.0, min(1.0, off)))
+        return loss

@@ -156,41 +156,15 @@ def tune(
     if len(identity) != len(margins):
         raise ValueError(f"{len(identity)} identity features but {len(margins)} margins")
     begin = time.monotonic()
-    rng = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
-    autocast = torch.autocast(original.device.type, torch.bfloat16, enabled=settings.bf16)
     with pristine(generator):
         parameters = select_parameters(generator, settings.parameters)
-        with torch.no_grad():
-            of_original = [f(original) for f in identity]
-            first = generator(fused)
-            locked = [f(first.clamp(-1, 1)) for f in identity]
-            reference = None if perceptual is None else perceptual.reference(original)
+        objective = _Objective(generator, fused, original, mask, identity, margins, settings, seed, perceptual)
         optimiser = torch.optim.Adam(parameters, lr=settings.lr)
         for step in range(settings.steps):
             if deadline is not None and time.monotonic() > deadline:
                 raise DeadlineExceeded(f"tuning step {step} of {settings.steps}")
-            with autocast:
-                raw = generator(fused)
-            raw = raw.float()
-            picture = confine(raw, original, mask, settings.residual_sigma)
-            # The reconstruction sees the face at full weight and its surroundings lightly: they are the
-            # photo's own after pasting, but an empty surrounding would pull the features apart.
-            weight = 0.1 + 0.9 * mask
-            shown = original + weight * (raw - original)
-            substitute = settings.ssim_weight if perceptual is None else 0.0
-            loss = reconstruction_loss(shown, original, settings.l2_weight, substitute)
-            if perceptual is not None:
-                loss = loss + settings.lpips_weight * perceptual.to_reference(reference, shown).mean()
-            losses = {"reconstruction": float(loss.detach())}
-            if identity and (settings.id_lock or settings.hinge):
-                seen = diversify(picture, rng, settings.diversity, settings.blur, settings.jpeg_quality)
-                features = [f(seen) for f in identity]
-                lock = id_lock_loss(features, locked)
-                hinge = identity_hinge_loss(features, of_original, margins)
-                losses |= {"id_lock": float(lock.detach()), "hinge": float(hinge.detach())}
-                loss = loss + settings.id_lock * lock + settings.hinge * hinge
-            losses["psnr"] = masked_psnr(picture.detach(), original, mask)
+            loss, losses = objective()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"loss {float(loss)} at tuning step {step}: the learning rate is too high")
             optimiser.zero_grad(set_to_none=True)
@@ -204,3 +178,54 @@ def tune(
         with torch.no_grad():
             result = confine(generator(fused), original, mask, settings.residual_sigma).clamp(-1, 1)
     return TuneResult(result, len(history), time.monotonic() - begin, history)
+
+
+class _Objective:
+    """What tuning minimises over the generator's weights; arguments as of ``tune``."""
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        fused: Tensor,
+        original: Tensor,
+        mask: Tensor,
+        identity: Sequence[IdentityFeature],
+        margins: Sequence[float],
+        settings: TuneSettings,
+        seed: int,
+        perceptual: PerceptualDistance | None,
+    ) -> None:
+        self.generator, self.fused, self.original, self.mask = generator, fused, original, mask
+        self.identity, self.margins, self.settings, self.perceptual = identity, margins, settings, perceptual
+        self.rng = torch.Generator().manual_seed(seed)
+        self.autocast = torch.autocast(original.device.type, torch.bfloat16, enabled=settings.bf16)
+        with torch.no_grad():
+            self.of_original = [f(original) for f in identity]
+            first = generator(fused)
+            self.locked = [f(first.clamp(-1, 1)) for f in identity]
+            self.reference = None if perceptual is None else perceptual.reference(original)
+
+    def __call__(self) -> tuple[Tensor, dict[str, float]]:
+        """The loss of the generator as it is, and its parts by name."""
+        settings, original, mask = self.settings, self.original, self.mask
+        with self.autocast:
+            raw = self.generator(self.fused)
+        raw = raw.float()
+        picture = confine(raw, original, mask, settings.residual_sigma)
+        # The reconstruction sees the face at full weight and its surroundings lightly: they are the
+        # photo's own after pasting, but an empty surrounding would pull the features apart.
+        shown = original + (0.1 + 0.9 * mask) * (raw - original)
+        substitute = settings.ssim_weight if self.perceptual is None else 0.0
+        loss = reconstruction_loss(shown, original, settings.l2_weight, substitute)
+        if self.perceptual is not None:
+            loss = loss + settings.lpips_weight * self.perceptual.to_reference(self.reference, shown).mean()
+        losses = {"reconstruction": float(loss.detach())}
+        if self.identity and (settings.id_lock or settings.hinge):
+            seen = diversify(picture, self.rng, settings.diversity, settings.blur, settings.jpeg_quality)
+            features = [f(seen) for f in self.identity]
+            lock = id_lock_loss(features, self.locked)
+            hinge = identity_hinge_loss(features, self.of_original, self.margins)
+            losses |= {"id_lock": float(lock.detach()), "hinge": float(hinge.detach())}
+            loss = loss + settings.id_lock * lock + settings.hinge * hinge
+        losses["psnr"] = masked_psnr(picture.detach(), original, mask)
+        return loss, losses

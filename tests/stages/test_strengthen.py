@@ -38,7 +38,7 @@ def table(draw_photo, tmp_path_factory) -> pa.Table:
     aligned = load("align", settings(), "w")(source)
     found = aligned.select(["key", "photo_id", "face_id", "status", "reason", "failed_stage", "seed"])
     found = found.append_column("protected", aligned["crop"])
-    for name in ("crop", "landmarks", "box", "quad", "width", "height"):
+    for name in ("content", "crop", "landmarks", "box", "quad", "width", "height"):
         found = found.append_column(f"align.{name}", aligned[name])
     for name in ("url", "path"):
         found = found.append_column(f"source.{name}", pa.array([source[name][0].as_py()] * len(found)))
