@@ -19,7 +19,7 @@ from gallery_index.info import GalleryInfo
 from gallery_index.scoring import centre, norms, scores
 from gallery_index.search import Exclusion
 from gallery_index.storage import Folder
-from gallery_index.table import read_rows
+from gallery_index.table import Rows, read_rows
 
 SAMPLE = 32
 RECALL_AT = 10
@@ -43,71 +43,14 @@ def check(
     Raises:
         GalleryCheckError: all that was found wrong, in words.
     """
-    problems: list[str] = []
-    for entry in info.files.values():
-        if entry.name not in info.codes:  # those are read below
-            try:
-                folder.verify(entry)
-            except GalleryCorruptError as error:
-                problems.append(str(error))
-    if problems:
-        raise GalleryCheckError(folder.url, problems)
-    layers, dim = info.stored_layers, info.dim
-    mean = np.load(io.BytesIO(folder.read(info.files[info.mean])), allow_pickle=False)
-    lengths = np.load(io.BytesIO(folder.read(info.files[info.norms])), allow_pickle=False)
-    if mean.shape != (layers, dim) or lengths.shape != (layers, info.count):
-        raise GalleryCheckError(folder.url, [f"mean is {mean.shape} and norms {lengths.shape}"])
-
+    mean, lengths = _small_files(folder, info)
     wanted = np.sort(np.random.default_rng(seed).permutation(info.count)[:sample])
-    queries = np.empty((len(wanted), layers, dim), np.float32)
-    total = np.zeros((layers, dim))
-    ids: set[str] = set()
-    photos: set[str] = set()
-    people: set[str] = set()
-    start = 0
-    for name in info.codes:
-        try:
-            where = f"{folder.url}: {name}"
-            rows = read_rows(folder.read(info.files[name]), layers, dim, info.embedding_dim, where)
-        except GalleryCorruptError as error:
-            raise GalleryCheckError(folder.url, [str(error)]) from error
-        stop = start + len(rows.ids)
-        twice = [id_ for id_ in rows.ids if id_ in ids]
-        ids.update(rows.ids)
-        if len(ids) != stop:
-            problems.append(f"{name}: {stop - len(ids)} id(s) are there twice, such as {(twice or rows.ids)[0]!r}")
-            break
-        photos.update(rows.photo_ids)
-        people.update(p for p in rows.person_ids if p is not None)
-        if stop > info.count:
-            break
-        bad = ~np.isfinite(rows.codes).all(axis=(1, 2))
-        if bad.any():
-            problems.append(f"{name}: {int(bad.sum())} codes have a NaN or an infinity")
-        total += rows.codes.sum(axis=0, dtype=np.float64)
-        for layer in range(layers):
-            for i in range(0, len(rows.ids), _ROWS_AT_ONCE):
-                codes = torch.from_numpy(rows.codes[i : i + _ROWS_AT_ONCE, layer])
-                found = norms(codes, torch.from_numpy(mean[layer]), info.mode).numpy()
-                stated = lengths[layer, start + i :][: len(found)]
-                if not (np.array_equal(found, stated) and (found > 0).all()):
-                    problems.append(f"{name}: norms of layer {layer} are not those of its codes, or zero")
-        first, last = np.searchsorted(wanted, [start, stop])
-        queries[first:last] = rows.codes[wanted[first:last] - start]
-        start = stop
-    for what, have, want in (
-        ("codes", start, info.count),
-        ("photos", len(photos), info.photos),
-        ("people", len(people), info.people),
-        ("codes reckoned with", start, info.count if count is None else count),
-    ):
-        if have != want:
-            problems.append(f"it has {have} {what}, not {want}")
-    if not problems and not np.allclose(mean, total / start, rtol=1e-9, atol=1e-12):
-        problems.append("its mean is not that of its codes")
-    if problems:
-        raise GalleryCheckError(folder.url, problems)
+    scan = _Scan(folder, info, mean, lengths, wanted)
+    scan.compare(info.count if count is None else count)
+    if scan.problems:
+        raise GalleryCheckError(folder.url, scan.problems)
 
+    queries = scan.queries
     ends = _ends(folder, info, queries, mean, lengths)
     itself = torch.from_numpy(wanted)[:, None, None]
     own = _own(queries, wanted, mean, lengths, info)
@@ -120,7 +63,7 @@ def check(
         words = f"{int((~found).sum())} of {found.numel()} sampled codes do not find themselves first"
         raise GalleryCheckError(folder.url, [words])
     report: dict[str, Any] = {
-        "codes": start,
+        "codes": scan.count,
         "sample": len(wanted),
         "self_retrieved": float(found.double().mean()),
         "recall_most": None,
@@ -129,6 +72,96 @@ def check(
     if info.compression is not None and folder.local:
         report["recall_most"], report["recall_least"] = _recall(folder, info, queries, mean, lengths, ends)
     return report
+
+
+def _small_files(folder: Folder, info: GalleryInfo) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (L, D) and norms (L, N), once every file but those of codes is what ``index.json`` says."""
+    problems = []
+    for entry in info.files.values():
+        if entry.name not in info.codes:
+            try:
+                folder.verify(entry)
+            except GalleryCorruptError as error:
+                problems.append(str(error))
+    if problems:
+        raise GalleryCheckError(folder.url, problems)
+    mean = np.load(io.BytesIO(folder.read(info.files[info.mean])), allow_pickle=False)
+    lengths = np.load(io.BytesIO(folder.read(info.files[info.norms])), allow_pickle=False)
+    if mean.shape != (info.stored_layers, info.dim) or lengths.shape != (info.stored_layers, info.count):
+        raise GalleryCheckError(folder.url, [f"mean is {mean.shape} and norms {lengths.shape}"])
+    return mean, lengths
+
+
+class _Scan:
+    """One pass over the files of codes.
+
+    Attributes:
+        problems: what was found wrong, in words.
+        count: codes seen.
+        queries: (S, L, D), the codes of the sampled rows.
+    """
+
+    def __init__(self, folder: Folder, info: GalleryInfo, mean: np.ndarray, lengths: np.ndarray, wanted: np.ndarray):
+        self.info, self.mean, self.lengths, self.wanted = info, mean, lengths, wanted
+        self.problems: list[str] = []
+        self.count = 0
+        self.queries = np.empty((len(wanted), *mean.shape), np.float32)
+        self._total = np.zeros(mean.shape)
+        self._ids: set[str] = set()
+        self._photos: set[str] = set()
+        self._people: set[str] = set()
+        for name in info.codes:
+            where = f"{folder.url}: {name}"
+            try:
+                rows = read_rows(folder.read(info.files[name]), *mean.shape, info.embedding_dim, where)
+            except GalleryCorruptError as error:
+                raise GalleryCheckError(folder.url, [str(error)]) from error
+            if not self._file(name, rows):
+                break
+
+    def _file(self, name: str, rows: Rows) -> bool:
+        """Look at the rows of a file; False where the rest need not be read."""
+        start, stop = self.count, self.count + len(rows.ids)
+        self.count = stop
+        twice = [id_ for id_ in rows.ids if id_ in self._ids]
+        self._ids.update(rows.ids)
+        if len(self._ids) != stop:
+            twice = (twice or rows.ids)[0]
+            self.problems.append(f"{name}: {stop - len(self._ids)} id(s) are there twice, such as {twice!r}")
+            self.count = start
+            return False
+        self._photos.update(rows.photo_ids)
+        self._people.update(p for p in rows.person_ids if p is not None)
+        if stop > self.info.count:
+            self.count = start
+            return False
+        bad = ~np.isfinite(rows.codes).all(axis=(1, 2))
+        if bad.any():
+            self.problems.append(f"{name}: {int(bad.sum())} codes have a NaN or an infinity")
+        self._total += rows.codes.sum(axis=0, dtype=np.float64)
+        for layer in range(len(self.mean)):
+            for i in range(0, len(rows.ids), _ROWS_AT_ONCE):
+                codes = torch.from_numpy(rows.codes[i : i + _ROWS_AT_ONCE, layer])
+                found = norms(codes, torch.from_numpy(self.mean[layer]), self.info.mode).numpy()
+                stated = self.lengths[layer, start + i :][: len(found)]
+                if not (np.array_equal(found, stated) and (found > 0).all()):
+                    self.problems.append(f"{name}: norms of layer {layer} are not those of its codes, or zero")
+        first, last = np.searchsorted(self.wanted, [start, stop])
+        self.queries[first:last] = rows.codes[self.wanted[first:last] - start]
+        return True
+
+    def compare(self, reckoned: int) -> None:
+        """Note where the numbers, or the mean, are not those of ``index.json``, or of the caller."""
+        for what, have, want in (
+            ("codes", self.count, self.info.count),
+            ("photos", len(self._photos), self.info.photos),
+            ("people", len(self._people), self.info.people),
+            ("codes reckoned with", self.count, reckoned),
+        ):
+            if have != want:
+                self.problems.append(f"it has {have} {what}, not {want}")
+        if not self.problems and not np.allclose(self.mean, self._total / self.count, rtol=1e-9, atol=1e-12):
+            self.problems.append("its mean is not that of its codes")
 
 
 class _Ends(NamedTuple):

@@ -170,6 +170,15 @@ def estimate(
     if plan is None:
         left = memory - small - (64 << 20)
         plan = choose(count, dim, recall=recall, code_bytes=max(1, left // (count * stored)))
+    whole = f"{exact_memory / 1e9:.1f} GB" + (f", {memory / 1e9:.1f} GB were given" if memory is not None else "")
+    return _compressed(plan, count, layers, dim, stored, recall, rates, f"the exact search would take {whole}")
+
+
+def _compressed(
+    plan: Plan, count: int, layers: int, dim: int, stored: int, recall: float, rates: Rates, why: str
+) -> Estimate:
+    """What compressed indexes take; arguments as of ``estimate``."""
+    codes, small = count * stored * dim * _FLOAT, count * (_ID_BYTES + 8 * stored)
     index = faiss.index_factory(dim, plan.factory, faiss.METRIC_INNER_PRODUCT)
     inner = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
     lists = inner.nlist if isinstance(inner, faiss.IndexIVF) else 0
@@ -194,8 +203,7 @@ def estimate(
         search_seconds=layers * one,
         single_seconds=layers * one,
         recall=recall,
-        why="compressed: the exact search would take "
-        f"{exact_memory / 1e9:.1f} GB" + (f", {memory / 1e9:.1f} GB were given" if memory is not None else ""),
+        why=f"compressed: {why}",
     )
 
 

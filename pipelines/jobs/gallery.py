@@ -170,42 +170,20 @@ def _from_tables(
     say: Callable[[str], None],
 ) -> tuple[GalleryInfo, dict[str, Any]]:
     """A version from the rows of ``invert`` that the run's plan names."""
-
     made_by = fingerprints.stage_weights(config, "")["invert"]
     counts = {"photos": photos, "faces": 0, "failed": 0}
-
-    def batches() -> Iterator[CodeBatch]:
-        for table in scan_stage(run, "invert", ["photo_id", "face_id", "status", "code", "identity", "weights"]):
-            good = [i for i, status in enumerate(table["status"].to_pylist()) if status == OK]
-            counts["failed"] += sum(status == "error" for status in table["status"].to_pylist())
-            if not good:
-                continue
-            table = table.take(good)
-            other = set(table["weights"].to_pylist()) - {made_by}
-            if other:
-                raise RunError(f"{run.url}: codes were made by {other.pop()}, here they are made by {made_by}")
-            counts["faces"] += len(good)
-            codes, identities = (_vectors(table, column) for column in ("code", "identity"))
-            photo_ids = table["photo_id"].to_pylist()
-            yield CodeBatch(
-                codes.reshape(-1, config.num_codes, CODE_DIM),
-                photo_ids,
-                [people.get(photo) for photo in photo_ids],
-                table["face_id"].to_pylist(),
-                identities,
-            )
-
+    batches = _batches(run, people, config, made_by, counts)
     keys = hashlib.sha256("".join(key or "" for key in run.plan()["invert"].to_pylist()).encode())
     keys.update(repr(sorted(people.items())).encode())
     key = f"{keys.hexdigest()} {made_by} {config.gallery.similarity}"
     if add:
-        done = store.update(key, batches(), check=check)
+        done = store.update(key, batches, check=check)
         info, name = done.info, done.name
         counts |= done.counts()
     else:
 
         def fill(builder: GalleryBuilder) -> None:
-            for batch in batches():
+            for batch in batches:
                 builder.add(batch)
             if not builder.count:
                 raise ProtectError("NO_FACES", f"no face was found in the {photos} photos: {source}")
@@ -226,6 +204,31 @@ def _from_tables(
             counts["faces"] = info.count
     say(f"{counts['faces']} faces of {photos} photos; {counts['failed']} rows failed; version {name}")
     return info, counts
+
+
+def _batches(
+    run: Run, people: dict[str, str | None], config: Config, made_by: str, counts: dict[str, int]
+) -> Iterator[CodeBatch]:
+    """Codes of the run's faces; counts faces and failed rows as it goes."""
+    for table in scan_stage(run, "invert", ["photo_id", "face_id", "status", "code", "identity", "weights"]):
+        good = [i for i, status in enumerate(table["status"].to_pylist()) if status == OK]
+        counts["failed"] += sum(status == "error" for status in table["status"].to_pylist())
+        if not good:
+            continue
+        table = table.take(good)
+        other = set(table["weights"].to_pylist()) - {made_by}
+        if other:
+            raise RunError(f"{run.url}: codes were made by {other.pop()}, here they are made by {made_by}")
+        counts["faces"] += len(good)
+        codes, identities = (_vectors(table, column) for column in ("code", "identity"))
+        photo_ids = table["photo_id"].to_pylist()
+        yield CodeBatch(
+            codes.reshape(-1, config.num_codes, CODE_DIM),
+            photo_ids,
+            [people.get(photo) for photo in photo_ids],
+            table["face_id"].to_pylist(),
+            identities,
+        )
 
 
 def add_from_gallery(other: str, out: str) -> Update:
