@@ -12,6 +12,7 @@ from cluster.errors import (
     UnsafeStoreError,
 )
 from cluster.keys import KeyRule, hash_key, hash_keys, part_key
+from cluster.local import LocalChain
 from cluster.plan import Plan
 from cluster.service import Service
 from cluster.session import ray_session
@@ -25,6 +26,7 @@ __all__ = [
     "EngineError",
     "ItemTimeout",
     "KeyRule",
+    "LocalChain",
     "Operator",
     "PartStore",
     "Plan",

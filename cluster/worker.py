@@ -97,6 +97,20 @@ def hard_limit(stage: Stage, items: int, margin: float) -> float | None:
     return None if stage.item_seconds is None else 2 * stage.item_seconds * items + margin
 
 
+class _Life:
+    """Of this process. `worker`: it is one of the engine's, and may be ended."""
+
+    worker = False
+
+
+_life = _Life()
+
+
+def is_worker() -> bool:
+    """Whether this process is a worker of the engine, which is replaced when it ends."""
+    return _life.worker
+
+
 class Worker:
     """Serves the stages of one pool, one call at a time. Ray makes an actor of it; it works without Ray as well."""
 
@@ -116,6 +130,7 @@ class Worker:
         from ray import cloudpickle
 
         obey_sigterm()
+        _life.worker = True
         self._stages = cloudpickle.loads(self._pickled)
         for position in stages:
             self._operators[position] = self._stages[position].factory()
@@ -175,33 +190,56 @@ class Worker:
     def _attempt(
         self, stage: Stage, position: int, rows: pa.Table, ends: Sequence[int], tables: list[pa.Table]
     ) -> Failure | None:
-        """One call of the operator on the items between `ends`. Appends what it gives to `tables`: of a failed item its
-        error rows, of a failed batch nothing."""
-        rows = rows.slice(ends[0], ends[-1] - ends[0])
-        count = len(ends) - 1
-        soft = None if stage.item_seconds is None else stage.item_seconds * count
-        words = ""
         try:
-            with time_limit(soft, hard_limit(stage, count, self._hard_margin)):
-                answer = self._operators[position](rows)
-            tables.append(checked(stage, rows, answer))
-            return None
-        except ItemTimeout:
-            reason = f"TIMEOUT: more than {stage.item_seconds:g} s"
-            words = traceback.format_exc()
+            return attempt(stage, self._operators[position], rows, ends, tables, self._hard_margin)
         except WorkerUnfit:
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(70)
-        except ContractError as error:
-            reason = f"CONTRACT: {error}"
-        except (Exception, SystemExit) as error:
-            reason = f"EXCEPTION: {type(error).__name__}: {one_line(error)}"
-            words = traceback.format_exc()
-        if count > 1:
-            return Failure("", reason, words)
-        tables.append(failed_rows(stage, rows, reason))
-        return Failure(rows["key"][0].as_py(), reason, words)
+
+
+def attempt(
+    stage: Stage,
+    operator: Operator,
+    rows: pa.Table,
+    ends: Sequence[int],
+    tables: list[pa.Table],
+    hard_margin: float | None = None,
+) -> Failure | None:
+    """One call of the operator on the items between `ends`. Appends what it gives to `tables`: of a failed item its
+    error rows, of a failed batch nothing.
+
+    Args:
+        hard_margin: see `hard_limit`; None: the process is not ended, however long it takes.
+
+    Raises:
+        WorkerUnfit: the operator says so.
+        ContractError: see `failed_rows`.
+    """
+    rows = rows.slice(ends[0], ends[-1] - ends[0])
+    count = len(ends) - 1
+    soft = None if stage.item_seconds is None else stage.item_seconds * count
+    hard = None if hard_margin is None else hard_limit(stage, count, hard_margin)
+    words = ""
+    try:
+        with time_limit(soft, hard):
+            answer = operator(rows)
+        tables.append(checked(stage, rows, answer))
+        return None
+    except ItemTimeout:
+        reason = f"TIMEOUT: more than {stage.item_seconds:g} s"
+        words = traceback.format_exc()
+    except WorkerUnfit:
+        raise
+    except ContractError as error:
+        reason = f"CONTRACT: {error}"
+    except (Exception, SystemExit) as error:
+        reason = f"EXCEPTION: {type(error).__name__}: {one_line(error)}"
+        words = traceback.format_exc()
+    if count > 1:
+        return Failure("", reason, words)
+    tables.append(failed_rows(stage, rows, reason))
+    return Failure(rows["key"][0].as_py(), reason, words)
 
 
 def forget_peak_memory() -> None:

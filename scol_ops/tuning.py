@@ -8,9 +8,9 @@ a soft mask and may be low-passed, so that hair, background and fine texture sta
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,25 +72,6 @@ class DeadlineExceeded(TimeoutError):
     """A face took longer than its time limit."""
 
 
-@contextmanager
-def pristine(generator: nn.Module) -> Iterator[nn.Module]:
-    """Restore every parameter and buffer bit for bit on leaving, whatever happens inside.
-
-    Without this, image N would start from image N-1's weights (the trap of CLIP2Protect).
-    """
-    saved = {name: tensor.detach().clone() for name, tensor in generator.state_dict().items()}
-    trainable = {name: parameter.requires_grad for name, parameter in generator.named_parameters()}
-    try:
-        yield generator
-    finally:
-        with torch.no_grad():
-            for name, tensor in generator.state_dict().items():
-                tensor.copy_(saved[name])
-        for name, parameter in generator.named_parameters():
-            parameter.requires_grad_(trainable[name])
-            parameter.grad = None
-
-
 def select_parameters(generator: nn.Module, which: str) -> list[nn.Parameter]:
     """Switch gradients on for one of ``PARAMETER_SETS`` and return those parameters."""
     if which not in PARAMETER_SETS:
@@ -131,7 +112,7 @@ def tune(
     """Tune the generator so that the fused code shows the original picture under another identity.
 
     Args:
-        generator: codes (1, L, 512) -> (1, 3, S, S); restored to its own weights on return.
+        generator: codes (1, L, 512) -> (1, 3, S, S); a copy of it is tuned, itself it is never changed.
         fused: (1, L, 512), the fused code ``w_f``.
         original: (1, 3, S, S) in [-1, 1], the aligned face ``x``.
         mask: (1, 1, S, S) in [0, 1], where change is allowed.
@@ -157,26 +138,27 @@ def tune(
         raise ValueError(f"{len(identity)} identity features but {len(margins)} margins")
     begin = time.monotonic()
     history: list[dict[str, float]] = []
-    with pristine(generator):
-        parameters = select_parameters(generator, settings.parameters)
-        objective = _Objective(generator, fused, original, mask, identity, margins, settings, seed, perceptual)
-        optimiser = torch.optim.Adam(parameters, lr=settings.lr)
-        for step in range(settings.steps):
-            if deadline is not None and time.monotonic() > deadline:
-                raise DeadlineExceeded(f"tuning step {step} of {settings.steps}")
-            loss, losses = objective()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss {float(loss)} at tuning step {step}: the learning rate is too high")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            history.append(losses)
-            if on_step is not None:
-                on_step(step, losses)
-            if losses["psnr"] >= settings.target_psnr and losses.get("hinge", 0.0) == 0.0:
-                break
-        with torch.no_grad():
-            result = confine(generator(fused), original, mask, settings.residual_sigma).clamp(-1, 1)
+    # A copy: to restore the generator could be cut short by a time limit, which may go off anywhere, and the next face
+    # would start from this one's weights (the trap of CLIP2Protect).
+    own = copy.deepcopy(generator)
+    optimiser = torch.optim.Adam(select_parameters(own, settings.parameters), lr=settings.lr)
+    objective = _Objective(own, fused, original, mask, identity, margins, settings, seed, perceptual)
+    for step in range(settings.steps):
+        if deadline is not None and time.monotonic() > deadline:
+            raise DeadlineExceeded(f"tuning step {step} of {settings.steps}")
+        loss, losses = objective()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss {float(loss)} at tuning step {step}: the learning rate is too high")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        history.append(losses)
+        if on_step is not None:
+            on_step(step, losses)
+        if losses["psnr"] >= settings.target_psnr and losses.get("hinge", 0.0) == 0.0:
+            break
+    with torch.no_grad():
+        result = confine(own(fused), original, mask, settings.residual_sigma).clamp(-1, 1)
     return TuneResult(result, len(history), time.monotonic() - begin, history)
 
 

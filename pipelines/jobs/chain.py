@@ -56,7 +56,7 @@ def execute(
     gallery = None
     if STAGES.index(until) >= STAGES.index("fuse"):
         gallery = RunGallery.open(config, run, say, stop or (lambda: False))
-    setting = _setting(config, gallery, out, len(source))
+    setting = setting_of(config, gallery, out, len(source))
     opened = attempts.opened(run)
     rules = stage_rules(config, setting.weights, out or "", opened)
     if until == "publish":
@@ -79,7 +79,18 @@ def execute(
         return engine.run(source, rules)
 
 
-def _setting(config: Config, gallery: RunGallery | None, out: str | None, photos: int) -> Setting:
+def setting_of(config: Config, gallery: RunGallery | None, out: str | None, photos: int) -> Setting:
+    """What the stages are made for.
+
+    Args:
+        gallery: of the run; None where it ends before ``fuse``.
+        out: URL of OUT.
+        photos: how many the run has.
+
+    Raises:
+        WeightsError: embedded weights are missing or altered.
+        GalleryError: the gallery cannot be read.
+    """
     if gallery is None:
         return Setting(config, stage_weights(config, ""), out=out, photos=photos)
     std, digest = None, ""

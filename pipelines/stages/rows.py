@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pyarrow as pa
 
 from cluster import ItemTimeout, WorkerUnfit
-from cluster.worker import one_line, time_limit
+from cluster.worker import is_worker, one_line, time_limit
 from pipelines.archive.paths import SourceError
 from pipelines.photos.photo import PhotoError
 from pipelines.run import schemas
@@ -17,7 +18,7 @@ from pipelines.run.schemas import ERROR, OK, row_seed
 from scol_ops.tuning import DeadlineExceeded
 
 Row = dict[str, Any]
-HARD_MARGIN = 30.0  # s, beyond twice the time limit: then the process is ended
+_HARD_MARGIN = 30.0  # s, beyond twice the time limit: then the process is ended
 
 
 class FaceError(Exception):
@@ -110,7 +111,7 @@ def each_face(
         begin = time.monotonic()
         try:
             # The inner limit is checked between steps and costs nothing; the outer one ends what does not come back.
-            with time_limit(limit * 1.1, 2 * limit + HARD_MARGIN):
+            with face_time(limit * 1.1, limit):
                 answer = treat(row, begin + limit)
             answer = base_row(row, weights, time.monotonic() - begin) | answer
         except (Exception, ItemTimeout) as error:
@@ -118,6 +119,12 @@ def each_face(
             answer = failed(row, stage, reason_of(error), weights, time.monotonic() - begin)
         out.append(answer)
     return to_table(stage, out, layers)
+
+
+def face_time(soft: float, limit: float) -> AbstractContextManager[None]:
+    """Bounds a block's time: after `soft` seconds ``ItemTimeout``; a worker that hangs is ended, well after twice the
+    limit of a face. A process that is not a worker is never ended."""
+    return time_limit(soft, 2 * limit + _HARD_MARGIN if is_worker() else None)
 
 
 def raise_if_unfit(error: BaseException) -> None:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from cluster import ItemTimeout, Operator, Stage
-from cluster.worker import time_limit
 from pipelines.archive.paths import SourceError
 from pipelines.config.sections import Config
 from pipelines.networks.load import Networks
@@ -29,7 +28,7 @@ from pipelines.stages.crops import decode_png, encode_png  # fmt: skip
 from pipelines.stages.declaration import GEOMETRY, Setting, declared
 from pipelines.stages.judging import Place, bars_of, look
 from pipelines.stages.reading import Reader
-from pipelines.stages.rows import HARD_MARGIN, Row, base_row, failed, iterate, raise_if_unfit, reason_of, to_table
+from pipelines.stages.rows import Row, base_row, face_time, failed, iterate, raise_if_unfit, reason_of, to_table
 from pipelines.stages.saving import Pasting, limits_of, read_unchanged
 from pipelines.stages.treatments import Attacker, Refiner, settings_of
 from scol_ops.attack import AttackSettings
@@ -190,7 +189,7 @@ class _Loop:
     def _photo_time(self, faces: list[_Face]) -> Iterator[None]:
         """What all faces wait for together; each has its share of the time."""
         begin = time.monotonic()
-        with time_limit(self.limit, 2 * self.limit + HARD_MARGIN):
+        with face_time(self.limit, self.limit):
             yield
         for face in faces:
             face.seconds += (time.monotonic() - begin) / len(faces)
@@ -216,7 +215,7 @@ class _Loop:
         try:
             if left <= 0:
                 raise DeadlineExceeded(f"before round {number}")
-            with time_limit(left * 1.1, 2 * left + HARD_MARGIN):
+            with face_time(left * 1.1, left):
                 found = face.attempt(number, encode_png(self._stronger(face, number, begin + left)))
                 if found.psnr < self.settings.min_psnr:
                     face.ended = QUALITY

@@ -1,18 +1,20 @@
 """Inversion, tuning, refinement and attack on the embedded generator (few steps: their rules, not their quality)."""
 
+import copy
 import dataclasses
 import time
 
 import pytest
 import torch
 
+from cluster import ItemTimeout
 from scol_ops.attack import AttackSettings, attack, attack_loss
 from scol_ops.filters import damp_chroma, low_pass
 from scol_ops.inversion import InvertSettings, invert
 from scol_ops.models.embedded import load_mobilestylegan, load_recogniser
 from scol_ops.models.recognisers import ffhq_mean_geometry
 from scol_ops.refinement import RefineSettings, refine
-from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, pristine, select_parameters, tune
+from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, select_parameters, tune
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +68,46 @@ def test_tuning_reconstructs_and_stays_inside_the_mask(generator, faces, mask):
     assert torch.equal(result.picture[outside], pictures[:1][outside])
 
 
-def test_the_generator_is_restored_after_a_failure(generator, faces, mask):
+def test_the_generator_is_what_it_was_after_a_failure(generator, faces, mask):
     before = {k: v.clone() for k, v in generator.state_dict().items()}
     with pytest.raises(DeadlineExceeded):
         tune(generator, faces[0][:1], faces[1][:1], mask, [], [], SHORT, deadline=time.monotonic() - 1)
-    with pytest.raises(RuntimeError, match="on purpose"), pristine(generator) as g:
-        select_parameters(g, "late")
-        with torch.no_grad():
-            g.const.add_(1)
+
+    def fail(step, losses):
         raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        tune(generator, faces[0][:1], faces[1][:1], mask, [], [], SHORT, on_step=fail)
+    assert all(torch.equal(before[k], v) for k, v in generator.state_dict().items())
+    assert not any(p.requires_grad for p in generator.parameters())
+
+
+def test_a_time_limit_while_a_face_is_left_changes_no_generator(generator, faces, mask, monkeypatch):
+    """The limit's signal comes again and again: whatever would be put right after a face could be cut short by it."""
+    before = {k: v.clone() for k, v in generator.state_dict().items()}
+
+    def expired(*arguments, **options):
+        raise ItemTimeout
+
+    def step(number, losses):
+        for name in ("copy_", "set_", "add_", "data_ptr"):  # by which weights could be put back
+            monkeypatch.setattr(torch.Tensor, name, expired)
+        monkeypatch.setattr(torch.nn.Module, "load_state_dict", expired)
+        raise ItemTimeout
+
+    with pytest.raises(ItemTimeout):
+        tune(generator, faces[0][:1], faces[1][:1], mask, [], [], dataclasses.replace(SHORT, parameters="all"), on_step=step)
+    monkeypatch.undo()
     assert all(torch.equal(before[k], v) for k, v in generator.state_dict().items())
     assert not any(p.requires_grad for p in generator.parameters())
 
 
 def test_parameter_sets_are_nested_and_leave_the_mapping(generator):
-    with pristine(generator):
-        sizes = {which: sum(p.numel() for p in select_parameters(generator, which)) for which in ("all", "convolutions", "late")}
-        assert not any(p.requires_grad for p in generator.mapping.parameters())
-        with pytest.raises(ValueError, match="parameters"):
-            select_parameters(generator, "everything")
+    own = copy.deepcopy(generator)
+    sizes = {which: sum(p.numel() for p in select_parameters(own, which)) for which in ("all", "convolutions", "late")}
+    assert not any(p.requires_grad for p in own.mapping.parameters())
+    with pytest.raises(ValueError, match="parameters"):
+        select_parameters(own, "everything")
     assert sizes["all"] > sizes["convolutions"] > 0 and sizes["all"] > sizes["late"] > 0
 
 
