@@ -45,7 +45,8 @@ def aligned(rows: Iterable[Sequence[object]], *columns: str, gap: str = "  ") ->
     """
     rows = [[str(cell) for cell in row] for row in rows]
     columns = (*columns, *["<"] * (max(map(len, rows), default=0) - len(columns)))
-    widths = [max([int(spec[1:] or 0), *(len(row[i]) for row in rows if i < len(row))]) for i, spec in enumerate(columns)]
+    least = (int(spec[1:] or 0) for spec in columns)
+    widths = [max([width, *(len(row[i]) for row in rows if i < len(row))]) for i, width in enumerate(least)]
     return "\n".join(
         gap.join(f"{cell:{spec[0]}{width}}" for cell, spec, width in zip(row, columns, widths, strict=False)).rstrip()
         for row in rows
