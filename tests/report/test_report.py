@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipelines.config.names import STAGES
-from pipelines.report import run_faces, run_page
+from pipelines.report import html, run_faces, run_page
 from pipelines.run.folder import Run, RunError
 from pipelines.run.schemas import PLAN_SCHEMA, SCHEMAS, SOURCE
 from pipelines.run.tables import read_stage
@@ -304,15 +304,18 @@ def test_of_a_strengthened_face_the_last_picture_is_that_one(tmp_path):
 
 
 def test_histogram():
-    svg = run_page.histogram([30.0, 31.0, 31.2, 35.0, float("inf"), None], "PSNR", "PSNR, dB", [(33.0, "limit <")])
+    def drawn(*arguments) -> str:
+        return html.part("histogram", run_page.histogram(*arguments))
+
+    svg = drawn([30.0, 31.0, 31.2, 35.0, float("inf"), None], "PSNR", "PSNR, dB", [(33.0, "limit <")])
     page = Page(svg)
     counts = [int(re.search(r": (\d+)$", t).group(1)) for t in re.findall(r"<title>([^<]+)</title>", svg)]
     assert sum(counts) == 4 == len(page.all("rect")) + 4 - len(counts)
     assert "PSNR, dB" in page.text and "faces" in page.text and "limit <" in page.text
     assert "mean 31.800" in page.text and "1 more without a finite value" in page.text
     assert page.all("svg")[0]["aria-label"].startswith("Histogram. PSNR.")
-    assert "No face has this measure" in run_page.histogram([None], "a", "b")
-    assert Page(run_page.histogram([0.5, 0.5], "all equal", "x")).all("rect")
+    assert "No face has this measure" in drawn([None], "a", "b")
+    assert Page(drawn([0.5, 0.5], "all equal", "x")).all("rect")
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
