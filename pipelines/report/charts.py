@@ -37,17 +37,6 @@ def ticks_between(low: float, high: float, most: int = 7) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-class Frame(NamedTuple):
-    """Of a histogram's plot, in px of its picture (`width` x `height`)."""
-
-    width: int = 520
-    height: int = 260
-    left: int = 58
-    right: int = 506
-    top: int = 16
-    bottom: int = 214
-
-
 @dataclass(frozen=True)
 class Histogram:
     """A histogram with labelled axes, laid out for the macro `histogram`.
@@ -68,7 +57,7 @@ class Histogram:
     x_ticks: tuple[tuple[float, str], ...] = ()
     y_ticks: tuple[tuple[float, str], ...] = ()
     marks: tuple[tuple[float, str, bool], ...] = ()
-    frame = Frame()
+    width, height, left, right, top, bottom = 520, 260, 58, 506, 16, 214  # px: the picture, the plot in it
 
     @classmethod
     def of(
@@ -83,22 +72,22 @@ class Histogram:
             title, axis, words: see the class.
             marks: (x, words).
         """
-        counts, frame = np.asarray(counts), cls.frame
+        counts = np.asarray(counts)
         heights = [t for t in ticks_between(0, max(int(counts.max()), 1), 5) if float(t).is_integer()]
         digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
 
         def px(x: float) -> float:
-            return float(frame.left + (frame.right - frame.left) * (x - ticks[0]) / (ticks[-1] - ticks[0]))
+            return float(cls.left + (cls.right - cls.left) * (x - ticks[0]) / (ticks[-1] - ticks[0]))
 
         def py(y: float) -> float:
-            return float(frame.top + (frame.bottom - frame.top) * (1 - y / heights[-1]))
+            return float(cls.top + (cls.bottom - cls.top) * (1 - y / heights[-1]))
 
         bars = [
-            (px(x0) + 0.5, py(count), px(x1) - px(x0) - 1, frame.bottom - py(count),
+            (px(x0) + 0.5, py(count), px(x1) - px(x0) - 1, cls.bottom - py(count),
              f"{number(x0, digits + 1)} to {number(x1, digits + 1)}: {count:,}")
             for count, x0, x1 in zip(counts, edges[:-1], edges[1:], strict=True) if count
         ]  # fmt: skip
-        middle = (frame.left + frame.right) / 2
+        middle = (cls.left + cls.right) / 2
         return cls(
             title, words, axis, tuple((*(round(v, 1) for v in bar[:4]), bar[4]) for bar in bars),
             tuple((round(px(t), 1), number(t, digits)) for t in ticks),
