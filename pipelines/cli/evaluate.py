@@ -96,7 +96,7 @@ def evaluate(
 
     Exit status: 0 if every photo could be compared, 1 if some could not, 2 if the evaluation could not start.
     """
-    from pipelines.evaluate import job
+    from pipelines.evaluate import job, page
     from pipelines.evaluate.summary import LOST
     from pipelines.jobs.progress import Reporter
     from pipelines.run.text import to_json
@@ -131,7 +131,7 @@ def evaluate(
     if as_json:
         click.echo(to_json(result.figures))
     else:
-        click.echo(job.table_words(result.figures))
+        click.echo(page.table_words(result.figures))
         click.echo(f"page: {result.out}/evaluation.html")
     counts = result.figures["counts"]
     lost = sum(counts.get(name, 0) for name in LOST)

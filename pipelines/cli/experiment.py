@@ -7,6 +7,7 @@ import sys
 import click
 
 from pipelines.cli.options import guarded, tell
+from pipelines.run.text_tables import aligned
 
 
 def _named(values: tuple[str, ...], form: str = "NAME=FOLDER") -> dict[str, str]:
@@ -29,12 +30,11 @@ def list_experiments():
     """Names and titles, and the ablation's variants by group."""
     from pipelines.experiments import named, variants
 
-    for found in named.experiments():
-        click.echo(f"{found.name:20} {found.title} ({found.dataset or 'no photos needed'})")
+    rows = [(found.name, f"{found.title} ({found.dataset or 'no photos needed'})") for found in named.experiments()]
+    click.echo(aligned(rows, "<20", gap=" "))
     click.echo("\nVariants of the ablation, by --group:")
-    for group, (about, some) in variants.GROUPS.items():
-        click.echo(f"{group:20} {about}: {' '.join(v.name for v in some)}")
-    click.echo(f"{'(unless asked)':20} {' '.join(variants.DEFAULT)}")
+    rows = [(group, f"{about}: {' '.join(v.name for v in some)}") for group, (about, some) in variants.GROUPS.items()]
+    click.echo(aligned([*rows, ("(unless asked)", " ".join(variants.DEFAULT))], "<20", gap=" "))
 
 @experiment.command("run")
 @click.argument("name")

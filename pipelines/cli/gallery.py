@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pipelines.cli.options import configured, engine_options, guarded, json_option, print_json, tell
+from pipelines.run.text_tables import aligned
 
 _STORE = "Folder or fsspec URL of the gallery."
 
@@ -74,8 +75,7 @@ def build(photos, synthetic, out, people_from, compress, memory, recall, as_json
         found = gallery_jobs.estimate(
             count, broadcast=synthetic is not None, memory=memory and memory * 1e9, recall=recall, factory=compress
         )
-        for name, value in tuning.words(found).items():
-            tell(f"{name:20} {value}")
+        tell(aligned(tuning.words(found).items(), "<20", gap=" "))
         return found.plan
 
     if synthetic is not None:
@@ -275,7 +275,9 @@ def _show(described: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(described)
         return
+    rows = []
     for name, value in described.items():
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v or 'not involved'}" for k, v in value.items())
-        click.echo(f"{name.replace('_', ' '):22} {value}")
+        rows.append((name.replace("_", " "), value))
+    click.echo(aligned(rows, "<22", gap=" "))

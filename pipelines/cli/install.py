@@ -7,6 +7,7 @@ import sys
 import click
 
 from pipelines.cli.options import configured, guarded, json_option, print_json
+from pipelines.run.text_tables import aligned
 
 
 @click.command(short_help="Check the installation.")
@@ -21,8 +22,8 @@ def doctor(out, as_json):
     if as_json:
         print_json(checks)
     else:
-        for check in checks:
-            click.echo(f"{'ok  ' if check['ok'] else 'FAIL'} {check['name']:14} {check['words']}")
+        rows = [("ok" if check["ok"] else "FAIL", check["name"], check["words"]) for check in checks]
+        click.echo(aligned(rows, "<4", "<14", gap=" "))
     sys.exit(0 if all(check["ok"] for check in checks) else 1)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pipelines.cli.options import guarded, json_option, print_json, tell
+from pipelines.run.text_tables import aligned
 
 store_option = click.option(
     "--store", metavar="URL", help="Model store: a folder or fsspec URL.  [default: $SCOL_MODELS, else the cache folder]"
@@ -89,9 +90,12 @@ def list_models(store, as_json):
         print_json({"store": place.url, "models": rows})
         return
     click.echo(f"store {place.url}")
-    for row in rows:
-        state = f"{row['fingerprint']}  from {row['source']}" if row["there"] else f"not there (usual file: {row['file']})"
-        click.echo(f"{row['name']:18} {row['role']:16} {state}")
+    states = [
+        f"{row['fingerprint']}  from {row['source']}" if row["there"] else f"not there (usual file: {row['file']})"
+        for row in rows
+    ]
+    lines = [(row["name"], row["role"], state) for row, state in zip(rows, states, strict=True)]
+    click.echo(aligned(lines, "<18", "<16", gap=" "))
 
 
 @models.command("info", short_help="A model's card: source, licence, use, what is in the store.")
@@ -113,18 +117,18 @@ def info(name, store, as_json):
     if as_json:
         print_json({"card": asdict(card), "record": None if record is None else asdict(record)})
         return
-    for label, text in (
+    rows = [
         ("model", card.what),
         ("published", card.published),
         ("licence", card.licence),
         ("file", f"{card.file} ({card.megabytes:g} MB)"),
         ("used in", card.used_in),
         ("instead", card.instead),
-    ):
-        click.echo(f"{label:10} {text}")
+    ]
     if record is None:
-        click.echo(f"{'store':10} not in {place.url}: scol models add {name} FILE")
-    else:
+        rows.append(("store", f"not in {place.url}: scol models add {name} FILE"))
+    click.echo(aligned(rows, "<10", gap=" "))
+    if record is not None:
         _show(record, place.url, False)
 
 
@@ -150,10 +154,13 @@ def verify(names, store, as_json):
     if as_json:
         print_json(found)
     else:
-        for row in found:
-            words = ", ".join(f"{k} {v:.4g}" for k, v in row["check"].items()) if row["ok"] else row["problem"]
-            click.echo(f"{'ok  ' if row['ok'] else 'FAIL'} {row['name']:18} {words}")
-        if not found:
+        rows = [
+            ("ok" if row["ok"] else "FAIL", row["name"], _check_words(row["check"]) if row["ok"] else row["problem"])
+            for row in found
+        ]
+        if rows:
+            click.echo(aligned(rows, "<4", "<18", gap=" "))
+        else:
             tell(f"no models in {place.url}")
     sys.exit(0 if all(row["ok"] for row in found) else 1)
 
@@ -178,22 +185,29 @@ def _show(record: Any, url: str, as_json: bool) -> None:
         print_json(asdict(record))
         return
     facts = ", ".join(f"{k} {v}" for k, v in record.facts.items())
-    click.echo(f"{'in store':10} {record.name} in {url}, fingerprint {record.fingerprint}, added {record.added}")
-    click.echo(f"{'network':10} {record.family}: {facts or 'one form'}; {record.parameters / 1e6:.1f} M parameters")
     digest = "the published digest" if record.digest == "published" else "no published digest is known"
-    click.echo(f"{'from':10} {record.source} ({record.source_bytes / 1e6:.1f} MB), sha256 {record.source_sha256} ({digest})")
+    size = f"{record.source_bytes / 1e6:.1f} MB"
+    rows = [
+        ("in store", f"{record.name} in {url}, fingerprint {record.fingerprint}, added {record.added}"),
+        ("network", f"{record.family}: {facts or 'one form'}; {record.parameters / 1e6:.1f} M parameters"),
+        ("from", f"{record.source} ({size}), sha256 {record.source_sha256} ({digest})"),
+    ]
     if record.codes:
         space = "" if record.w_fingerprint is None else f", W space {record.w_fingerprint}"
-        click.echo(f"{'codes':10} {record.codes} x 512{space}")
+        rows.append(("codes", f"{record.codes} x 512{space}"))
     if record.skipped:
         names = ", ".join(f"{name} ({count})" for name, count in list(record.skipped.items())[:8])
         more = f" and {len(record.skipped) - 8} more" if len(record.skipped) > 8 else ""
-        click.echo(f"{'skipped':10} code in the file that was not run: {names}{more}")
-    for note in record.notes:
-        click.echo(f"{'note':10} {note}")
-    click.echo(f"{'check':10} " + ", ".join(f"{k} {v:.4g}" for k, v in record.check.items()))
+        rows.append(("skipped", f"code in the file that was not run: {names}{more}"))
+    rows += [("note", note) for note in record.notes]
+    rows.append(("check", _check_words(record.check)))
     if card_of(record.name).role == "generator":
-        click.echo(f"{'samples':10} {url.rstrip('/')}/{record.name}.png")
-    click.echo(f"{'licence':10} {card_of(record.name).licence}")
+        rows.append(("samples", f"{url.rstrip('/')}/{record.name}.png"))
+    rows.append(("licence", card_of(record.name).licence))
+    click.echo(aligned(rows, "<10", gap=" "))
+
+
+def _check_words(check: dict[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in check.items())
 
 

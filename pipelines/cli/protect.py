@@ -7,6 +7,7 @@ import sys
 import click
 
 from pipelines.cli.options import configured, engine_options, guarded, json_option, print_json, tell
+from pipelines.run.text_tables import aligned
 
 
 @click.command()
@@ -122,5 +123,4 @@ def plan(src, run_url, sample, as_json, load):
     if as_json:
         print_json(result)
         return
-    for name, value in result["words"].items():
-        click.echo(f"{name:18} {value}")
+    click.echo(aligned(result["words"].items(), "<18", gap=" "))

@@ -25,7 +25,7 @@ from pipelines.evaluate import judges as recogniser_list
 from pipelines.evaluate import measure
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Gallery, Settings, face_schema, reference_schema, reference_source_schema
-from pipelines.evaluate.page import Examples, choose_examples, headline, identity_rows, plain_table, write_page
+from pipelines.evaluate.page import Examples, choose_examples, write_page
 from pipelines.evaluate.pairs import OK, Pairing
 from pipelines.evaluate.summary import FARS, Collector, Judge, Summary, clusters, thresholds
 from pipelines.run.environment import machine, versions
@@ -416,9 +416,3 @@ def figures_of(summary: Summary) -> dict[str, Any]:
         "picture": plain(summary.picture),
         "distributions": {k: v.to_dict() for k, v in summary.distributions.items()},
     }
-
-
-def table_words(figures: Mapping[str, Any]) -> str:
-    """The result in a few lines for a terminal."""
-
-    return headline(figures) + "\n\n" + plain_table(identity_rows(figures))

@@ -1,8 +1,9 @@
-"""The evaluation for people to read: tables for a terminal, and one HTML page with examples."""
+"""The evaluation for people to read: tables for a terminal, and one HTML page with examples (template: page.html)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +17,20 @@ from pipelines.archive.paths import SourceError
 from pipelines.archive.reading import read_bytes
 from pipelines.evaluate.measure import CROP, OTHER, UNPROTECTED, Spot, column
 from pipelines.evaluate.pairs import MATES
-from pipelines.evaluate.summary import AVERAGE, LOST, PROTECTED, Judge, Summary, far_name
+from pipelines.evaluate.summary import AVERAGE, FARS, LOST, PROTECTED, Judge, Summary, far_name
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import PhotoError
-from pipelines.report.charts import histogram_svg, number, ticks_between
-from pipelines.report.html import document, escape, name_html
-from pipelines.report.pictures import Budget, Pixels, data_url
+from pipelines.report import html
+from pipelines.report.charts import Histogram, Tile, number, ticks_between
+from pipelines.report.pictures import Budget, FaceFigure, Pixels, difference, triple
 from pipelines.run.folder import Run
+from pipelines.run.text_tables import aligned, estimate, markdown
 from scol_ops.alignment import align_crops
 from scol_ops.distortions import NONE
 from scol_ops.metrics import to_uint8
 
 EXAMPLES = 4  # of each kind
 PICTURE_BYTES = 6_000_000
-AMPLIFICATION = 10
 _KINDS = ("best", "median", "worst")
 
 
@@ -103,135 +104,79 @@ def _crops(row: Mapping[str, Any]) -> tuple[Pixels, Pixels] | None:
         return tuple(to_uint8(align_crops(p, s.quad, CROP)[0]) for p, s in ((one, spot), (two, there)))
 
 
-def _figure(example: Example, judges: Sequence[Judge], budget: Budget) -> str:
-    row = example.row
-    who = row["path"] + (
-        "" if row["face_id"].endswith("-00") else f", face {int(row['face_id'].rsplit('-', 1)[1]) + 1}"
-    )
-    crops = _crops(row)
-    images = ""
-    if crops is not None:
-        difference = np.clip(np.abs(crops[1].astype(np.int16) - crops[0]) * AMPLIFICATION, 0, 255).astype(np.uint8)
-        urls = [data_url(p) for p in (*crops, difference)]
-        if budget.take(urls):
-            labels = ("original", "protected", f"difference × {AMPLIFICATION}")
-            cells = "".join(
-                f'<div><img loading=lazy width=256 height=256 alt="{label}: {escape(who)}" src="{url}">'
-                f"<span>{label}</span></div>"
-                for url, label in zip(urls, labels, strict=True)
-            )
-            images = f"<div class=triple>{cells}</div>"
+def _figure(example: Example, judges: Sequence[Judge], budget: Budget) -> FaceFigure:
+    row, crops = example.row, _crops(example.row)
+    number_of = int(row["face_id"].rsplit("-", 1)[1]) + 1
+    who = row["path"] if number_of == 1 else f"{row['path']}, face {number_of}"
     words = [f"{j.name} {number(row[column('ism', j.name)], 3)}" for j in judges]
-    words += [
-        f"PSNR {number(row['psnr'], 1, 'dB')}",
-        f"SSIM {number(row['ssim'], 3)}",
-        f"FLIP {number(row['flip'], 3)}",
-    ]
-    blink = " <button type=button data-do=blink aria-pressed=false>blink</button>" if images else ""
-    caption = f"<figcaption>{name_html(who)}<br>{escape(' · '.join(words))}{blink}</figcaption>"
-    return f"<li><figure>{images}{caption}</figure></li>"
+    words += [f"PSNR {number(row['psnr'], 1, 'dB')}", *(f"{m.upper()} {number(row[m], 3)}" for m in ("ssim", "flip"))]
+    shown = triple((*crops, difference(*crops)), who, budget, ("original", "protected")) if crops is not None else ()
+    return FaceFigure(who, " · ".join(words), shown)
 
 
-def _examples_html(examples: Sequence[Example], judges: Sequence[Judge]) -> str:
+def _figures(examples: Sequence[Example], judges: Sequence[Judge]) -> dict[str, dict[str, list[FaceFigure]]]:
+    """Figures by the words that head them: what they are ordered by, kind."""
     budget = Budget(PICTURE_BYTES)
-    titles = {
-        "hidden": "Ordered by how well the identity is hidden",
-        "seen": "Ordered by how little can be seen (FLIP)",
-    }
-    text = ""
-    for order, title in titles.items():
-        text += f"<h3>{title}</h3>"
-        for kind in _KINDS:
-            cards = "".join(_figure(e, judges, budget) for e in examples if (e.order, e.kind) == (order, kind))
-            text += f"<h4>{kind}</h4><ul class=cards>{cards}</ul>" if cards else ""
-    return text
+    orders = {"hidden": "how well the identity is hidden", "seen": "how little can be seen (FLIP)"}
+    titles = {order: f"Ordered by {words}" for order, words in orders.items()}
+    found: dict[str, dict[str, list[FaceFigure]]] = {title: {} for title in titles.values()}
+    for example in examples:
+        found[titles[example.order]].setdefault(example.kind, []).append(_figure(example, judges, budget))
+    return found
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
-
-def _percent(estimate: Mapping[str, Any] | None) -> str:
-    return _interval(estimate, 100, 1)
-
-
-def _interval(estimate: Mapping[str, Any] | None, scale: float = 1, digits: int = 3) -> str:
-    if estimate is None:
-        return "–"
-    text = number(estimate["value"] * scale, digits)
-    if estimate["low"] is None:
-        return text
-    return f"{text} [{number(estimate['low'] * scale, digits)}, {number(estimate['high'] * scale, digits)}]"
+_ACCEPTED = (
+    "accepted as the original at FAR 1e-2, %", "at FAR 1e-3, %",
+    "accepted as another photo of the person at FAR 1e-2, %", "at FAR 1e-3, %",
+)  # fmt: skip
+IDENTITY_HEAD = ("recogniser", "photos", "Rank-1-U, %", "Rank-5-U, %", "cosine to the original (ISM)", *_ACCEPTED)
 
 
-IDENTITY_HEAD = (
-    "recogniser",
-    "photos",
-    "Rank-1-U, %",
-    "Rank-5-U, %",
-    "cosine to the original (ISM)",
-    "accepted as the original at FAR 1e-2, %",
-    "at FAR 1e-3, %",
-    "accepted as another photo of the person at FAR 1e-2, %",
-    "at FAR 1e-3, %",
-)
+def _interval(found: Mapping[str, Any] | None, digits: int = 3, scale: float = 1.0) -> str:
+    return estimate(found, digits, scale, form=number)
 
 
-def _line(name: str, words: str, cell: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        name,
-        words,
-        _percent(cell["rank1_u"]),
-        _percent(cell["rank5_u"]),
-        _interval(cell["ism"]),
-        *(_percent(cell[far_name(m, far)]) for m in ("own", "mate") for far in (1e-2, 1e-3)),
-    )
+def _percent(found: Mapping[str, Any] | None) -> str:
+    return _interval(found, 1, 100)
+
+
+def _accepted(cell: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(_percent(cell[far_name(m, far)]) for m in ("own", "mate") for far in FARS)
+
+
+def _spread(figures: Mapping[str, Any], name: str, digits: int = 3) -> tuple[str, ...]:
+    found = figures["distributions"].get(name, {})
+    return tuple(number(found.get(p), digits) for p in ("p5", "p50", "p95"))
 
 
 def identity_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Head and lines: what the recognisers see, of undistorted photos, with the two rows that say what to expect."""
+    subjects = {
+        UNPROTECTED: "unprotected (near 0 expected)", PROTECTED: "protected", OTHER: "somebody else (near 100 expected)"
+    }  # fmt: skip
     rows = [IDENTITY_HEAD]
-    for name, subjects in figures["identity"].items():
+    for name, found in figures["identity"].items():
         shown = name + (" (used inside: proves nothing)" if name in figures["inside"] else "")
-        rows.append(_line(shown, "unprotected (near 0 expected)", subjects[UNPROTECTED][NONE]))
-        rows.append(_line(shown, "protected", subjects[PROTECTED][NONE]))
-        rows.append(_line(shown, "somebody else (near 100 expected)", subjects[OTHER][NONE]))
+        for subject, words in subjects.items():
+            cell = found[subject][NONE]
+            ranks = (_percent(cell["rank1_u"]), _percent(cell["rank5_u"]))
+            rows.append((shown, words, *ranks, _interval(cell["ism"]), *_accepted(cell)))
     return rows
 
 
 def distortion_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Head and lines: what is left after each distortion, and what the distortion does by itself."""
-    rows = [
-        (
-            "recogniser",
-            "distortion",
-            "Rank-1-U, %",
-            "of unprotected photos, %",
-            "Rank-5-U, %",
-            "ISM",
-            "ISM: 5 %",
-            "median",
-            "95 %",
-            "accepted as the original at FAR 1e-2, %",
-            "at FAR 1e-3, %",
-            "accepted as another photo of the person at FAR 1e-2, %",
-            "at FAR 1e-3, %",
-        )
-    ]
+    rows = [(
+        "recogniser", "distortion", "Rank-1-U, %", "of unprotected photos, %", "Rank-5-U, %", "ISM", "ISM: 5 %",
+        "median", "95 %", *_ACCEPTED,
+    )]  # fmt: skip
     for name, subjects in figures["identity"].items():
         for variant, cell in subjects[PROTECTED].items():
-            spread = figures["distributions"].get(column("ism", name, variant), {})
-            rows.append(
-                (
-                    name,
-                    variant,
-                    _percent(cell["rank1_u"]),
-                    _percent(subjects[UNPROTECTED][variant]["rank1_u"]),
-                    _percent(cell["rank5_u"]),
-                    _interval(cell["ism"]),
-                    *(number(spread.get(p), 3) for p in ("p5", "p50", "p95")),
-                    *(_percent(cell[far_name(m, far)]) for m in ("own", "mate") for far in (1e-2, 1e-3)),
-                )
-            )
+            ranks = (cell["rank1_u"], subjects[UNPROTECTED][variant]["rank1_u"], cell["rank5_u"])
+            spread = _spread(figures, column("ism", name, variant))
+            rows.append((name, variant, *map(_percent, ranks), _interval(cell["ism"]), *spread, *_accepted(cell)))
     return rows
 
 
@@ -259,11 +204,10 @@ def _digits(measure: str) -> int:
 
 def distorted_picture_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Head and lines: how far apart original and protected photo are after each distortion of both."""
-    shown = [measure for measure, variants in figures["picture"].items() if len(variants) > 1]
+    shown = {measure: variants for measure, variants in figures["picture"].items() if len(variants) > 1}
     rows = [("distortion", *(_MEASURES.get(measure, measure) for measure in shown))]
     for variant in figures["picture"]["psnr"]:
-        cells = ((figures["picture"][measure][variant], _digits(measure)) for measure in shown)
-        rows.append((variant, *(_interval(estimate, 1, digits) for estimate, digits in cells)))
+        rows.append((variant, *(_interval(found[variant], _digits(measure)) for measure, found in shown.items())))
     return rows
 
 
@@ -271,17 +215,9 @@ def picture_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Head and lines: what the pictures lost."""
     rows = [("measure", "mean [95 % interval]", "5 %", "median", "95 %", "faces or photos")]
     for measure, variants in figures["picture"].items():
-        estimate = variants[NONE]
-        spread = figures["distributions"].get(measure, {})
-        digits = _digits(measure)
-        rows.append(
-            (
-                _MEASURES.get(measure, measure),
-                _interval(estimate, 1, digits),
-                *(number(spread.get(p), digits) for p in ("p5", "p50", "p95")),
-                str(estimate["n"] if estimate else 0),
-            )
-        )
+        found, digits = variants[NONE], _digits(measure)
+        mean, number_of = _interval(found, digits), str(found["n"] if found else 0)
+        rows.append((_MEASURES.get(measure, measure), mean, *_spread(figures, measure, digits), number_of))
     return rows
 
 
@@ -316,185 +252,105 @@ def count_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(text, str(c.get(key, 0))) for key, text in words.items()]
 
 
-def headline(figures: Mapping[str, Any]) -> str:
-    """Counts as aligned lines."""
-    rows = count_rows(figures)
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value:>9}" for name, value in rows)
+def _recogniser_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    limits = ("its own threshold", "threshold at FAR 1e-2 here", "at FAR 1e-3")
+    rows = [("recogniser", "weights", *limits, "pairs of different people")]
+    for j in figures["recognisers"]:
+        name = j["name"] + (" (used inside)" if j["inside"] else "")
+        limits = (number(limit, 3) for limit in (j["card_threshold"], *j["thresholds"].values()))
+        rows.append((name, j["fingerprint"], *limits, f"{j['impostor_pairs']:,}"))
+    return rows
 
 
-def plain_table(rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
-    head, *body = rows
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---", *["---:"] * (len(head) - 1)], *body))
+plain_table = markdown  # under this name for experiments and bench, until they name text_tables
 
 
-def html_table(rows: Iterable[Sequence[str]]) -> str:
-    """HTML: the first row is the head, the first column names its row."""
-    head, *body = rows
-    top = "".join(f"<th scope=col{'' if i == 0 else ' class=n'}>{escape(cell)}</th>" for i, cell in enumerate(head))
-    lines = "".join(
-        "<tr>"
-        + "".join(
-            f"<th scope=row>{escape(c)}</th>" if i == 0 else f"<td class=n>{escape(c)}</td>" for i, c in enumerate(row)
-        )
-        + "</tr>"
-        for row in body
-    )
-    return f"<div class=wide tabindex=0><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>"
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """For experiments.sheet, until it has a template."""
+    return html.part("table", rows)
+
+
+def table_words(figures: Mapping[str, Any]) -> str:
+    """The result in a few lines for a terminal."""
+    return aligned(count_rows(figures), "<", ">9") + "\n\n" + markdown(identity_rows(figures))
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def _banner(figures: Mapping[str, Any]) -> str:
-    c, problems = figures["counts"], []
-    if figures["inside"]:
-        problems.append(
-            f"Used by the method itself, and left out of the average: {escape(', '.join(figures['inside']))}."
-        )
-    elif figures["inside_from"] == "unknown":
-        problems.append(
-            "Which recognisers the method worked through is not known, since no run of scol protect lies beside the "
-            "photos: those that it used prove nothing, and count here all the same. Name them with --inside, or say "
-            "--inside none."
-        )
-    if AVERAGE not in figures["identity"]:
-        problems.append("<strong>Every recogniser here was used by the method: these figures prove nothing.</strong>")
-    lost = sum(c.get(name, 0) for name in LOST)
-    if lost:
-        problems.append(f'{lost:,} of {c["photos"]:,} photos could not be compared: <a href="#counts">why</a>.')
-    if c.get("faces_error"):
-        problems.append(f'{c["faces_error"]:,} faces could not be measured: <a href="#counts">why</a>.')
-    if c.get("photos_no_face"):
-        problems.append(f'{c["photos_no_face"]:,} of {c["photos"]:,} photos show no face that was found.')
-    if not c.get("faces_with_mate"):
-        if figures["people_from"] is None:
-            why = "nobody is named (--people-from)"
-        elif c["photos_without_person"] == c["originals"]:
-            why = f"none of the photos has a name by {escape(figures['people_from'])}"
-        elif not c["gallery_people"]:
-            why = "the gallery has nobody: it needs a folder for each person"
-        else:
-            why = "the gallery has no other photo of these people that shows a face"
-        problems.append(f"There is no Rank-1-U, since {why}.")
-    bad = lost or c.get("faces_error") or AVERAGE not in figures["identity"]
-    kind = "error" if bad else "weak" if problems else "ok"
-    text = "".join(f"<p>{p}</p>" for p in problems) or "<p>All photos were compared.</p>"
-    return f'<div class="banner {kind}" role=status>{text}</div>'
+def _no_rank(figures: Mapping[str, Any]) -> str | None:
+    """Why there is no Rank-1-U."""
+    c = figures["counts"]
+    if c.get("faces_with_mate"):
+        return None
+    if figures["people_from"] is None:
+        return "nobody is named (--people-from)"
+    if c["photos_without_person"] == c["originals"]:
+        return f"none of the photos has a name by {figures['people_from']}"
+    if not c["gallery_people"]:
+        return "the gallery has nobody: it needs a folder for each person"
+    return "the gallery has no other photo of these people that shows a face"
 
 
-def _tiles(figures: Mapping[str, Any]) -> str:
-    tiles = [("faces", str(figures["counts"].get("faces_measured", 0)))]
+def _tiles(figures: Mapping[str, Any]) -> list[Tile]:
+    found = [("faces", str(figures["counts"].get("faces_measured", 0)))]
     average = figures["identity"].get(AVERAGE)
     if average is not None:
         cell = average[PROTECTED][NONE]
-        tiles += [("Rank-1-U, % (average)", _percent(cell["rank1_u"])), ("ISM (average)", _interval(cell["ism"]))]
-    for name, words, digits in (("psnr", "PSNR of the face crop, dB", 2), ("ssim", "SSIM", 3), ("flip", "FLIP", 3)):
-        tiles.append((words, _interval(figures["picture"][name][NONE], 1, digits)))
-    cells = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value.split(' [')[0])}"
-        f"{' <small>[' + escape(value.split(' [')[1]) + '</small>' if ' [' in value else ''}</dd></div>"
-        for name, value in tiles
-    )
-    return f"<dl class=tiles>{cells}</dl>"
+        found += [("Rank-1-U, % (average)", _percent(cell["rank1_u"])), ("ISM (average)", _interval(cell["ism"]))]
+    for name, words in (("psnr", "PSNR of the face crop, dB"), ("ssim", "SSIM"), ("flip", "FLIP")):
+        found.append((words, _interval(figures["picture"][name][NONE], _digits(name))))
+    split = ((name, *value.partition(" ")) for name, value in found)
+    return [Tile(name, value, small=interval) for name, value, _, interval in split]
 
 
-def _histograms(summary: Summary, judges: Sequence[Judge]) -> str:
+def _histograms(summary: Summary, judges: Sequence[Judge]) -> list[Histogram]:
     charts = []
     for judge in judges:
+        mark = (judge.card_threshold, "its threshold")
         for measure, words in (("ism", "cosine to the original"), ("mate", "cosine to another photo of the person")):
-            charts.append(
-                _histogram(
-                    summary,
-                    column(measure, judge.name),
-                    f"{judge.name}: {words}",
-                    "cosine",
-                    [(judge.card_threshold, "its threshold")],
-                )
-            )
-    charts += [
-        _histogram(summary, name, words, axis)
-        for name, words, axis in (
-            ("psnr", "PSNR of the face crop", "PSNR, dB"),
-            ("ssim", "SSIM of the face crop", "SSIM"),
-            ("flip", "FLIP of the face crop", "FLIP"),
-        )
-    ]
-    return f"<div class=charts>{''.join(charts)}</div>"
+            charts.append(_histogram(summary, column(measure, judge.name), f"{judge.name}: {words}", "cosine", [mark]))
+    for name, axis in (("psnr", "PSNR, dB"), ("ssim", "SSIM"), ("flip", "FLIP")):
+        charts.append(_histogram(summary, name, f"{name.upper()} of the face crop", axis))
+    return charts
 
 
-def _histogram(summary: Summary, name: str, title: str, axis: str, marks: Sequence[tuple[float, str]] = ()) -> str:
+def _histogram(
+    summary: Summary, name: str, title: str, axis: str, marks: Sequence[tuple[float, str]] = ()
+) -> Histogram:
     found = summary.distributions[name]
     total = int(found.counts.sum())
     if not total:
-        return f"<div><h3>{escape(title)}</h3><p class=soft>No face has this measure.</p></div>"
+        return Histogram(title, "No face has this measure")
     counts, edges = found.coarse(30)
-    ticks = ticks_between(
-        min(edges[0], *(m for m, _ in marks), edges[-1]), max(edges[-1], *(m for m, _ in marks), edges[0])
-    )
-    quantiles = found.to_dict()
-    words = (
-        f"{total:,} faces: median {number(quantiles['p50'], 3)}, 5 % below {number(quantiles['p5'], 3)}, "
-        f"5 % above {number(quantiles['p95'], 3)}"
-    )
+    places = [edges[0], edges[-1], *(x for x, _ in marks)]
+    q = {key: number(found.to_dict()[key], 3) for key in ("p5", "p50", "p95")}
+    words = f"{total:,} faces: median {q['p50']}, 5 % below {q['p5']}, 5 % above {q['p95']}"
     if found.infinite:
         words += f"; {found.infinite:,} more unchanged"
-    return histogram_svg(counts, edges, ticks, title, axis, words, marks)
-
-
-def _judges_html(figures: Mapping[str, Any]) -> str:
-    rows = [
-        (
-            "recogniser",
-            "weights",
-            "its own threshold",
-            "threshold at FAR 1e-2 here",
-            "at FAR 1e-3",
-            "pairs of different people",
-        )
-    ]
-    rows += [
-        (
-            j["name"] + (" (used inside)" if j["inside"] else ""),
-            j["fingerprint"],
-            number(j["card_threshold"], 3),
-            *(number(t, 3) for t in j["thresholds"].values()),
-            f"{j['impostor_pairs']:,}",
-        )
-        for j in figures["recognisers"]
-    ]
-    return html_table(rows) + (
-        "<p class=soft>Thresholds come from the gallery's pairs of different people; a dash: too few "
-        "of them to tell.</p>"
-    )
+    return Histogram.of(counts, edges, ticks_between(min(places), max(places)), title, axis, words, marks)
 
 
 def write_page(
     run: Run, figures: Mapping[str, Any], summary: Summary, judges: Sequence[Judge], examples: Sequence[Example]
 ) -> None:
     """Write `evaluation.html`."""
-    sections = [
-        (
-            "summary",
-            "Summary",
-            _tiles(figures) + html_table(identity_rows(figures)) + "<p class=soft>In brackets: 95 % bootstrap "
-            "interval over people. Rank-1-U: share of faces whose most similar person in the gallery is not the person "
-            "shown; higher hides better. The average is over the recognisers that the method did not use.</p>",
-        ),
-        ("distortions", "After distortions", html_table(distortion_rows(figures))),
-        (
-            "pictures",
-            "What it cost",
-            html_table(picture_rows(figures))
-            + "<h3>After distortions</h3><p class=soft>Both photos are distorted alike.</p>"
-            + html_table(distorted_picture_rows(figures)),
-        ),
-        ("examples", "Examples", _examples_html(examples, judges)),
-        ("distributions", "Distributions", _histograms(summary, judges)),
-        ("counts", "Counts", html_table([("what", "number"), *count_rows(figures)])),
-        ("recognisers", "Recognisers", _judges_html(figures)),
-    ]
-    header = f"<p>{name_html(figures['protected'])} against {name_html(figures['originals'])}</p>{_banner(figures)}"
-    page = document("scol: evaluation", "Evaluation of a protected archive", header, sections, "by scol evaluate")
+    counts = Counter(figures["counts"])
+    page = html.render(
+        "evaluate/page.html",
+        figures=figures,
+        c=counts,
+        lost=sum(counts[name] for name in LOST),
+        counting=AVERAGE in figures["identity"],
+        no_rank=_no_rank(figures),
+        tiles=_tiles(figures),
+        identity=identity_rows(figures),
+        distortions=distortion_rows(figures),
+        pictures=picture_rows(figures),
+        distorted_pictures=distorted_picture_rows(figures),
+        examples=_figures(examples, judges),
+        charts=_histograms(summary, judges),
+        counts=[("what", "number"), *count_rows(figures)],
+        recognisers=_recogniser_rows(figures),
+    )
     run.write("evaluation.html", page.encode())

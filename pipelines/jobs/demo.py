@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pipelines.config.sections import Config
 from pipelines.jobs import protect as protect_job
-from pipelines.report.run_faces import AMPLIFICATION, read_pictures
+from pipelines.report.pictures import AMPLIFICATION
+from pipelines.report.run_faces import read_pictures
 from pipelines.run import folder as run_folder
 from pipelines.run.errors import errors
 from pipelines.run.folder import Run

@@ -30,6 +30,7 @@ from pipelines.run.presence import Presence
 from pipelines.run.schemas import LIGHT
 from pipelines.run.summary import summary
 from pipelines.run.text import utc
+from pipelines.run.text_tables import aligned, number
 from pipelines.stages.declaration import Setting
 
 
@@ -283,28 +284,23 @@ def _skipped_words(skipped: dict[str, int]) -> str:
 
 def table_of(result: dict[str, Any]) -> str:
     """The final table of a run."""
-
-    def number(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     again = result["strengthened"]
     rows = [
-        ("photos", str(result["photos"])),
-        ("faces", str(result["faces"])),
-        ("photos protected", str(result["published"])),
-        ("  of them weak", str(result["weak"])),
-        ("faces weak, %", number(None if result["weak_share"] is None else 100 * result["weak_share"], ".1f")),
-        *([("faces strengthened", str(again["faces"])), ("  in rounds", str(again["rounds"]))] if again else []),
-        ("without a face (copied)", str(result["no_face"])),
-        ("failed", str(result["error"])),
-        ("PSNR of the face crop, dB", number(result["psnr"], ".2f")),
-        ("SSIM of the face crop", number(result["ssim"], ".3f")),
-        (f"ISM by {result['judge'] or 'the judge'}", number(result["ism"], ".3f")),
-        ("seconds a face (all stages)", number(result.get("seconds_per_face"), ".1f")),
-        ("seconds in all", number(result.get("seconds"), ".1f")),
+        ("photos", result["photos"]),
+        ("faces", result["faces"]),
+        ("photos protected", result["published"]),
+        ("  of them weak", result["weak"]),
+        ("faces weak, %", number(result["weak_share"], 1, 100)),
+        *([("faces strengthened", again["faces"]), ("  in rounds", again["rounds"])] if again else []),
+        ("without a face (copied)", result["no_face"]),
+        ("failed", result["error"]),
+        ("PSNR of the face crop, dB", number(result["psnr"], 2)),
+        ("SSIM of the face crop", number(result["ssim"], 3)),
+        (f"ISM by {result['judge'] or 'the judge'}", number(result["ism"], 3)),
+        ("seconds a face (all stages)", number(result.get("seconds_per_face"), 1)),
+        ("seconds in all", number(result.get("seconds"), 1)),
     ]
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value:>10}" for name, value in rows)
+    return aligned(rows, "<", ">10")
 
 
 def exit_status(result: dict[str, Any]) -> int:

@@ -1,23 +1,31 @@
-"""Histograms as SVG."""
+"""Numbers, tiles and histograms of a page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from pipelines.report.html import escape
 
 
 def number(value: float | None, digits: int = 2, unit: str = "") -> str:
     """With thousands' commas and a true minus; an en dash for none, a sign for infinity."""
     if value is None or math.isnan(value):
         return "–"
-    if math.isinf(value):
-        return "∞" + (f" {unit}" if unit else "")
-    return f"{value:,.{digits}f}".replace("-", "−") + (f" {unit}" if unit else "")
+    text = "∞" if math.isinf(value) else f"{value:,.{digits}f}".replace("-", "−")
+    return f"{text} {unit}" if unit else text
+
+
+class Tile(NamedTuple):
+    """A figure under its name. `small`: after it, in small print; `kind`: `ok`, `weak`, `error`, which colour it."""
+
+    name: str
+    value: str
+    kind: str = ""
+    small: str = ""
 
 
 def ticks_between(low: float, high: float, most: int = 7) -> list[float]:
@@ -29,56 +37,60 @@ def ticks_between(low: float, high: float, most: int = 7) -> list[float]:
     return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def histogram_svg(
-    counts: Sequence[int] | NDArray, edges: Sequence[float] | NDArray, ticks: Sequence[float], title: str, axis: str,
-    words: str, marks: Sequence[tuple[float, str]] = (),
-) -> str:
-    """A histogram with labelled axes, as an inline SVG under a heading.
+@dataclass(frozen=True)
+class Histogram:
+    """A histogram with labelled axes, laid out for the macro `histogram`.
 
-    Args:
-        counts, edges: n bars and their n + 1 edges.
-        ticks: of the x axis, two or more; the first and the last are its ends.
+    Attributes:
         title: heading, and start of the picture's description.
-        axis: label of the x axis, with its unit.
         words: what it shows, in a line below.
-        marks: (x, words): dashed lines.
+        axis: label of the x axis, with its unit.
+        bars: (x, y, width, height, words), in px like all that follow; none: there is no picture.
+        x_ticks, y_ticks: (place, words).
+        marks: (x, words, on the left): dashed lines.
     """
-    counts, (low, high) = np.asarray(counts), (ticks[0], ticks[-1])
-    left, right, top, bottom, width, height = 58, 14, 16, 46, 520, 260
-    inner_w, inner_h = width - left - right, height - top - bottom
-    y_ticks = [t for t in ticks_between(0, max(int(counts.max()), 1), 5) if float(t).is_integer()]
-    y_max = y_ticks[-1]
 
-    def px(x: float) -> float:
-        return left + inner_w * (x - low) / (high - low)
+    title: str
+    words: str
+    axis: str = ""
+    bars: tuple[tuple[float, float, float, float, str], ...] = ()
+    x_ticks: tuple[tuple[float, str], ...] = ()
+    y_ticks: tuple[tuple[float, str], ...] = ()
+    marks: tuple[tuple[float, str, bool], ...] = ()
+    width, height, left, right, top, bottom = 520, 260, 58, 506, 16, 214  # px: the picture, the plot in it
 
-    def py(y: float) -> float:
-        return top + inner_h * (1 - y / y_max)
+    @classmethod
+    def of(
+        cls, counts: Sequence[int] | NDArray, edges: Sequence[float] | NDArray, ticks: Sequence[float], title: str,
+        axis: str, words: str, marks: Sequence[tuple[float, str]] = (),
+    ) -> Histogram:
+        """Lay one out.
 
-    digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
-    parts = []
-    for t in y_ticks:
-        parts.append(f'<line class=grid x1="{left}" x2="{width - right}" y1="{py(t):.1f}" y2="{py(t):.1f}"/>'
-                     f'<text x="{left - 6}" y="{py(t) + 4:.1f}" text-anchor=end>{t:,.0f}</text>')
-    for t in ticks:
-        parts.append(f'<line class=axis x1="{px(t):.1f}" x2="{px(t):.1f}" y1="{py(0)}" y2="{py(0) + 5}"/>'
-                     f'<text x="{px(t):.1f}" y="{py(0) + 18}" text-anchor=middle>{number(t, digits)}</text>')
-    for count, x0, x1 in zip(counts, edges[:-1], edges[1:], strict=True):
-        if count:
-            parts.append(
-                f'<rect class=bar x="{px(x0) + 0.5:.1f}" y="{py(count):.1f}" width="{px(x1) - px(x0) - 1:.1f}" '
-                f'height="{py(0) - py(count):.1f}"><title>{number(x0, digits + 1)} to {number(x1, digits + 1)}: '
-                f"{count:,}</title></rect>"
-            )
-    parts.append(f'<line class=axis x1="{left}" x2="{width - right}" y1="{py(0)}" y2="{py(0)}"/>')
-    for x, label in marks:
-        side = "end" if px(x) > left + inner_w / 2 else "start"
-        parts.append(f'<line class=mark x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{top}" y2="{py(0)}"/>'
-                     f'<text class=marked x="{px(x) + (-6 if side == "end" else 6):.1f}" y="{top + 10}" '
-                     f"text-anchor={side}>{escape(label)}</text>")
-    parts.append(f'<text x="{left + inner_w / 2}" y="{height - 8}" text-anchor=middle>{escape(axis)}</text>'
-                 f'<text x="14" y="{top + inner_h / 2}" text-anchor=middle '
-                 f'transform="rotate(-90 14 {top + inner_h / 2})">faces</text>')
-    return (f"<div><h3>{escape(title)}</h3>"
-            f'<svg viewBox="0 0 {width} {height}" role=img aria-label="{escape(f"Histogram. {title}. {words}")}">'
-            f"{''.join(parts)}</svg><p class=soft>{escape(words)}.</p></div>")
+        Args:
+            counts, edges: n bars and their n + 1 edges, ascending.
+            ticks: of the x axis, two or more; the first and the last are its ends.
+            title, axis, words: see the class.
+            marks: (x, words).
+        """
+        counts = np.asarray(counts)
+        heights = [t for t in ticks_between(0, max(int(counts.max()), 1), 5) if float(t).is_integer()]
+        digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
+
+        def px(x: float) -> float:
+            return float(cls.left + (cls.right - cls.left) * (x - ticks[0]) / (ticks[-1] - ticks[0]))
+
+        def py(y: float) -> float:
+            return float(cls.top + (cls.bottom - cls.top) * (1 - y / heights[-1]))
+
+        bars = [
+            (px(x0) + 0.5, py(count), px(x1) - px(x0) - 1, cls.bottom - py(count),
+             f"{number(x0, digits + 1)} to {number(x1, digits + 1)}: {count:,}")
+            for count, x0, x1 in zip(counts, edges[:-1], edges[1:], strict=True) if count
+        ]  # fmt: skip
+        middle = (cls.left + cls.right) / 2
+        return cls(
+            title, words, axis, tuple((*(round(v, 1) for v in bar[:4]), bar[4]) for bar in bars),
+            tuple((round(px(t), 1), number(t, digits)) for t in ticks),
+            tuple((round(py(t), 1), f"{t:,.0f}") for t in heights),
+            tuple((round(px(x), 1), label, px(x) > middle) for x, label in marks),
+        )  # fmt: skip

@@ -1,62 +1,90 @@
-"""Pages of one file: untrusted text made safe, pictures embedded, histograms drawn, under a strict policy.
+"""Pages of one file, made of Jinja templates under a strict policy.
 
-A content security policy allows nothing but the page's own style, script and embedded pictures.
+- Every value that a template writes is escaped, and characters that hide or reverse text are spelled out; the filters
+  with which a template could avoid that do not exist. Only what templates made themselves is written as it is.
+- A content security policy allows nothing but the page's own style, script and embedded pictures.
+- A template lies beside the Python file that gathers its data; its name is its path within `pipelines`.
 """
 
 from __future__ import annotations
 
 import base64
 import datetime
+import functools
 import hashlib
-import html
 from collections.abc import Sequence
 from importlib import resources
+from typing import Any
+
+import jinja2
+import markupsafe
+from markupsafe import Markup
+
+from pipelines.report.charts import number
+from pipelines.report.pictures import AMPLIFICATION, PICTURE_SIDE
 
 # Written out so that a name can neither hide a part of itself nor reverse the line that it stands in.
 _SPELLED = {c: f"\\u{c:04x}" for c in (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F),
                                        *range(0x2066, 0x206A), 0xFEFF, *range(0xD800, 0xE000))}
+_UNSAFE_FILTERS = ("safe", "e", "escape", "forceescape", "tojson", "urlize", "xmlattr")  # what they make is not spelled
+
+
+def _spelled(value: object) -> Any:
+    """A value as text without invisible characters, which Jinja then escapes; what templates made stays as it is."""
+    return value if isinstance(value, Markup) else str(value).translate(_SPELLED)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipelines", ""), autoescape=True, finalize=_spelled, trim_blocks=True,
+        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    for name in _UNSAFE_FILTERS:
+        del environment.filters[name]
+    environment.filters |= {"number": number, "whole": "{:,}".format}
+    environment.globals |= {"amplification": AMPLIFICATION, "picture_side": PICTURE_SIDE}
+    for name, file in (("style", "report.css"), ("script", "report.js")):
+        text = resources.files("pipelines.report").joinpath(file).read_text(encoding="utf-8")
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        environment.globals |= {name: Markup(text), f"{name}_hash": f"sha256-{digest}"}
+    return environment
+
+
+def render(template: str, **values: Any) -> str:
+    """A page.
+
+    Args:
+        template: its path within `pipelines`; it extends `report/base.html`, which says what it must set.
+        values: what it writes, untrusted text as it is.
+
+    Raises:
+        jinja2.TemplateError: the template has a mistake, or lacks a value.
+    """
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return _environment().get_template(template).render(values, now=now)
+
+
+def part(macro: str, *values: Any) -> str:
+    """What a macro of `report/parts.html` makes of some values."""
+    return str(getattr(_environment().get_template("report/parts.html").module, macro)(*values))
+
+
+# ---- for experiments.sheet, until it has a template ------------------------------------------------------------------
 
 
 def escape(text: object) -> str:
-    """Untrusted text as HTML, for content and for quoted attributes: escaped, invisible characters spelled out."""
-    return html.escape(str(text).translate(_SPELLED), quote=True)
+    return str(markupsafe.escape(_spelled(text)))
 
 
 def name_html(text: object) -> str:
-    """A path or name, kept apart from the direction of the text about it."""
-    return f'<bdi class="name">{escape(text)}</bdi>'
-
-
-def _asset(name: str) -> str:
-    return resources.files("pipelines.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+    return part("name", text)
 
 
 def document(title: str, heading: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
-    """The page.
-
-    Args:
-        title: plain text; heading: plain text; header: HTML below it.
-        sections: (id, plain title, HTML).
-        footer: who wrote it, after "Written TIME".
-    """
-    style, script = _asset("report.css"), _asset("report.js")
-    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'"
-    nav = "".join(f'<li><a href="#{key}">{name}</a></li>' for key, name, _ in sections)
-    body = "".join(f'<section aria-labelledby="{key}"><h2 id="{key}">{name}</h2>{content}</section>'
-                   for key, name, content in sections)
-    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="referrer" content="no-referrer">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
-        f'<a class=skip href="#{sections[0][0]}">Skip to the content</a>'
-        f"<header><h1>{escape(heading)}</h1>{header}"
-        f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header><main>{body}</main>'
-        f"<footer>Written {now} {footer}.</footer><script>{script}</script></body></html>\n"
-    )
+    blocks = "".join(f"{{% block {key} %}}{{{{ content.{key} }}}}{{% endblock %}}" for key, _, _ in sections)
+    template = '{% extends "report/base.html" %}{% block header %}{{ header }}{% endblock %}' + blocks
+    return _environment().from_string(template).render(
+        title=title, heading=heading, by=footer, header=Markup(header), now="", sections=[s[:2] for s in sections],
+        content={key: Markup(content) for key, _, content in sections},
+    )  # fmt: skip

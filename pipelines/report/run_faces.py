@@ -15,10 +15,9 @@ from pipelines.archive.paths import SourceError
 from pipelines.archive.reading import read_bytes
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import MAX_BYTES, PhotoError
-from pipelines.report.pictures import Pixels
+from pipelines.report.pictures import Pixels, difference
 from pipelines.run.folder import Run
 
-AMPLIFICATION = 10
 _LAST = ("attack", "strengthen")  # a face's last picture is of the later one that has any
 
 
@@ -36,12 +35,11 @@ class FacePictures:
     protected: Pixels | None
     saved: bool = False
 
-    def difference(self, amplification: float = AMPLIFICATION) -> Pixels | None:
-        """|protected - original| times `amplification`, clipped at 255: black where nothing changed."""
+    def difference(self) -> Pixels | None:
+        """See `pictures.difference`; None where there is no picture after, or one of another size."""
         if self.protected is None or self.protected.shape != self.original.shape:
             return None
-        change = np.abs(self.protected.astype(np.int16) - self.original)
-        return np.clip(change * amplification, 0, 255).astype(np.uint8)
+        return difference(self.original, self.protected)
 
 
 def _decode(data: bytes | None) -> Pixels | None:

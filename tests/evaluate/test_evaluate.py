@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import shutil
@@ -18,8 +19,12 @@ from pipelines.archive.paths import OutputError
 from pipelines.cli.main import main
 from pipelines.evaluate import job, measure
 from pipelines.evaluate.errors import EvaluateError
-from pipelines.evaluate.measure import Eyes, Gallery, Measurer, Settings, Spot, Window
+from pipelines.evaluate.measure import Eyes, Gallery, Measurer, Settings, Spot, Window, column
+from pipelines.evaluate.page import Example, write_page
+from pipelines.evaluate.statistics import Distribution
+from pipelines.evaluate.summary import Judge, Summary
 from pipelines.jobs.demo import draw_person
+from pipelines.run.folder import Run
 from scol_ops.distortions import Distortion
 
 SIDE = 250
@@ -245,6 +250,40 @@ def test_protected_files_beside_their_originals(trees):
     assert got["identity"]["mobilefacenet"]["other"]["none"]["rank5_u"] is None  # four others: nobody can be sixth
     page = (trees / "out-beside/evaluation.html").read_text()
     assert "<img src=x" not in page and "onerror=alert" in page and "is not known" in page
+
+
+def test_a_hostile_name_is_text_wherever_it_stands(trees, figures, tmp_path):
+    """As the folders, a photo, a recogniser, its weights, a distortion, who is inside, what names people."""
+    nasty = '<img src=x onerror="alert(1)">&\'\u202egpj.exe\n'
+    spelled = html.escape(nasty.replace("\u202e", "\\u202e").replace("\n", "\\u000a"))
+    told = json.loads(json.dumps(figures).replace("faceres", "NASTY").replace("jpeg75+half", "NASTY+"))
+    told = json.loads(json.dumps(told).replace("NASTY", json.dumps(nasty)[1:-1]))
+    told |= {"originals": nasty, "protected": nasty, "inside": [nasty], "people_from": nasty}
+    told["counts"] |= {"faces_with_mate": 0, "photos_without_person": told["counts"]["originals"]}
+    told["recognisers"][1]["fingerprint"] = nasty
+    columns = [column(m, nasty) for m in ("ism", "mate")] + ["psnr", "ssim", "flip"]
+    found = {name: Distribution(-1, 1) for name in columns}
+    found[columns[0]].add(np.array([0.5, 0.25]))
+    row = faces(trees)["Ada/0.jpg"]
+    row |= {"path": nasty, f"ism_{nasty}": 0.5, "face_id": row["face_id"].replace("-00", "-01")}
+    examples = [Example("hidden", "best", row), Example("seen", "worst", row | {"url": str(trees / nasty)})]
+    judges = [Judge(nasty, nasty, 0.3, {}, 0, True)]
+    run = Run(str(tmp_path))
+    write_page(run, told, Summary({}, {}, {}, found), judges, examples)
+    page = run.read("evaluation.html").decode()
+    assert "<img src=x" not in page and "\u202e" not in page and page.count("<img ") == 3
+    page = html.escape(html.unescape(page))  # one way of writing quotes
+    text = page[page.index("&lt;header"):]
+    # the folders, the judge left out, what names people
+    banner, rest = text.split("&lt;/header&gt;")
+    assert banner.count(spelled) == 4
+    parts = {key: part.count(spelled) for key, part in zip(
+        ("summary", "distortions", "pictures", "examples", "distributions", "counts", "recognisers"),
+        rest.split("&lt;section")[1:], strict=True)}  # fmt: skip
+    # per recogniser three lines; its lines and everybody's lines after the distortion; one line of pictures; a figure
+    # with three pictures, one without, both with the judge; its two histograms, one of them drawn; name and weights
+    assert parts == {"summary": 3, "distortions": 2 + 3, "pictures": 1, "examples": 3 + 4, "distributions": 2 + 1,
+                     "counts": 0, "recognisers": 2}, parts  # fmt: skip
 
 
 def test_the_command(trees, figures):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import io
 import re
 import shutil
@@ -10,13 +12,16 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
 
 from pipelines.config.names import STAGES
-from pipelines.report import run_faces, run_page
+from pipelines.report import html, run_faces, run_page
+from pipelines.report.charts import Histogram, Tile
+from pipelines.report.pictures import FaceFigure, Picture
 from pipelines.run.folder import Run, RunError
 from pipelines.run.schemas import PLAN_SCHEMA, SCHEMAS, SOURCE
 from pipelines.run.tables import read_stage
@@ -122,6 +127,20 @@ class Page(HTMLParser):
         return [attributes for t, attributes in self.tags if t == tag]
 
 
+SPELLED = NASTY.replace("\u202e", "\\u202e").replace("\n", "\\u000a")
+HIDDEN = {chr(c) for c in (*range(10), *range(11, 32), *range(0x7F, 0xA0), 0x200E, 0x200F, 0x202E, 0x2066, 0xFEFF)}
+
+
+def harmless(text: str) -> Page:
+    """A page or a part of one in which `NASTY` is text only."""
+    page = Page(text)
+    assert not HIDDEN & set(text) and "<img src=x" not in text
+    assert not any(n.startswith("on") for _, attributes in page.tags for n in attributes)
+    assert len(page.all("script")) <= 1 and not any(image.get("src") == "x" for image in page.all("img"))
+    assert not {"b", "i"} & {tag for tag, _ in page.tags}
+    return page
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> tuple[Run, str]:
     photos = [photo(f"a/{i:03d}.jpg", "ok") for i in range(40)]
@@ -192,6 +211,70 @@ def test_settings_but_no_code(mixed):
     page = Page(mixed[1])
     assert all(word in page.sections["settings"] for word in ("tune.steps", "c0ffee", "2.14.1", "/somewhere/<b>"))
     assert "0.1234" not in mixed[1]
+
+
+def test_a_hostile_name_is_text_wherever_it_stands(tmp_path):
+    """As the run's folder, a photo with a picture, one by name only, a failure, its code and stage, a photo without a
+    face, one not reached, a reason, the judge, a setting's key and its value."""
+    photos = [photo(f"ok{NASTY}", "ok"), photo(f"weak{NASTY}", "weak"), photo(f"rest{NASTY}", "weak"),
+              photo(f"failed{NASTY}", reason=f"<b>{NASTY}: {NASTY}", stage=f"<i>{NASTY}"), photo(f"empty{NASTY}"),
+              photo(f"later{NASTY}", "ok", upto="tune")]
+    run = make_run(tmp_path / NASTY, photos)
+    rows = run.store.read_rows("publish").to_pylist()
+    for part in run.store.parts("publish"):
+        Path(run.store.path("publish", part)).unlink()
+    rows = [row | {"judge": NASTY, "reason": row["reason"] and f"{row['reason']} {NASTY}"} for row in rows]
+    run.store.write_part("publish", None, pa.Table.from_pylist(rows, SCHEMAS["publish"]))
+    run.write_json("run.json", {"config": {"seed": 3, NASTY: {NASTY: NASTY}}, NASTY: NASTY, f"group{NASTY}": {"a": 1}})
+    text = run_page.render(run, weak=1)
+    page = harmless(text)
+    assert len(page.all("img")) == 6 and all(SPELLED in image["alt"] for image in page.all("img"))
+    assert sum(SPELLED in attributes.get("aria-label", "") for attributes in page.all("svg")) == 1  # the judge's
+    assert page.text.count(SPELLED) == sum(page.sections[key].count(SPELLED) for key in page.sections) + 1
+    sections = {key: words.count(SPELLED) for key, words in page.sections.items()}
+    assert sections == {"totals": 1, "faces": 1, "weak": 4, "distributions": 1, "time": 0, "failures": 5, "others": 2,
+                        "settings": 6}, sections
+    assert text.count('<bdi class="name">') == 8
+
+
+@pytest.mark.parametrize("macro, value", [
+    ("name", NASTY),
+    ("tiles", [Tile(NASTY, NASTY, NASTY, NASTY)]),
+    ("table", [(NASTY, NASTY), (NASTY, NASTY)]),
+    ("names", [(NASTY, NASTY, NASTY)]),
+    ("cards", [FaceFigure(NASTY, NASTY, (Picture(NASTY, NASTY, NASTY),), NASTY, NASTY)]),
+    ("histogram", Histogram.of([1], [0, 1], [0, 1], NASTY, NASTY, NASTY, [(0.5, NASTY)])),
+])  # fmt: skip
+def test_every_part_escapes_every_value(macro, value):
+    text = html.part(macro, value)
+    harmless(text)
+    assert text.count("document.title=1") == str(value).count("document.title=1") + (macro == "histogram") * 2
+
+
+def test_a_template_cannot_turn_escaping_off():
+    for name in ("safe", "e", "escape", "forceescape", "tojson", "urlize", "xmlattr"):
+        with pytest.raises(jinja2.TemplateAssertionError, match=f"No filter named '{name}'"):
+            html._environment().from_string(f"{{{{ x | {name} }}}}")
+    assert html._environment().from_string("{{ x }}").render(x="a\u2066\ud800<") == "a\\u2066\\ud800&lt;"
+    with pytest.raises(jinja2.UndefinedError):
+        html._environment().from_string("{{ y }}").render(x=1)
+    pipelines = Path(html.__file__).parents[1]
+    made = [file.name for file in pipelines.rglob("*.py") if "Markup(" in file.read_text()]
+    assert made == ["html.py"]  # nothing else says that some text is markup
+    templates = {str(file.relative_to(pipelines)) for file in pipelines.rglob("*.html")}
+    assert templates >= {"report/base.html", "report/run_page.html", "evaluate/page.html"}
+    assert all(html._environment().get_template(name) for name in templates)
+    assert not any("autoescape" in (pipelines / name).read_text() for name in templates)
+
+
+def test_the_policy_allows_the_pages_own_style_and_script(mixed):
+    page = Page(mixed[1])
+    policy = next(m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    for kind, rule in (("style", "style-src"), ("script", "script-src")):
+        own = re.search(f"<{kind}>(.*?)</{kind}>", mixed[1], re.S).group(1)
+        assert rules.pop(rule) == f"'sha256-{base64.b64encode(hashlib.sha256(own.encode()).digest()).decode()}'"
+    assert rules == {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'"}
 
 
 def test_difference_is_amplified_and_clipped():
@@ -304,15 +387,18 @@ def test_of_a_strengthened_face_the_last_picture_is_that_one(tmp_path):
 
 
 def test_histogram():
-    svg = run_page.histogram([30.0, 31.0, 31.2, 35.0, float("inf"), None], "PSNR", "PSNR, dB", [(33.0, "limit <")])
+    def drawn(*arguments) -> str:
+        return html.part("histogram", run_page.histogram(*arguments))
+
+    svg = drawn([30.0, 31.0, 31.2, 35.0, float("inf"), None], "PSNR", "PSNR, dB", [(33.0, "limit <")])
     page = Page(svg)
     counts = [int(re.search(r": (\d+)$", t).group(1)) for t in re.findall(r"<title>([^<]+)</title>", svg)]
     assert sum(counts) == 4 == len(page.all("rect")) + 4 - len(counts)
     assert "PSNR, dB" in page.text and "faces" in page.text and "limit <" in page.text
     assert "mean 31.800" in page.text and "1 more without a finite value" in page.text
     assert page.all("svg")[0]["aria-label"].startswith("Histogram. PSNR.")
-    assert "No face has this measure" in run_page.histogram([None], "a", "b")
-    assert Page(run_page.histogram([0.5, 0.5], "all equal", "x")).all("rect")
+    assert "No face has this measure" in drawn([None], "a", "b")
+    assert Page(drawn([0.5, 0.5], "all equal", "x")).all("rect")
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
