@@ -1,6 +1,6 @@
 """Benchmark of the gallery: exact search, compressed search, nightly rebuild.
 
-    python -m pipelines.bench.bench_gallery [--only exact] [--only compressed] [--only rebuild]
+    python -m pipelines.bench.gallery [--only exact] [--only compressed] [--only rebuild]
 
 Codes come from the embedded mapping network; each layer holds them in an order of its own, as mixed styles or inverted
 photos do.  Queries are codes of other people with noise at every layer, as an encoder's are, or codes of real photos
@@ -8,10 +8,10 @@ photos do.  Queries are codes of other people with noise at every layer, as an e
 median over the turns of the ratio within the turn.
 
 - ``exact``: both ends, k = 10, against two searches of FAISS's IndexFlatIP (q and -q), against the bare product
-  (batches), and against reading the codes once from memory (one query).  16 layers of 200,000 are timed as four times four layers,
-  and the times added, so that FAISS's copy fits beside ours.
+  (batches), and against reading the codes once from memory (one query).  16 layers of 200,000 are
+  timed as four times four layers, and the times added, so that FAISS's copy fits beside ours.
 - ``compressed``: one layer of a million codes: build time, recall of the ten most and the ten least similar, speed and
-  memory beside the exact search, for a number of lists that are probed; also as a plot.
+  memory beside the exact search for some numbers of probed lists.
 - ``rebuild``: a version of 200,000 people, then one with 1 % of them changed, against building that from nothing.
 
 Writes build/bench/gallery.json; a part or size that is not run keeps its last result there.
@@ -20,13 +20,12 @@ Writes build/bench/gallery.json; a part or size that is not run keeps its last r
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,9 @@ from gallery_index.reference import faiss_search
 from gallery_index.scoring import norms
 from gallery_index.storage import Folder
 from gallery_index.tuning import choose
+from pipelines.bench.harness import parse, record, recorded, take_turns
 from pipelines.run.environment import machine, machine_line
+from pipelines.run.text_tables import aligned, number
 from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.runtime import set_up
 
@@ -53,20 +54,6 @@ PARTS = ("exact", "compressed", "rebuild")
 PROBES = (8, 16, 32, 64, 128, 256, 512)
 
 
-def take_turns(
-    contenders: dict[str, Callable[[], object]], repeats: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Seconds of each, turn by turn; one unmeasured round first."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
-        for name, run in contenders.items():
-            start = clock()
-            run()
-            if turn:
-                times[name].append(clock() - start)
-    return times
-
-
 def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
     """Median of the ratios of pairs."""
     return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
@@ -74,24 +61,16 @@ def ratio(times: dict[str, list[float]], over: str, under: str) -> float:
 
 def people(count: int, seed: int) -> np.ndarray:
     """W codes of synthetic people: (count, 512) float32."""
-    codes = np.empty((count, DIM), np.float32)
-    start = 0
-    for batch in synthetic_codes(count, seed, load_mobilestylegan(256, head=None).mapping):
-        codes[start : start + len(batch.codes)] = batch.codes[:, 0]
-        start += len(batch.codes)
-    return codes
+    mapping = load_mobilestylegan(256, head=None).mapping
+    return np.concatenate([batch.codes[:, 0] for batch in synthetic_codes(count, seed, mapping)])
 
 
 def in_memory(codes: torch.Tensor) -> Gallery:
     """A gallery that was never written: codes (L, N, D)."""
     layers, count, dim = codes.shape
     mean = torch.stack([sum(part.double().sum(0) for part in layer.split(4096)) / count for layer in codes])
-    lengths = np.stack(
-        [
-            torch.cat([norms(part, m, "centred") for part in layer.split(4096)]).numpy()
-            for layer, m in zip(codes, mean, strict=True)
-        ]
-    )
+    parts = ([norms(part, m, "centred") for part in layer.split(4096)] for layer, m in zip(codes, mean, strict=True))
+    lengths = torch.stack([torch.cat(layer) for layer in parts]).numpy()
     ids = [f"synthetic-{i:07d}" for i in range(count)]
     info = GalleryInfo(
         mode="centred", count=count, layers=layers, dim=dim, broadcast=False, photos=count, people=count,
@@ -109,15 +88,20 @@ def noisy(codes: np.ndarray, layers: int) -> np.ndarray:
 # ---- exact -----------------------------------------------------------------------------------------------------------
 
 
+def source_codes(options: argparse.Namespace, count: int) -> np.ndarray:
+    """(count, 512): the file's, or drawn."""
+    return np.load(options.codes, mmap_mode="r")[:count] if options.codes else people(count, 0)
+
+
 def exact(options: argparse.Namespace, clock: Callable[[], float]) -> list[dict[str, Any]]:
     """A row a size: seconds of each contender, and the ratios."""
     rows = []
     for count in options.counts:
-        source = np.load(options.codes, mmap_mode="r")[:count] if options.codes else people(count, 0)
+        source = source_codes(options, count)
         for layers in options.layers:
             at_once = layers if count * layers <= 400_000 else 4
-            sums: dict[int, dict[str, list[float]]] = {}
-            same: dict[int, list[bool]] = {}
+            sums: dict[int, dict[str, np.ndarray]] = {batch: {} for batch in options.batches}
+            same: dict[int, list[float]] = {batch: [] for batch in options.batches}
             for first in range(0, layers, at_once):
                 codes = torch.empty(at_once, count, DIM)
                 for layer in range(at_once):
@@ -128,20 +112,18 @@ def exact(options: argparse.Namespace, clock: Callable[[], float]) -> list[dict[
                 queries = real_queries(options, at_once)
                 for batch in options.batches:
                     times, equal = _exact_turns(gallery, codes, indexes, queries[:batch], options.repeats, clock)
-                    same.setdefault(batch, []).append(equal)
-                    kept = sums.setdefault(batch, {name: [0.0] * options.repeats for name in times})
+                    same[batch].append(equal)
                     for name, seconds in times.items():
-                        kept[name] = [a + b for a, b in zip(kept[name], seconds, strict=True)]
+                        sums[batch][name] = sums[batch].get(name, 0) + np.array(seconds)
                 del gallery, indexes, codes
             for batch, times in sums.items():
                 rows.append(
                     {"count": count, "layers": layers, "batch": batch}
                     | {"threads": options.threads, "clock": options.clock}
-                    | {name: statistics.median(seconds) for name, seconds in times.items()}
+                    | {name: float(np.median(seconds)) for name, seconds in times.items()}
                     | {f"vs_{name}": ratio(times, name, "ours") for name in times if name != "ours"}
                     | {"same_ids_as_faiss": float(np.mean(same[batch]))}
                 )
-                print(_exact_line(rows[-1]), flush=True)
     return rows
 
 
@@ -151,13 +133,18 @@ def _size(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def real_queries(options: argparse.Namespace, layers: int) -> np.ndarray:
     """As many queries as the largest batch needs, of real photos first where there are some."""
-    wanted = max(options.batches)
-    queries = noisy(people(wanted, 1), layers)
-    if options.real:
-        gallery = Gallery.load(options.real)
-        codes = gallery.codes(gallery.ids[:wanted])
-        queries[: len(codes)] = codes[:, :layers]
+    queries = noisy(people(max(options.batches), 1), layers)
+    codes = real_codes(options, len(queries))
+    queries[: len(codes)] = codes[:, :layers]
     return queries
+
+
+def real_codes(options: argparse.Namespace, most: int) -> np.ndarray:
+    """(N, L, 512) of `--real`, N <= most."""
+    if not options.real:
+        return np.empty((0, 1, DIM), np.float32)
+    gallery = Gallery.load(options.real)
+    return gallery.codes(gallery.ids[:most])
 
 
 def _exact_turns(
@@ -183,13 +170,28 @@ def _exact_turns(
     return times, float(np.mean(ours.most_ids == most) + np.mean(ours.least_ids == least)) / 2
 
 
-def _exact_line(row: dict[str, Any]) -> str:
-    bound = "bandwidth" if row["batch"] == 1 else "gemm"
-    return (
-        f"{row['count']:>8} x {row['layers']:>2} layers, B {row['batch']:>3}: ours {row['ours'] * 1e3:>8.1f} ms, "
-        f"FAISS x 2 {row['faiss'] * 1e3:>9.1f} ms ({row['vs_faiss']:>5.1f} x), {bound} {row[bound] * 1e3:>8.1f} ms "
-        f"({row['vs_' + bound]:.2f} of it), same ids {row['same_ids_as_faiss']:.2%}"
-    )
+def exact_table(rows: list[dict[str, Any]]) -> str:
+    """A line a size; the bound is the bare product, for one query reading the codes once."""
+    lines = [("codes", "layers", "batch", "ours, ms", "FAISS x 2, ms", "times FAISS", "bound, ms", "of it", "same ids")]
+    for row in rows:
+        bound = "bandwidth" if row["batch"] == 1 else "gemm"
+        milliseconds = [number(row[name], 1, 1e3) for name in ("ours", "faiss", bound)]
+        shares = number(row[f"vs_{bound}"]), f"{row['same_ids_as_faiss']:.2%}"
+        lines.append((row["count"], row["layers"], row["batch"], *milliseconds[:2], number(row["vs_faiss"], 1),
+                      f"{milliseconds[2]} ({bound})", *shares))  # fmt: skip
+    return aligned(lines, *[">"] * 9)
+
+
+def largest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each batch of interest, the numbers of its largest size, which stands for all."""
+    found = {}
+    for batch, bound in ((64, "gemm"), (1, "bandwidth")):
+        of_batch = [row for row in rows if row["batch"] == batch]
+        if of_batch:
+            row = max(of_batch, key=lambda r: r["count"] * r["layers"])
+            keys = ("count", "layers", "threads", "clock", "vs_faiss", f"vs_{bound}")
+            found[f"exact_b{batch}"] = {"seconds": row["ours"], **{key: row[key] for key in keys}}
+    return found
 
 
 # ---- compressed ------------------------------------------------------------------------------------------------------
@@ -198,63 +200,32 @@ def _exact_line(row: dict[str, Any]) -> str:
 def compressed(options: argparse.Namespace, folder: Path, clock: Callable[[], float]) -> dict[str, Any]:
     """Build, then a row for each number of probed lists."""
     count = options.million
-    source = np.load(options.codes, mmap_mode="r")[:count] if options.codes else people(count, 0)
-    plan = choose(count, DIM, recall=0.95)
+    source, plan = source_codes(options, count), choose(count, DIM, recall=0.95)
     if options.factory:
         plan = Plan(options.factory, "nprobe=64", options.candidates, plan.train)
-    ids = [f"synthetic-{i:07d}" for i in range(count)]
 
     def batches() -> Iterator[CodeBatch]:
         for start in range(0, count, 8192):
-            part = ids[start : start + 8192]
-            yield CodeBatch(np.array(source[start : start + 8192])[:, None], part, part)
+            codes = np.array(source[start : start + 8192])[:, None]
+            part = [f"synthetic-{i:07d}" for i in range(start, start + len(codes))]
+            yield CodeBatch(codes, part, part)
 
     start = clock()
     info = build(folder / "million", batches(), weights=WEIGHTS, compression=plan, threads=options.threads)
-    built = clock() - start
+    built, size = clock() - start, info.files[info.indexes[0]].size
     print(f"{plan}: built in {built:.0f} s", flush=True)
-    queries, real = noisy(people(64, 1), 1), 0
-    if options.real:
-        gallery = Gallery.load(options.real)
-        real = min(64, len(gallery))
-        queries[:real] = gallery.codes(gallery.ids[:real])[:, :1]
+    queries, real = noisy(people(64, 1), 1), real_codes(options, 64)[:, :1]
+    queries[: len(real)] = real
     full = Gallery.load(folder / "million")
     small = Gallery.load(folder / "million", search="compressed")
     truth = full.rank(queries, K, K)
-    size = info.files[info.indexes[0]].size
-    rows = []
-    for probe in PROBES:
-        small.compressed[0].tune(f"nprobe={probe}")
-        found = small.rank(queries, K, K)
-        # (2 ends, 64 queries): the share that is found
-        hits = np.array(
-            [
-                [np.isin(a, b).mean() for a, b in zip(t[:, 0], f[:, 0], strict=True)]
-                for t, f in zip(truth, found, strict=True)
-            ]
-        )
-        mean = hits.mean(axis=1)
-        row: dict[str, Any] = {"nprobe": probe, "recall_most": float(mean[0]), "recall_least": float(mean[1])}
-        if real:
-            row |= {"real_photos": real, "real_most": float(hits[0, :real].mean())}
-            row["real_least"] = float(hits[1, :real].mean())
-        for batch in (1, 64):
-            part = queries[:batch]
-            turns = {"exact": lambda q=part: full.rank(q, K, K), "compressed": lambda q=part: small.rank(q, K, K)}
-            times = take_turns(turns, max(2, options.repeats // 2), clock)
-            row[f"b{batch}"] = {name: statistics.median(seconds) / batch for name, seconds in times.items()}
-            row[f"b{batch}"]["speedup"] = ratio(times, "exact", "compressed")
-        rows.append(row)
-        print(
-            f"nprobe {probe:>4}: recall@10 {mean[0]:.3f} most, {mean[1]:.3f} least"
-            + (f" (of {real} real photos {row['real_most']:.3f}, {row['real_least']:.3f}); " if real else "; ")
-            + "; ".join(f"B {b}: {row[f'b{b}']['compressed'] * 1e3:.2f} ms a face, {row[f'b{b}']['speedup']:.1f} x"
-                        for b in (1, 64)),
-            flush=True,
-        )  # fmt: skip
+    rows = [_probed(full, small, probe, queries, truth, len(real), options.repeats, clock) for probe in PROBES]
     good = [row for row in rows if min(row["recall_most"], row["recall_least"]) >= 0.95] or [rows[-1]]
     best = max(good, key=lambda row: row["b64"]["speedup"])
-    layers, hundred = 16, 100e6 / count
+
+    def scaled(times: float) -> dict[str, float]:
+        return {"build_seconds": built * times, "index_bytes": size * times}
+
     return {
         "count": count,
         "plan": plan.as_json(),
@@ -265,60 +236,42 @@ def compressed(options: argparse.Namespace, folder: Path, clock: Callable[[], fl
         "speedup": best["b64"]["speedup"],
         "speedup_b1": best["b1"]["speedup"],
         "memory_ratio": count * DIM * 4 / size,
-        "scaled_on_paper": {
-            "16_layers": {"build_seconds": built * layers, "index_bytes": size * layers},
-            "16_layers_100_million": {
-                "build_seconds": built * layers * hundred, "index_bytes": size * layers * hundred
-            },
-        },
+        "scaled_on_paper": {"16_layers": scaled(16), "16_layers_100_million": scaled(16 * 100e6 / count)},
         "curve": rows,
-    }  # fmt: skip
+    }
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Recall against speed as SVG: both ends, batches of 64 and one face alone."""
-    width, height, left, bottom = 640, 380, 60, 50
-    speeds = [row[b]["speedup"] for row in rows for b in ("b1", "b64")]
-    low, high = np.log10(min(speeds)) - 0.1, np.log10(max(speeds)) + 0.1
-    floor = min(0.8, *(row[end] for row in rows for end in ("recall_most", "recall_least"))) - 0.02
+def _probed(
+    full: Gallery, small: Gallery, probe: int, queries: np.ndarray, truth: tuple, real: int, repeats: int,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
+    """Recall and speed with so many lists probed; the first `real` queries are of photos."""
+    small.compressed[0].tune(f"nprobe={probe}")
+    ends = zip(truth, small.rank(queries, K, K), strict=True)
+    # (2 ends, 64 queries): the share that is found
+    hits = np.array([[np.isin(*pair).mean() for pair in zip(t[:, 0], f[:, 0], strict=True)] for t, f in ends])
+    most, least = hits.mean(1).tolist()
+    row: dict[str, Any] = {"nprobe": probe, "recall_most": most, "recall_least": least}
+    if real:
+        most, least = hits[:, :real].mean(1).tolist()
+        row |= {"real_photos": real, "real_most": most, "real_least": least}
+    for batch in (1, 64):
+        turns = {name: partial(g.rank, queries[:batch], K, K) for name, g in (("exact", full), ("compressed", small))}
+        times = take_turns(turns, max(2, repeats // 2), clock)
+        row[f"b{batch}"] = {name: statistics.median(seconds) / batch for name, seconds in times.items()}
+        row[f"b{batch}"]["speedup"] = ratio(times, "exact", "compressed")
+    return row
 
-    def place(speed: float, recall: float) -> str:
-        x = left + (np.log10(speed) - low) / (high - low) * (width - left - 20)
-        y = height - bottom - (recall - floor) / (1.005 - floor) * (height - bottom - 20)
-        return f"{x:.1f},{y:.1f}"
 
-    def text(x: float, y: float, words: str, more: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" font-family="sans-serif" font-size="12" {more}>{words}</text>'
-
-    middle = 'text-anchor="middle"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
-    for recall in np.arange(np.ceil(floor * 20) / 20, 1.001, 0.05):
-        (x1, y), (x2, _) = (place(10**v, recall).split(",") for v in (low, high))
-        parts += [f'<path d="M{x1},{y}H{x2}" stroke="#ddd"/>', text(left - 36, float(y) + 4, f"{recall:.2f}")]
-    for speed in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000):
-        if low <= np.log10(speed) <= high:
-            x, y = place(speed, floor).split(",")
-            parts += [f'<path d="M{x},{y}V20" stroke="#ddd"/>', text(float(x), height - 32, f"{speed} x", middle)]
-    names = {"recall_most": "most similar", "recall_least": "least similar"}
-    batches = {"b64": "batches of 64", "b1": "one face alone"}
-    for n, (batch, end) in enumerate((b, e) for b in batches for e in names):
-        line = f'stroke="{("#1b6ca8", "#c0392b")[n % 2]}" stroke-width="2" fill="none"' + (
-            ' stroke-dasharray="5 4"' if n // 2 else ""
-        )
-        points = [place(row[batch]["speedup"], row[end]) for row in rows]
-        parts.append(f'<polyline points="{" ".join(points)}" {line}/>')
-        parts += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" {line}/>' for p in points]
-        y = height - bottom - 80 + 18 * n
-        parts.append(f'<path d="M{left + 10},{y}h30" {line}/>')
-        parts.append(text(left + 46, y + 4, f"{names[end]}, {batches[batch]}"))
-    parts.append(text(width / 2, height - 10, "speed beside the exact search", middle))
-    parts.append(text(14, height / 2, "recall@10", f'{middle} transform="rotate(-90 14 {height / 2})"'))
-    parts.append("</svg>")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(parts) + "\n")
+def compressed_table(rows: list[dict[str, Any]]) -> str:
+    """A line for each number of probed lists; recall@10 of the most and the least similar, and of real photos."""
+    lines = [("lists", "recall most", "least", "of photos", "one face, ms", "times exact", "of 64, ms a face", "times exact")]
+    for row in rows:
+        recalls = [number(row[key], 3) for key in ("recall_most", "recall_least")]
+        photos = ", ".join(number(row.get(key), 3) for key in ("real_most", "real_least"))
+        alone, many = ((number(row[b]["compressed"], 2, 1e3), number(row[b]["speedup"], 1)) for b in ("b1", "b64"))
+        lines.append((row["nprobe"], *recalls, photos, *alone, *many))
+    return aligned(lines, *[">"] * 8)
 
 
 # ---- nightly rebuild -------------------------------------------------------------------------------------------------
@@ -327,7 +280,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def rebuild(options: argparse.Namespace, folder: Path, clock: Callable[[], float]) -> dict[str, Any]:
     """Seconds of a night's version with 1 % of the people changed, and of the same from nothing."""
     count, layers = options.people, options.rebuild_layers
-    source = np.load(options.codes, mmap_mode="r") if options.codes else people(count + count // 100, 0)
+    source = source_codes(options, count + count // 100)
     change = count // 200  # as many go as come
 
     def batches(first: int, last: int) -> Iterator[CodeBatch]:
@@ -371,69 +324,52 @@ def rebuild(options: argparse.Namespace, folder: Path, clock: Callable[[], float
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", choices=PARTS, help="these parts; repeatable [default: all]")
-    parser.add_argument("--counts", type=int, nargs="+", default=[20_000, 200_000], help="codes a layer (exact)")
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 64, 256])
-    parser.add_argument("--million", type=int, default=1_000_000, help="codes of the compressed layer")
-    parser.add_argument("--factory", help="another FAISS index than the tuner's choice")
-    parser.add_argument("--candidates", type=int, default=100, help="of --factory, scored exactly")
-    parser.add_argument("--people", type=int, default=200_000, help="of the nightly rebuild")
-    parser.add_argument("--rebuild-layers", type=int, default=4)
-    parser.add_argument("--codes", help=".npy of W codes (N, 512) float32, made by the mapping network before")
-    parser.add_argument("--real", help="gallery of real photos, whose codes are the first queries")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: processor seconds of this process, for a machine that others use too (with --threads 1)",
-    )
-    parser.add_argument("--out", type=Path, default=Path("build/bench/gallery.json"))
-    parser.add_argument("--plot", type=Path, default=Path("build/bench/gallery-curve.svg"))
-    options = parser.parse_args(arguments)
+def measure(part: str, options: argparse.Namespace, folder: Path, result: dict[str, Any], about: dict) -> None:
+    """Measure a part, say what was found, and put it into `result`."""
     clock = time.perf_counter if options.clock == "wall" else time.process_time
+    if part == "exact":
+        rows = exact(options, clock)
+        print(exact_table(rows))
+        measured = {_size(row) for row in rows}
+        before = result.get("exact", {}).get("rows", [])
+        rows = sorted([row for row in before if _size(row) not in measured] + rows, key=_size)
+        result["exact"] = about | {"k": K, "repeats": options.repeats, "rows": rows}
+        result |= largest(rows)
+    elif part == "compressed":
+        result["compressed"] = about | compressed(options, folder, clock)
+        print(compressed_table(result["compressed"]["curve"]))
+    else:
+        result["rebuild"] = about | rebuild(options, folder, clock)
+        print(", ".join(f"{k} {v:.4g}" for k, v in result["rebuild"].items() if isinstance(v, int | float)))
+    result.setdefault("peak_megabytes", {})[part] = peak = peak_memory() / 2**20
+    print(f"{part}: peak memory of the process so far {peak:.0f} MiB")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(
+        "gallery", __doc__, arguments,
+        only={"action": "append", "choices": PARTS, "help": "these parts; repeatable [default: all]"},
+        counts=([20_000, 200_000], "codes a layer (exact)"), layers=([4, 16], ""), batches=([1, 64, 256], ""),
+        million=(1_000_000, "codes of the compressed layer"),
+        factory={"help": "another FAISS index than the tuner's choice"},
+        candidates=(100, "of --factory, scored exactly"), people=(200_000, "of the nightly rebuild"), rebuild_layers=(4, ""),
+        codes={"help": ".npy of W codes (N, 512) float32, made by the mapping network before"},
+        real={"help": "gallery of real photos, whose codes are the first queries"},
+        repeats=(5, ""), threads=(len(os.sched_getaffinity(0)), ""),
+        clock={"choices": ("wall", "cpu"), "default": "wall", "help": "cpu: processor seconds of this process, for a "
+               "machine that others use too (with --threads 1)"},
+    )  # fmt: skip
     set_up(options.threads)
     faiss.omp_set_num_threads(options.threads)
-    parts = options.only or list(PARTS)
-
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result = recorded(options.out)
     about = {"machine": machine(), "threads": options.threads, "clock": options.clock, "load": os.getloadavg()}
-    print(f"{machine_line()}; {options.threads} threads, {options.clock} time, load {os.getloadavg()[0]:.1f}")
+    print(f"{machine_line()}; {options.threads} threads, {options.clock} time")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent) as folder:
-        for part in parts:
-            if part == "exact":
-                before = result.get("exact", {}).get("rows", [])
-                rows = exact(options, clock)
-                measured = {_size(row) for row in rows}
-                rows = sorted([row for row in before if _size(row) not in measured] + rows, key=_size)
-                result["exact"] = about | {"k": K, "repeats": options.repeats, "rows": rows}
-                for batch, bound in ((64, "gemm"), (1, "bandwidth")):
-                    of_batch = [row for row in rows if row["batch"] == batch]
-                    if of_batch:  # the largest size stands for all; every row is in `exact`
-                        row = max(of_batch, key=lambda r: (r["count"] * r["layers"]))
-                        result[f"exact_b{batch}"] = {
-                            "seconds": row["ours"], "count": row["count"], "layers": row["layers"],
-                            "threads": row["threads"], "clock": row["clock"],
-                            "vs_faiss": row["vs_faiss"], f"vs_{bound}": row[f"vs_{bound}"],
-                        }  # fmt: skip
-            elif part == "compressed":
-                result["compressed"] = about | compressed(options, Path(folder), clock)
-                plot(result["compressed"]["curve"], options.plot)
-                print(f"plot written to {options.plot}")
-            else:
-                result["rebuild"] = about | rebuild(options, Path(folder), clock)
-                print(", ".join(f"{k} {v:.4g}" for k, v in result["rebuild"].items() if isinstance(v, int | float)))
-            peak = peak_memory() / 2**20
-            result.setdefault("peak_megabytes", {})[part] = peak
-            options.out.write_text(json.dumps(result, indent=1))
-            print(f"{part}: peak memory of the process so far {peak:.0f} MiB; written to {options.out}", flush=True)
-    return 0
+        for part in options.only or PARTS:
+            measure(part, options, Path(folder), result, about)
+            record(options.out, result)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,6 @@
 """Benchmark of the stages: faces a second, memory, tuning steps a second, and the engine's overhead.
 
-    python -m pipelines.bench.bench_stages [--faces 4] [--profile quick] [--workers 1]
+    python -m pipelines.bench.stages [--faces 4] [--profile quick] [--workers 1]
 
 Protects photos of generated people (one face each) in a fresh folder through the whole engine, as ``scol
 protect`` does, and reads the seconds that each operator measured from the manifests.  Memory by stage is the
@@ -12,65 +12,45 @@ the loading of networks are told apart.  Prints a table and writes build/bench/s
 
 from __future__ import annotations
 
-import argparse
-import io
-import json
 import tempfile
 import time
 from pathlib import Path
 
-import torch
-from PIL import Image
-
+from pipelines.bench.harness import make_photos, parse, record
 from pipelines.bench.memory import MemoryWatch, is_ray_worker
 from pipelines.config.load import PROFILES, load_config
 from pipelines.config.names import STAGES
 from pipelines.jobs.protect import protect
-from pipelines.run.environment import machine
+from pipelines.run.environment import machine_line
 from pipelines.run.folder import Run
 from pipelines.run.tables import read_stage
-from scol_ops.metrics import to_uint8
-from scol_ops.models.embedded import load_mobilestylegan
-
-
-def make_photos(folder: Path, count: int) -> None:
-    """Photos of 512 px with one generated face each."""
-    generator = load_mobilestylegan(256)
-    z = torch.randn(count, 512, generator=torch.Generator().manual_seed(21))
-    folder.mkdir(parents=True)
-    with torch.no_grad():
-        w = generator.mean_code + 0.7 * (generator.mapping(z) - generator.mean_code)
-        for i, code in enumerate(w):
-            picture = generator(code.expand(1, 16, -1)).clamp(-1, 1)
-            stream = io.BytesIO()
-            Image.fromarray(to_uint8(picture[0])).resize((512, 512), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=92)
-            (folder / f"{i:03d}.jpg").write_bytes(stream.getvalue())
+from pipelines.run.text_tables import aligned, number
 
 
 def measure(faces: int, profile: str, workers: int) -> dict[str, object]:
+    """Protect so many photos; seconds and bytes by stage and of the whole run."""
     config = load_config(profile, sets=[f"engine.workers={workers}", "gallery.synthetic=5000"])
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as folder:
         make_photos(Path(folder) / "photos", faces)
-        watch = MemoryWatch(counts=is_ray_worker)
-        watch.start()
         begin = time.monotonic()
-        summary = protect(f"{folder}/photos", f"{folder}/out", config, say=lambda text: None)
+        with MemoryWatch(counts=is_ray_worker) as watch:
+            summary = protect(f"{folder}/photos", f"{folder}/out", config, say=lambda text: None)
         wall = time.monotonic() - begin
-        watch.stopped.set()
-        run = Run(f"{folder}/out.run")
         stages = {}
         for stage in (s for s in STAGES if s in summary["engine"]["stages"]):
-            rows = read_stage(run, stage)
-            seconds = [s for s in rows["seconds"].to_pylist() if s is not None]
-            stages[stage] = {"faces": len(seconds), "seconds": sum(seconds), "faces_per_second": len(seconds) / max(sum(seconds), 1e-9),
-                             "peak_bytes": summary["engine"]["stages"][stage]["peak_bytes"]}
+            seconds = [s for s in read_stage(Run(f"{folder}/out.run"), stage)["seconds"].to_pylist() if s is not None]
+            stages[stage] = {
+                "faces": len(seconds), "seconds": sum(seconds),
+                "faces_per_second": len(seconds) / max(sum(seconds), 1e-9),
+                "peak_bytes": summary["engine"]["stages"][stage]["peak_bytes"],
+            }  # fmt: skip
     return {
         "faces": faces, "profile": profile, "workers": workers, "wall_seconds": wall, "stages": stages,
         "operator_seconds": sum(s["seconds"] for s in stages.values()),
         "tuning_steps_per_second": config.tune.steps * stages["tune"]["faces"] / max(stages["tune"]["seconds"], 1e-9),
         "all_workers_bytes": watch.peak,
         "summary": {k: summary[k] for k in ("photos", "faces", "ok", "weak", "error")},
-    }
+    }  # fmt: skip
 
 
 def overhead_share(small: dict, large: dict) -> float | None:
@@ -82,29 +62,24 @@ def overhead_share(small: dict, large: dict) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faces", type=int, default=4, help="photos of the larger run (default 4)")
-    parser.add_argument("--profile", choices=sorted(PROFILES), default="quick")
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/stages.json"))
-    arguments = parser.parse_args()
-    small, large = measure(1, arguments.profile, arguments.workers), measure(arguments.faces, arguments.profile, arguments.workers)
-    result = {
-        "machine": machine(), **large, "start_seconds": small["wall_seconds"] - small["operator_seconds"],
-        "overhead_share": overhead_share(small, large),
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1))
-    print(f"{result['machine']['cpu']}, {result['machine']['cores']} cores; profile {arguments.profile}, "
-          f"{arguments.faces} faces, {arguments.workers} worker(s)")
-    print(f"{'stage':10} {'seconds a face':>15} {'faces a second':>15} {'peak memory, GiB':>17}")
+    options = parse(
+        "stages", __doc__, faces=(4, "photos of the larger run"), workers=(1, ""),
+        profile={"choices": sorted(PROFILES), "default": "quick"},
+    )  # fmt: skip
+    print(f"{machine_line()}; profile {options.profile}, {options.faces} faces, {options.workers} worker(s)")
+    small, large = (measure(faces, options.profile, options.workers) for faces in (1, options.faces))
+    start, share = small["wall_seconds"] - small["operator_seconds"], overhead_share(small, large)
+    rows = [("stage", "seconds a face", "faces a second", "peak memory, GiB")]
     for stage, row in large["stages"].items():
-        print(f"{stage:10} {row['seconds'] / max(row['faces'], 1):15.2f} {row['faces_per_second']:15.2f} {row['peak_bytes'] / 2**30:17.2f}")
+        a_face = number(row["seconds"] / max(row["faces"], 1))
+        rows.append((stage, a_face, number(row["faces_per_second"]), number(row["peak_bytes"], scale=2**-30)))
+    print(aligned(rows, "<10", ">", ">", ">"))
     print(f"tuning (with refinement): {large['tuning_steps_per_second']:.2f} steps/s")
     print(f"all workers together {large['all_workers_bytes'] / 2**30:.2f} GiB")
-    print(f"start (Ray, networks, gallery) {result['start_seconds']:.1f} s")
-    if result["overhead_share"] is not None:
-        print(f"engine overhead over the operators' own time: {100 * result['overhead_share']:.1f} %")
+    print(f"start (Ray, networks, gallery) {start:.1f} s")
+    if share is not None:
+        print(f"engine overhead over the operators' own time: {100 * share:.1f} %")
+    record(options.out, {**large, "start_seconds": start, "overhead_share": share})
 
 
 if __name__ == "__main__":

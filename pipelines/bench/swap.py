@@ -1,6 +1,6 @@
 """Benchmark of the swap oracle: whose identity has a swap?
 
-    python -m pipelines.bench.bench_swap [--photos LFW] [--pairs 64] [--seed 0]
+    python -m pipelines.bench.swap [--photos LFW] [--pairs 64] [--seed 0]
 
 Pairs of generated people that were never trained on, and of people of LFW (``--photos``, unprotected).  The source's
 embedding goes onto the target, as the picture that is rendered, or over the target by the mask of its face; recognisers
@@ -13,8 +13,6 @@ build/bench/swap.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -24,24 +22,28 @@ import torch
 from torch import Tensor
 
 from pipelines.archive.reading import read_bytes
-from pipelines.evaluate.page import plain_table
+from pipelines.bench.harness import draw_people, parse, record
 from pipelines.experiments.datasets import DatasetError, read_dataset
 from pipelines.experiments.protocol import choose
 from pipelines.photos.codec import decode
-from pipelines.run.environment import machine
-from scol_ops.alignment import align
+from pipelines.run.text_tables import markdown, number
+from pipelines.training.real_faces import largest_faces
 from scol_ops.detection import FaceDetector
 from scol_ops.inversion import invert
 from scol_ops.models.embedded import RECOGNISERS, load_encoder, load_mobilestylegan, load_recogniser, load_swapper
-from scol_ops.models.mobilestylegan import NUM_CODES, MobileStyleGAN
 from scol_ops.models.recognisers import Recogniser, ffhq_mean_geometry
 from scol_ops.models.swapper import EMBEDDER
 from scol_ops.paste import face_mask
 from scol_ops.runtime import set_up
 from scol_ops.swap import swap
-from scol_ops.warp import crop_transform, invert_affine, transform_boxes
 
-TRUNCATION = 0.7
+# Head, key, digits, scale
+COLUMNS = (
+    ("nearer the source, %", "nearer", 1, 100), ("accepted as source, %", "accepted", 1, 100),
+    ("as source's other photo, %", "mate_accepted", 1, 100), ("target accepted, %", "target_accepted", 1, 100),
+    ("cosine to source", "source", 3, 1), ("to other photo", "mate", 3, 1), ("to target", "target", 3, 1),
+    ("source to target", "strangers", 3, 1),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,43 +62,27 @@ class Faces:
     def embed(self, network: Recogniser, crops: Tensor | None = None) -> Tensor:
         """(N, dim): of these faces, or of other pictures with faces in these places."""
         crops = self.crops if crops is None else crops
-        return torch.cat([
-            network.embed_crops(c, lm, b)
-            for c, lm, b in zip(crops.split(8), self.landmarks.split(8), self.boxes.split(8), strict=True)
-        ])
-
-
-def generated(count: int, seed: int, generator: MobileStyleGAN) -> Faces:
-    """Plain codes of ``count`` people who do not exist."""
-    z = torch.randn(count, 512, generator=torch.Generator().manual_seed(seed))
-    codes = generator.truncate(generator.mapping(z), TRUNCATION)[:, None].repeat(1, NUM_CODES, 1)
-    crops = torch.cat([generator(c).clamp(-1, 1) for c in codes.split(8)])
-    return Faces(crops, *ffhq_mean_geometry(count, crops.shape[-1]), codes)
+        parts = zip(crops.split(8), self.landmarks.split(8), self.boxes.split(8), strict=True)
+        return torch.cat([network.embed_crops(*part) for part in parts])
 
 
 def photographed(paths: list[Path], detector: FaceDetector) -> tuple[Faces, list[int]]:
     """The largest face of each photo, and the indices of the photos that show one."""
-    crops, landmarks, boxes, found = [], [], [], []
-    for index, path in enumerate(paths):
-        pixels = decode(read_bytes(str(path))).pixels
-        faces = detector.detect([pixels])[0]
-        if not faces:
-            continue
-        aligned = align(pixels, faces[0].landmarks)
-        to_crop = invert_affine(crop_transform(aligned.quads[0], aligned.size))
-        crops.append(aligned.crops)
-        landmarks.append(aligned.landmarks)
-        boxes.append(transform_boxes(torch.from_numpy(faces[0].box)[None].double(), to_crop).float())
-        found.append(index)
-    return Faces(torch.cat(crops), torch.cat(landmarks), torch.cat(boxes)), found
+    found, *faces = zip(*largest_faces((decode(read_bytes(str(p))).pixels for p in paths), detector), strict=True)
+    return Faces(*map(torch.stack, faces)), list(found)
 
 
-class Bench:
+class Oracle:
     """The oracle and its judges."""
 
     def __init__(self) -> None:
         self.generator, self.mapper, self.encoder = load_mobilestylegan(256), load_swapper(), load_encoder()
         self.networks = {name: load_recogniser(name) for name in RECOGNISERS}
+
+    def generated(self, count: int, seed: int) -> Faces:
+        """So many people who do not exist."""
+        codes, crops = draw_people(count, seed, self.generator)
+        return Faces(crops, *ffhq_mean_geometry(count, crops.shape[-1]), codes)
 
     def measure(self, sources: Faces, targets: Faces, masked: bool, mates: Faces | None = None) -> dict:
         """Sources onto targets, one by one; by recogniser see the table."""
@@ -104,52 +90,25 @@ class Bench:
         codes = targets.codes
         if codes is None:
             codes = invert(self.encoder, targets.crops, self.generator).codes
-        masks = face_mask(targets.landmarks) if masked else [None] * len(codes)
+        masks = face_mask(targets.landmarks).split(1) if masked else [None] * len(codes)
         begin = time.monotonic()
-        pictures = torch.cat([
-            swap(targets.crops[i : i + 1], codes[i : i + 1], identity[i : i + 1], self.mapper, self.generator,
-                 None if masks[i] is None else masks[i][None]).pictures
-            for i in range(len(codes))
-        ])  # fmt: skip
+        each = zip(targets.crops.split(1), codes.split(1), identity.split(1), masks, strict=True)
+        pictures = torch.cat([swap(*three, self.mapper, self.generator, mask).pictures for *three, mask in each])
         row: dict[str, object] = {"pairs": len(codes), "seconds": (time.monotonic() - begin) / len(codes)}
         for name, network in self.networks.items():
             of_source, of_target = sources.embed(network), targets.embed(network)
             of_swap = targets.embed(network, pictures)
-            to_source, to_target = (of_swap * of_source).sum(1), (of_swap * of_target).sum(1)
-            strangers = (of_source * of_target).sum(1)
-            row[name] = {
-                "source": float(to_source.mean()),
-                "target": float(to_target.mean()),
-                "strangers": float(strangers.mean()),
-                "nearer": float((to_source > to_target).float().mean()),
-                "accepted": float((to_source > network.threshold).float().mean()),
-                "target_accepted": float((strangers > network.threshold).float().mean()),
-                "threshold": network.threshold,
-            }
+            cosines = {"source": (of_swap * of_source).sum(1), "target": (of_swap * of_target).sum(1)}
+            cosines["strangers"] = (of_source * of_target).sum(1)
             if mates is not None:
-                to_mate = (of_swap * mates.embed(network)).sum(1)
-                accepted = float((to_mate > network.threshold).float().mean())
-                row[name] |= {"mate": float(to_mate.mean()), "mate_accepted": accepted}
+                cosines["mate"] = (of_swap * mates.embed(network)).sum(1)
+            row[name] = {key: float(cosine.mean()) for key, cosine in cosines.items()}
+            row[name] |= {"nearer": float((cosines["source"] > cosines["target"]).float().mean())}
+            for key, of in (("accepted", "source"), ("target_accepted", "strangers"), ("mate_accepted", "mate")):
+                if of in cosines:
+                    row[name][key] = float((cosines[of] > network.threshold).float().mean())
+            row[name]["threshold"] = network.threshold
         return row
-
-
-def table(rows: dict[str, dict[str, object]]) -> str:
-    """Markdown: a line for each kind of pair and recogniser."""
-    head = (
-        "source on target", "recogniser", "nearer the source, %", "accepted as source, %", "as source's other photo, %",
-        "target accepted, %", "cosine to source", "to other photo", "to target", "source to target",
-    )  # fmt: skip
-    lines = [head]
-    for name, row in rows.items():
-        for network in RECOGNISERS:
-            found = row[network]
-            lines.append((
-                name, network, f"{100 * found['nearer']:.1f}", f"{100 * found['accepted']:.1f}",
-                f"{100 * found['mate_accepted']:.1f}" if "mate" in found else "-", f"{100 * found['target_accepted']:.1f}",
-                f"{found['source']:.3f}", f"{found['mate']:.3f}" if "mate" in found else "-",
-                f"{found['target']:.3f}", f"{found['strangers']:.3f}",
-            ))  # fmt: skip
-    return plain_table(lines)
 
 
 def people(root: Path, count: int, seed: int, detector: FaceDetector) -> tuple[Faces, Faces]:
@@ -167,36 +126,43 @@ def people(root: Path, count: int, seed: int, detector: FaceDetector) -> tuple[F
     return first.part([a.index(i) for i in both]), second.part([b.index(i) for i in both])
 
 
+def table(rows: dict[str, dict[str, dict]]) -> str:
+    """Markdown: a line for each kind of pair and recogniser."""
+    lines = [["source on target", "recogniser", *(column[0] for column in COLUMNS)]]
+    for name, row in rows.items():
+        for network in RECOGNISERS:
+            found = row[network]
+            lines.append([name, network, *(number(found.get(key), *form) for _, key, *form in COLUMNS)])
+    return markdown(lines)
+
+
+@torch.no_grad()
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="LFW; without it, generated people only")
-    parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=Path("build/bench/swap.json"))
-    options = parser.parse_args(argv)
+    options = parse(
+        "swap", __doc__, argv, photos={"type": Path, "help": "LFW; without it, generated people only"},
+        pairs=(64, ""), seed=(0, ""),
+    )  # fmt: skip
     set_up()
-    bench, rows = Bench(), {}
-    with torch.no_grad():
-        sources, targets = (generated(options.pairs, 900_000 + 2 * options.seed + i, bench.generator) for i in (0, 1))
+    oracle = Oracle()
+    sources, targets = (oracle.generated(options.pairs, 900_000 + 2 * options.seed + i) for i in (0, 1))
+    pairs = {"generated on generated": (sources, targets, None)}
+    if options.photos is not None:
+        try:
+            photos, mates = people(options.photos, 2 * options.pairs, options.seed, FaceDetector())
+        except DatasetError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        half = len(photos.crops) // 2
+        first = slice(0, half)
+        own, other, onto = photos.part(first), mates.part(first), targets.part(first)
+        pairs["LFW on generated"] = own, onto, other
+        pairs["LFW on LFW"] = own, photos.part(slice(half, 2 * half)), other
+    rows = {}
+    for name, (sources, targets, mates) in pairs.items():
         for masked in (False, True):
-            rows[f"generated on generated{', masked' if masked else ''}"] = bench.measure(sources, targets, masked)
-        if options.photos is not None:
-            try:
-                photos, mates = people(options.photos, 2 * options.pairs, options.seed, FaceDetector())
-            except DatasetError as error:
-                print(f"error: {error}", file=sys.stderr)
-                return 2
-            half = len(photos.crops) // 2
-            first, second = slice(0, half), slice(half, 2 * half)
-            own, other, onto = photos.part(first), mates.part(first), targets.part(first)
-            for masked in (False, True):
-                name = ", masked" if masked else ""
-                rows[f"LFW on generated{name}"] = bench.measure(own, onto, masked, other)
-                rows[f"LFW on LFW{name}"] = bench.measure(own, photos.part(second), masked, other)
+            rows[f"{name}{', masked' if masked else ''}"] = oracle.measure(sources, targets, masked, mates)
     print(table(rows))
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    about = {"bench": "swap", "pairs": options.pairs, "seed": options.seed}
-    options.json.write_text(json.dumps({**about, "rows": rows, "machine": machine()}, indent=1) + "\n", encoding="utf-8")
+    record(options.out, {"bench": "swap", "pairs": options.pairs, "seed": options.seed, "rows": rows})
     return 0
 
 
