@@ -24,10 +24,6 @@ import pyarrow as pa
 
 from cluster import Engine, Operator, PartStore, Pool, Resources, Stage
 from pipelines.bench import arithmetic
-from pipelines.bench.harness import stages_changed
-from pipelines.config.load import load_config
-from pipelines.jobs.protect import protect
-from pipelines.run import folder
 
 ORDERS, LOG = "CHAOS_ORDERS", "CHAOS_LOG"
 WRITE, COMMIT = "write", "commit"
@@ -105,5 +101,11 @@ def run_arithmetic(store: str, items: int, address: str, actors: int) -> None:
 
 def run_real(src: str, out: str, sets: Sequence[str]) -> int:
     """One driver's life of `scol protect` with the quick profile; how many photos have failed."""
+    # late: the arithmetic's drivers and workers need no PyTorch, which takes seconds at every start
+    from pipelines.bench.harness import stages_changed
+    from pipelines.config.load import load_config
+    from pipelines.jobs.protect import protect
+    from pipelines.run import folder
+
     with stages_changed(watched), patch.object(folder, "PartStore", WatchedStore):
         return protect(src, out, load_config("quick", sets=sets), say=print)["error"]
