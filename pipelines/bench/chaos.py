@@ -510,7 +510,7 @@ class Campaign:
 def main() -> int:
     options = parse(
         "chaos", __doc__, kills=(200, "in all"), seed=(0, "of moments and victims"),
-        stages={"choices": ["arithmetic", "real", "both"], "default": "both", "help": "both: equal shares of the kills"},
+        stages={"choices": ["arithmetic", "real", "both"], "default": "both"},
         items=(600, "of an arithmetic job"), photos=(6, "of a real job"),
         nodes=(3, "of the cluster, the head included; two cores each"),
         set={"dest": "sets", "action": "append", "default": [], "help": "KEY=VALUE for the real stages"},
@@ -520,9 +520,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="scol-chaos-") as name, _cluster(options.nodes, 2, Path(name)) as cluster:
         folder, left = Path(name), options.kills
         for number, kind in enumerate(wanted):
-            job = ArithmeticJob(options.items) if kind == "arithmetic" else RealJob(options.photos, folder, options.sets)
+            real = kind == "real"
+            job = RealJob(options.photos, folder, options.sets) if real else ArithmeticJob(options.items)
             rng = random.Random(f"{options.seed}/{kind}")
-            tallies[kind] = Campaign(job, cluster, folder, rng).run(left // (len(wanted) - number))
+            tallies[kind] = Campaign(job, cluster, folder, rng).run(left // (len(wanted) - number))  # equal shares
             left -= sum(tallies[kind].kills.values())
     parts = {name: tally.to_dict() for name, tally in tallies.items()}
     total = ("kills", "rows_lost", "rows_doubled", "outputs_different", "seconds_redone", "finished_redone")

@@ -13,8 +13,8 @@
   moment that the last one began to that at which the first one ran out): their time in the operator by the time passed.
   The workers reserve no cores.
 - overhead: --photos photos of generated people through all stages with the quick profile. Of each generator worker
-  (they have nearly all the work) from its first call of an operator to the end of its last: what is not inside operators, by
-  what is. So reading and writing parts, waiting for the driver and for other stages' faces count, the start does not.
+  (they have nearly all the work) from its first call of an operator to the end of its last: what is not inside
+  operators, by what is. So reading and writing parts, waiting for the driver and for other stages' faces count, the start does not.
 
 - night: `scol protect` over --photos-night unchanged photos (`pipelines.bench.night` makes the archive and the night
   before, with 256 photos in a part), from the start of the process to the end of the run. Making them takes longer.
@@ -325,7 +325,8 @@ def measure(part: str, options: argparse.Namespace, workers: int, result: dict[s
     if part == "rows":
         found = result["rows"] = measure_rows(options.rows, options.shards, workers)
         result["rows_per_second"] = {name: one["rows_per_second"] for name, one in found["systems"].items()}
-        lines = [(f"{options.rows} rows in {options.shards} shards, {workers} processes", "rows/s", "GiB", "files left")]
+        head = f"{options.rows} rows in {options.shards} shards, {workers} processes"
+        lines = [(head, "rows/s", "GiB", "files left")]
         lines += [
             (name, number(one["rows_per_second"], 0), number(one["peak_bytes"], scale=2**-30), one["files_left"])
             for name, one in found["systems"].items()

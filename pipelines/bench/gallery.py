@@ -265,7 +265,7 @@ def _probed(
 
 def compressed_table(rows: list[dict[str, Any]]) -> str:
     """A line for each number of probed lists; recall@10 of the most and the least similar, and of real photos."""
-    lines = [("lists", "recall most", "least", "of photos", "one face, ms", "times exact", "of 64, ms a face", "times exact")]
+    lines = [("lists", "recall most", "least", "of photos", "one, ms", "times exact", "of 64, ms a face", "times exact")]
     for row in rows:
         recalls = [number(row[key], 3) for key in ("recall_most", "recall_least")]
         photos = ", ".join(number(row.get(key), 3) for key in ("real_most", "real_least"))
@@ -352,7 +352,8 @@ def main(arguments: list[str] | None = None) -> None:
         counts=([20_000, 200_000], "codes a layer (exact)"), layers=([4, 16], ""), batches=([1, 64, 256], ""),
         million=(1_000_000, "codes of the compressed layer"),
         factory={"help": "another FAISS index than the tuner's choice"},
-        candidates=(100, "of --factory, scored exactly"), people=(200_000, "of the nightly rebuild"), rebuild_layers=(4, ""),
+        candidates=(100, "of --factory, scored exactly"),
+        people=(200_000, "of the nightly rebuild"), rebuild_layers=(4, ""),
         codes={"help": ".npy of W codes (N, 512) float32, made by the mapping network before"},
         real={"help": "gallery of real photos, whose codes are the first queries"},
         repeats=(5, ""), threads=(len(os.sched_getaffinity(0)), ""),

@@ -38,16 +38,23 @@ PAPER = {
     "CLIP2Protect": (18756, 423, 70), "DiffAM": (1120, 227, 12), "DF-RAP": (332, 201, 4), "SCOL": (15229, 297, 47),
 }  # fmt: skip
 
+
+def side(name: str) -> int:
+    """Pixels, by a network's name."""
+    return int(name.split("-")[1])
+
+
 _FACTS = {
-    "stylegan2": lambda name: {"size": int(name.split("-")[1]), "multiplier": 2, "mapping_layers": 8, "layout": "rosinality"},
-    "e4e": lambda name: {"size": int(name.split("-")[1])},
+    "stylegan2": lambda name: {"size": side(name), "multiplier": 2, "mapping_layers": 8, "layout": "rosinality"},
+    "e4e": lambda name: {"size": side(name)},
     "facenet": lambda name: {"classes": CARDS[name].facts["classes"]},
     "irse50": lambda name: {"positions": 49, "affine": True},
     "ir152": lambda name: {"positions": 49},
 }
 NAMES = (
     "mobilestylegan-256", "mobilestylegan-1024", "stylegan2-256", "stylegan2-1024", EMBEDDED, "e4e-256", "e4e-1024",
-    "mobilefacenet", "dlib_resnet", "faceres", "facenet", "irse50", "ir152", "mobilefacenet-512", "lpips-alex", "lpips-vgg",
+    "mobilefacenet", "dlib_resnet", "faceres", "facenet", "irse50", "ir152", "mobilefacenet-512", "lpips-alex",
+    "lpips-vgg",
 )  # fmt: skip
 
 
@@ -58,7 +65,7 @@ def build(name: str) -> nn.Module:
         return checkpoints.FAMILIES[family].build(_FACTS.get(family, lambda _: {})(name)).eval()
     if name == EMBEDDED:
         return load_encoder()
-    return load_mobilestylegan(int(name.split("-")[1])) if name.startswith("mobilestylegan") else load_recogniser(name)
+    return load_mobilestylegan(side(name)) if name.startswith("mobilestylegan") else load_recogniser(name)
 
 
 def call(network: nn.Module, size: int, device: torch.device) -> tuple[Callable[[], Tensor], int]:
@@ -148,8 +155,10 @@ def of_profile(profile: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any] 
         "profile": profile,
         "networks": sorted(needed),
         "parameters": sum(rows[name]["parameters"] for name in needed),
-        "flops": rows[config.encoder]["flops_forward"] + sum(n * scale[k] * rows[k]["flops_both"] for k, n in steps),
-        "seconds": rows[config.encoder]["seconds_forward"] + sum(n * scale[k] * rows[k]["seconds_both"] for k, n in steps),
+        **{
+            kind: rows[config.encoder][f"{kind}_forward"] + sum(n * scale[k] * rows[k][f"{kind}_both"] for k, n in steps)
+            for kind in ("flops", "seconds")
+        },
     }
 
 
