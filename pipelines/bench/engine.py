@@ -14,8 +14,8 @@
   The workers reserve no cores.
 - overhead: --photos photos of generated people through all stages with the quick profile. Of each generator worker
   (they have nearly all the work) from its first call of an operator to the end of its last: what is not inside
-  operators, by what is. So reading and writing parts, waiting for the driver and for other stages' faces count, the start does not.
-
+  operators, by what is. So reading and writing parts, waiting for the driver and for other stages' faces count, the
+  start does not.
 - night: `scol protect` over --photos-night unchanged photos (`pipelines.bench.night` makes the archive and the night
   before, with 256 photos in a part), from the start of the process to the end of the run. Making them takes longer.
 

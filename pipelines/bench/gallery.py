@@ -265,7 +265,7 @@ def _probed(
 
 def compressed_table(rows: list[dict[str, Any]]) -> str:
     """A line for each number of probed lists; recall@10 of the most and the least similar, and of real photos."""
-    lines = [("lists", "recall most", "least", "of photos", "one, ms", "times exact", "of 64, ms a face", "times exact")]
+    lines = [("lists", "recall most", "least", "photos", "one, ms", "times exact", "of 64, ms a face", "times exact")]
     for row in rows:
         recalls = [number(row[key], 3) for key in ("recall_most", "recall_least")]
         photos = ", ".join(number(row.get(key), 3) for key in ("real_most", "real_least"))

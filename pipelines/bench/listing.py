@@ -3,8 +3,8 @@
     python -m pipelines.bench.listing [--photos 1000000] [--nights 2]
 
 A synthetic listing (no file is made) goes the way of `scol protect`: into a listing's file, compared with the last
-run's plan, keyed for all stages, written as the plan, and planned by the engine against a store without parts of stages.
-The second night finds the same photos. Writes build/bench/listing.json.
+run's plan, keyed for all stages, written as the plan, and planned by the engine against a store without parts of
+stages. The second night finds the same photos. Writes build/bench/listing.json.
 """
 
 from __future__ import annotations

@@ -156,8 +156,9 @@ def of_profile(profile: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any] 
         "networks": sorted(needed),
         "parameters": sum(rows[name]["parameters"] for name in needed),
         **{
-            kind: rows[config.encoder][f"{kind}_forward"] + sum(n * scale[k] * rows[k][f"{kind}_both"] for k, n in steps)
-            for kind in ("flops", "seconds")
+            what: rows[config.encoder][f"{what}_forward"]
+            + sum(n * scale[k] * rows[k][f"{what}_both"] for k, n in steps)
+            for what in ("flops", "seconds")
         },
     }
 
