@@ -47,8 +47,13 @@ demo: $(STAMP)
 test: $(TSTAMP)
 	$(PY) -m pytest -q tests
 
-$(addprefix bench-,$(BENCHES)): bench-%: $(STAMP)
-	$(PY) -m pipelines.bench.$(notdir $(basename $(wildcard pipelines/bench/$*.py pipelines/bench/bench_$*.py))) $(ARGS)
+$(addprefix bench-,$(BENCHES)) bench-engine bench-protection: bench-%: $(STAMP)
+	$(PY) -m pipelines.bench.$* $(ARGS)
+
+bench-engine: $(BVENV)/.done
+
+chaos: $(STAMP)
+	$(PY) -m pipelines.bench.chaos $(ARGS)
 
 # One after the other, also under -j: they measure time.
 bench: $(STAMP)
@@ -58,15 +63,6 @@ $(BVENV)/.done: requirements-bench.txt constraints.txt
 	$(PYTHON) -m venv $(BVENV)
 	$(BVENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -r requirements-bench.txt
 	@touch $@
-
-bench-engine: $(STAMP) $(BVENV)/.done
-	$(PY) -m pipelines.bench.bench_engine $(ARGS)
-
-bench-protection: $(STAMP)
-	$(PY) -m pipelines.bench.bench_protection $(ARGS)
-
-chaos: $(STAMP)
-	$(PY) -m pipelines.bench.chaos $(ARGS)
 
 clean:
 	rm -rf $(VENV) build

@@ -4,7 +4,7 @@ Method: Zhang et al., "Joint Face Detection and Alignment Using Multitask Cascad
 Processing Letters 23(10), 2016.  Networks' layers and weights: facenet-pytorch 2.6.0 (github.com/timesler/
 facenet-pytorch, MIT), read from that package without running any of its code.
 
-What differs from that package's loop, and why (measured on 250 px and 1000 px photos, see pipelines/bench/bench_align):
+What differs from that package's loop, and why (measured on 250 px and 1000 px photos, see pipelines/bench/align):
 
 - It resizes each pyramid level from the full photo by ``adaptive_avg_pool2d``, 43 % of its time on a 1000 px photo;
   here each level is made in 8-bit fixed point from the nearest halved copy.

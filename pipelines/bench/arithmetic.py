@@ -1,19 +1,18 @@
-"""A chain of stages that computes with numbers, and misbehaves where an item's `mode` tells it to.
+"""A chain of stages that computes with numbers, and fails or dawdles where an item's `mode` tells it to.
 
 The engine's tests and its chaos campaign run it: it is fast, an item has several rows, and what must come out is known.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster import Stage, WorkerUnfit, hash_key
+from cluster import Stage, hash_key
 
 COMMON = [("key", pa.string()), ("status", pa.string()), ("reason", pa.string())]
 PARTS = pa.schema([*COMMON, ("row", pa.int64()), ("value", pa.int64())])
@@ -40,44 +39,25 @@ def chain(source: pa.Table, versions: dict[str, str]) -> dict[str, list[str]]:
     return keys
 
 
-def misbehave(mode: str, spoil: str) -> None:
-    kind, _, where = mode.partition(":")
-    if kind == "raise":
-        raise ValueError(f"item is\nbad {'x' * 1000}")
+def obey(mode: str) -> None:
+    """`bad` raises, `slow:SECONDS` takes so long.
+
+    Raises:
+        ValueError: of `bad`.
+    """
+    kind, _, seconds = mode.partition(":")
     if kind == "bad":
         raise ValueError("bad item")
-    if kind == "sleep":
-        time.sleep(60)
-    if kind == "stubborn":  # swallows every Exception
-        for _ in range(600):
-            try:
-                time.sleep(0.1)
-            except Exception:
-                pass
-    if kind == "hang":  # no signal gets through, as in a call into C that does not return
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-        time.sleep(60)
-    if kind == "exit":
-        os._exit(3)
-    if kind == "segfault":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    if kind == "unfit":
-        raise WorkerUnfit
-    if kind == "quit":
-        raise SystemExit(1)
-    if kind == "kill_once" and not Path(where).exists():
-        Path(where).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "term_once" and not Path(where).exists():
-        Path(where).touch()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
     if kind == "slow":
-        time.sleep(float(where))
+        time.sleep(float(seconds))
 
 
-def make_split(log: str | None = None):
-    """n -> n % 3 + 1 rows with the values 10 n, 10 n + 1, ... Appends each item worked on to a file `log`."""
+def make_split(log: str | None = None, obey: Callable[[str], None] = obey):
+    """n -> n % 3 + 1 rows with the values 10 n, 10 n + 1, ... Appends each item worked on to a file `log`.
+
+    Args:
+        obey: is given each item's mode.
+    """
 
     def split(rows: pa.Table) -> pa.Table:
         out = []
@@ -87,7 +67,7 @@ def make_split(log: str | None = None):
                     file.write(f"{item['n']}\n")
             if item["mode"] == "lose":
                 continue
-            misbehave(item["mode"], "split")
+            obey(item["mode"])
             for row in range(item["n"] % 3 + 1):
                 key = "0" * 32 if item["mode"] == "invent" else item["key"]
                 out.append({"key": key, "status": "ok", "reason": None, "row": row, "value": 10 * item["n"] + row})
@@ -137,7 +117,7 @@ VERSIONS = {"split": "1", "square": "1", "total": "1"}
 
 def stages(log: str | None = None, last_pool: str = "default", **split_settings) -> list[Stage]:
     """split -> square -> total; `split_settings` override the first stage's attributes."""
-    first = dict(factory=lambda: make_split(log), error_rows=failed_parts, columns=["n", "mode"], batch_items=4)
+    first = dict(factory=partial(make_split, log), error_rows=failed_parts, columns=["n", "mode"], batch_items=4)
     return [
         Stage("split", "1", PARTS, **{**first, **split_settings}),
         Stage("square", "1", PARTS, make_square, failed_parts, batch_items=8, row_id="row"),

@@ -32,7 +32,6 @@ The exit status is 1 where rows_lost, rows_doubled, outputs_different or finishe
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -44,18 +43,23 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
+from PIL import Image
 
 from cluster import PartStore
 from pipelines.bench import arithmetic
-from pipelines.bench.chaos_work import COMMIT, LOG, ORDERS, WRITE, arithmetic_source
+from pipelines.bench.chaos_work import COMMIT, LOG, ORDERS, WRITE, arithmetic_source, run_arithmetic, run_real
+from pipelines.bench.harness import ROOT, command_apart, make_photos, parse, record
+from pipelines.config.names import STAGES
+from pipelines.run.tables import read_stage
+from pipelines.run.text_tables import aligned
 
-ROOT = Path(__file__).parents[2]
 WORKER, ACTOR, RAYLET, DRIVER = "worker", "actor", "raylet", "driver"
 # As often as they cost: a raylet and a driver take seconds to start again, an actor less.
 KINDS = {WORKER: 2, ACTOR: 3, WRITE: 3, COMMIT: 2, RAYLET: 2, DRIVER: 3}
@@ -110,50 +114,39 @@ class Tally:
 class Nodes:
     """A head and some more nodes on this machine, each with its raylet."""
 
-    def __init__(self, count: int, cpus: int, environment: dict[str, str]):
-        os.environ.update(environment)
+    def __init__(self, count: int, cpus: int):
         from ray.cluster_utils import Cluster
 
-        self.cpus = cpus
-        self.cluster = Cluster(initialize_head=True, head_node_args=self._settings())
+        self.settings = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100 * 2**20}
+        self.cluster = Cluster(initialize_head=True, head_node_args=self.settings)
         self.address = self.cluster.address
         for _ in range(count - 1):
-            self.add()
-
-    def _settings(self) -> dict:
-        return {"num_cpus": self.cpus, "include_dashboard": False, "object_store_memory": 100 * 2**20}
-
-    def add(self) -> None:
-        self.cluster.add_node(**self._settings())
-
-    def raylets(self) -> list[psutil.Process]:
-        found = [self.cluster.head_node, *self.cluster.worker_nodes]
-        return [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in found]
+            self.cluster.add_node(**self.settings)
 
     def workers(self) -> dict[int, str]:
         """Worker processes of all nodes: pid -> what its title says it does."""
-        found = {}
-        for raylet in self.raylets():
-            for process in _children(raylet):
-                title = _title(process)
-                # not a node's agents, whose death is the raylet's, also where it is the head's
-                if title.startswith("ray::") and not title.endswith("Agent"):
-                    found[process.pid] = title
-        return found
+        found = {
+            process.pid: _title(process)
+            for node in [self.cluster.head_node, *self.cluster.worker_nodes]
+            for process in _children(_raylet(node))
+        }
+        # not a node's agents, whose death is the raylet's, also where it is the head's
+        return {pid: title for pid, title in found.items() if title.startswith("ray::") and not title.endswith("Agent")}
 
     def kill_one(self, rng: random.Random) -> set[int]:
         """Kill the raylet of a node that is not the head; its other processes go as Ray has them go."""
         node = rng.choice(sorted(self.cluster.worker_nodes, key=lambda node: node.unique_id))
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        raylet = _raylet(node)
         pids = {process.pid for process in _children(raylet)}
         raylet.kill()
         time.sleep(rng.uniform(0, 3))
         self.cluster.remove_node(node)
-        self.add()
+        self.cluster.add_node(**self.settings)
         return pids
 
-    def stop(self) -> None:
-        self.cluster.shutdown()
+
+def _raylet(node) -> psutil.Process:
+    return psutil.Process(node.all_processes["raylet"][0].process.pid)
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -186,16 +179,14 @@ def _cluster(nodes: int, cpus: int, folder: Path) -> Iterator[Nodes]:
     }
     for name in (ORDERS, LOG):
         os.makedirs(environment[name], exist_ok=True)
-    before = {name: os.environ.get(name) for name in environment}
-    found = None
     try:
-        found = Nodes(nodes, cpus, environment)
-        yield found
+        with patch.dict(os.environ, environment):  # Ray reads it on import
+            found = Nodes(nodes, cpus)
+            try:
+                yield found
+            finally:
+                found.cluster.shutdown()
     finally:
-        if found is not None:
-            found.stop()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
         shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -212,7 +203,7 @@ class ArithmeticJob:
         self.items = items
 
     def command(self, folder: Path, address: str) -> list[str]:
-        return ["arithmetic", str(folder / "store"), str(self.items), address, "2"]
+        return command_apart(run_arithmetic, folder / "store", self.items, address, 2)
 
     def store(self, folder: Path) -> PartStore:
         return PartStore(folder / "store")
@@ -238,25 +229,18 @@ class RealJob:
     calm = (2.0, 20.0)
 
     def __init__(self, photos: int, folder: Path, sets: list[str]):
-        from PIL import Image
-
-        from pipelines.bench.bench_stages import make_photos
-
         self.src, self.sets = folder / "photos", sets
         make_photos(self.src, photos)
         Image.linear_gradient("L").convert("RGB").save(self.src / "plain.png")
 
     def command(self, folder: Path, address: str) -> list[str]:
         sets = ["engine.workers=2", "engine.threads=1", f"engine.ray_address={address}", *self.sets]
-        return ["real", str(self.src), str(folder / "out"), *sets]
+        return command_apart(run_real, self.src, folder / "out", sets)
 
     def store(self, folder: Path) -> PartStore:
         return PartStore(folder / "out.run" / "manifests")
 
     def rows(self, folder: Path) -> Rows:
-        from pipelines.config.names import STAGES
-        from pipelines.run.tables import read_stage
-
         found: Rows = {}
         for stage in ("source", *STAGES):
             for row in read_stage(str(folder / "out.run"), stage).to_pylist():
@@ -355,8 +339,8 @@ def executions(folder: Path, kills: list[Kill]) -> dict[tuple[str, str], list[Ex
 class Campaign:
     """Runs one kind of job on a cluster until the kills are spent."""
 
-    def __init__(self, job, nodes: Nodes, folder: Path, rng: random.Random, say: Callable[[str], None]):
-        self.job, self.nodes, self.folder, self.rng, self.say = job, nodes, folder, rng, say
+    def __init__(self, job: ArithmeticJob | RealJob, nodes: Nodes, folder: Path, rng: random.Random):
+        self.job, self.nodes, self.folder, self.rng = job, nodes, folder, rng
         self.orders = Path(os.environ[ORDERS])
         self.calls = Path(os.environ[LOG])
         self.tally = Tally()
@@ -388,7 +372,8 @@ class Campaign:
         tally, store = self.tally, self.job.store(folder)
         words = compare(expected, self.job.rows(folder), tally)
         if words:
-            self.say("\n".join([f"{self.job.name} job {tally.jobs}: {len(words)} items", *words[:10], self._tail(folder)]))
+            head = f"{self.job.name} job {tally.jobs}: {len(words)} items"
+            print(head, *words[:10], self._tail(folder), sep="\n", flush=True)
         found = self.job.files(folder)
         tally.outputs_different += sum(files.get(name) != found.get(name) for name in files.keys() | found.keys())
         tally.rows_stored_twice += stored_twice(store)
@@ -398,10 +383,11 @@ class Campaign:
             for execution in times:
                 life = max((start for start in self.lives if start <= execution.begin), default=0.0)
                 tally.finished_redone += item in done and done[item] < life
-        self.say(
+        print(
             f"{self.job.name} job {tally.jobs}: {len(self.kills)} kills, {len(self.lives)} drivers; so far "
             f"{sum(tally.kills.values())} kills, lost {tally.rows_lost}, doubled {tally.rows_doubled}, "
-            f"different {tally.outputs_different}, redone {tally.seconds_redone:.1f} s"
+            f"different {tally.outputs_different}, redone {tally.seconds_redone:.1f} s",
+            flush=True,
         )
 
     # One job
@@ -420,7 +406,7 @@ class Campaign:
                     status = self.driver.returncode
                     if status in (0, 1) and (status == 0 or self._done(folder)):
                         return
-                    self.say(f"{self.job.name}: a driver failed with status {status}\n{self._tail(folder)}")
+                    print(f"{self.job.name}: a driver failed with status {status}\n{self._tail(folder)}", flush=True)
                     self.tally.drivers_failed += 1
                     if not kills or self.tally.drivers_failed > 20:
                         raise CampaignError(f"{self.job.name}: drivers fail")
@@ -437,15 +423,12 @@ class Campaign:
         return (folder / "out.run" / "summary.json").exists()
 
     def _start(self, folder: Path) -> None:
-        code = "from pipelines.bench.chaos_work import main; main()"
         self.lives.append(time.time())
         self.in_hand = 0
         self.tally.drivers += 1
         with open(folder / "driver.log", "ab") as log:
-            self.driver = subprocess.Popen(
-                [sys.executable, "-c", code, *self.job.command(folder, self.nodes.address)],
-                cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+            command = self.job.command(folder, self.nodes.address)
+            self.driver = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
     def _tail(self, folder: Path) -> str:
         return (folder / "driver.log").read_text(errors="replace")[-3000:]
@@ -472,10 +455,7 @@ class Campaign:
         kind = self.rng.choices(kinds, [KINDS[kind] for kind in kinds])[0]
         if kind == DRIVER:
             pids = {pid for pid, title in self.nodes.workers().items() if title.startswith("ray::Worker")}
-            self.driver.kill()
-            self.driver.wait()
-            self._note(kind, pids)
-            self._start(folder)
+            self._kill_driver(kind, pids, folder)
         elif kind == RAYLET:
             when = time.time()
             self._note(kind, self.nodes.kill_one(self.rng), when)
@@ -486,6 +466,12 @@ class Campaign:
             found = [pid for pid, title in sorted(self.nodes.workers().items()) if title.startswith(wanted)]
             if found:
                 self._kill_worker(kind, self.rng.choice(found))
+
+    def _kill_driver(self, kind: str, pids: set[int], folder: Path) -> None:
+        self.driver.kill()
+        self.driver.wait()
+        self._note(kind, pids)
+        self._start(folder)
 
     def _kill_worker(self, kind: str, pid: int) -> None:
         in_hand = self.nodes.workers().get(pid, "").startswith("ray::Worker")
@@ -506,10 +492,7 @@ class Campaign:
                 pid = int(taken.suffix[1:])
                 taken.unlink()
                 if pid == self.driver.pid:
-                    self.driver.kill()
-                    self.driver.wait()
-                    self._note(point, set())
-                    self._start(folder)
+                    self._kill_driver(point, set(), folder)
                 else:
                     self._kill_worker(point, pid)
                 return
@@ -524,78 +507,31 @@ class Campaign:
         self.tally.kills[kind] += 1
 
 
-def campaign(
-    stages: str,
-    kills: int,
-    seed: int,
-    *,
-    items: int = 600,
-    photos: int = 6,
-    nodes: int = 3,
-    sets: tuple[str, ...] = (),
-    say: Callable[[str], None] = print,
-) -> dict[str, Tally]:
-    """Run campaigns on a cluster of their own.
-
-    Args:
-        stages: `arithmetic`, `real`, or `both`, which share the kills equally.
-        kills: in all.
-        seed: of moments and victims.
-        items: of an arithmetic job; photos: of a real one.
-        nodes: of the cluster, the head included; two cores each.
-        sets: further settings of the real stages, as `scol protect --set`.
-
-    Raises:
-        CampaignError: a job made no progress, or failed undisturbed.
-    """
-    found: dict[str, Tally] = {}
-    wanted = ["arithmetic", "real"] if stages == "both" else [stages]
-    with tempfile.TemporaryDirectory(prefix="scol-chaos-") as name, _cluster(nodes, 2, Path(name)) as cluster:
+def main() -> int:
+    options = parse(
+        "chaos", __doc__, kills=(200, "in all"), seed=(0, "of moments and victims"),
+        stages={"choices": ["arithmetic", "real", "both"], "default": "both"},
+        items=(600, "of an arithmetic job"), photos=(6, "of a real job"),
+        nodes=(3, "of the cluster, the head included; two cores each"),
+        set={"dest": "sets", "action": "append", "default": [], "help": "KEY=VALUE for the real stages"},
+    )  # fmt: skip
+    tallies: dict[str, Tally] = {}
+    wanted = ["arithmetic", "real"] if options.stages == "both" else [options.stages]
+    with tempfile.TemporaryDirectory(prefix="scol-chaos-") as name, _cluster(options.nodes, 2, Path(name)) as cluster:
+        folder, left = Path(name), options.kills
         for number, kind in enumerate(wanted):
-            share = (kills - sum(sum(t.kills.values()) for t in found.values())) // (len(wanted) - number)
-            folder = Path(name)
-            job = ArithmeticJob(items) if kind == "arithmetic" else RealJob(photos, folder, list(sets))
-            found[kind] = Campaign(job, cluster, folder, random.Random(f"{seed}/{kind}"), say).run(share)
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="in all (default 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of moments and victims (default 0)")
-    parser.add_argument("--stages", choices=["arithmetic", "real", "both"], default="both")
-    parser.add_argument("--items", type=int, default=600, help="of an arithmetic job (default 600)")
-    parser.add_argument("--photos", type=int, default=6, help="of a real job (default 6)")
-    parser.add_argument("--nodes", type=int, default=3, help="of the cluster, the head included (default 3)")
-    parser.add_argument("--set", dest="sets", action="append", default=[], help="KEY=VALUE for the real stages")
-    parser.add_argument("--out", type=Path, default=Path("build/bench/chaos.json"))
-    arguments = parser.parse_args()
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-
-    tallies = campaign(
-        arguments.stages,
-        arguments.kills,
-        arguments.seed,
-        items=arguments.items,
-        photos=arguments.photos,
-        nodes=arguments.nodes,
-        sets=tuple(arguments.sets),
-        say=say,
-    )
-    total = ("kills", "rows_lost", "rows_doubled", "outputs_different", "seconds_redone", "finished_redone")
+            real = kind == "real"
+            job = RealJob(options.photos, folder, options.sets) if real else ArithmeticJob(options.items)
+            rng = random.Random(f"{options.seed}/{kind}")
+            tallies[kind] = Campaign(job, cluster, folder, rng).run(left // (len(wanted) - number))  # equal shares
+            left -= sum(tallies[kind].kills.values())
     parts = {name: tally.to_dict() for name, tally in tallies.items()}
+    total = ("kills", "rows_lost", "rows_doubled", "outputs_different", "seconds_redone", "finished_redone")
     result = {name: sum(part[name] for part in parts.values()) for name in total}
-    from pipelines.run.environment import machine
-
-    result |= {"seed": arguments.seed, "nodes": arguments.nodes, "machine": machine(), "campaigns": parts}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name in total:
-        print(f"{name:18} {result[name]:>10.1f}" if name == "seconds_redone" else f"{name:18} {result[name]:>10}")
-    sys.exit(0 if all(tally.good for tally in tallies.values()) else 1)
+    print(aligned([(k, f"{v:.1f}" if isinstance(v, float) else v) for k, v in result.items()], "<18", ">10", gap=" "))
+    record(options.out, result | {"seed": options.seed, "nodes": options.nodes, "campaigns": parts})
+    return 0 if all(tally.good for tally in tallies.values()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pyarrow as pa
 
@@ -92,31 +92,20 @@ def run_arithmetic(store: str, items: int, address: str, actors: int) -> None:
     source = arithmetic_source(items)
     chain = watched(arithmetic.stages(last_pool="sums", batch_items=1))
     pools = {
-        "default": Pool(actors=actors, resources=Resources(num_cpus=0.5, threads=1)),
-        "sums": Pool(actors=1, resources=Resources(num_cpus=0.5, threads=1)),
+        name: Pool(actors=count, resources=Resources(num_cpus=0.5, threads=1))
+        for name, count in (("default", actors), ("sums", 1))
     }
     engine = Engine(WatchedStore(store), chain, pools=pools, address=address, shard_items=8)
     engine.run(source, arithmetic.chain(source, arithmetic.VERSIONS))
 
 
-def run_real(src: str, out: str, sets: Sequence[str]) -> None:
-    """One driver's life of `scol protect` with the quick profile."""
-    from cluster import store
+def run_real(src: str, out: str, sets: Sequence[str]) -> int:
+    """One driver's life of `scol protect` with the quick profile; how many photos have failed."""
+    # late: the arithmetic's drivers and workers need no PyTorch, which takes seconds at every start
+    from pipelines.bench.harness import stages_changed
     from pipelines.config.load import load_config
-    from pipelines.jobs import chain
-    from pipelines.jobs import protect as protect_job
+    from pipelines.jobs.protect import protect
+    from pipelines.run import folder
 
-    make_stages = chain.make_stages
-    chain.make_stages = lambda *args, **settings: watched(make_stages(*args, **settings))
-    store.PartStore = WatchedStore
-    protect_job.protect(src, out, load_config("quick", sets=sets), say=print)
-
-
-def main() -> None:
-    kind, *words = sys.argv[1:]
-    if kind == "arithmetic":
-        store, items, address, actors = words
-        run_arithmetic(store, int(items), address, int(actors))
-    else:
-        src, out, *sets = words
-        run_real(src, out, sets)
+    with stages_changed(watched), patch.object(folder, "PartStore", WatchedStore):
+        return protect(src, out, load_config("quick", sets=sets), say=print)["error"]

@@ -12,10 +12,9 @@ import psutil
 class MemoryWatch(threading.Thread):
     """Samples, five times a second, the resident sizes of a process and of all that descend from it.
 
-        watch = MemoryWatch()
-        watch.start()
-        ...
-        watch.stopped.set()
+        with MemoryWatch() as watch:
+            ...
+        watch.peak
 
     Args:
         pid: of the process; this one by default.
@@ -23,27 +22,34 @@ class MemoryWatch(threading.Thread):
 
     Attributes:
         peak: largest sum seen, bytes.
-        stopped: set it to end the thread.
     """
 
-    def __init__(self, pid: int | None = None, counts: Callable[[list[str]], bool] | None = None) -> None:
+    def __init__(self, pid: int | None = None, counts: Callable[[list[str]], bool] = lambda command: True) -> None:
         super().__init__(daemon=True)
         self.process, self.counts = psutil.Process(os.getpid() if pid is None else pid), counts
-        self.peak, self.stopped = 0, threading.Event()
+        self.peak, self._ended = 0, threading.Event()
+
+    def __enter__(self) -> MemoryWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self.join()
 
     def run(self) -> None:
-        while not self.stopped.wait(0.2):
-            total = 0
+        while not self._ended.wait(0.2):
             try:
-                for process in [self.process, *self.process.children(recursive=True)]:
-                    try:
-                        if self.counts is None or self.counts(process.cmdline()):
-                            total += process.memory_info().rss
-                    except (psutil.NoSuchProcess, psutil.AccessDenied):
-                        continue
+                family = [self.process, *self.process.children(recursive=True)]
             except psutil.NoSuchProcess:
                 return
-            self.peak = max(self.peak, total)
+            self.peak = max(self.peak, sum(map(self._size, family)))
+
+    def _size(self, process: psutil.Process) -> int:
+        try:
+            return process.memory_info().rss if self.counts(process.cmdline()) else 0
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            return 0
 
 
 def is_ray_worker(command: list[str]) -> bool:

@@ -1,4 +1,4 @@
-"""An archive that was done last night: a tree of photos, its published tree and its run, made without any work on pictures.
+"""An archive that was done last night: photos, their published tree and their run, made without any work on pictures.
 
 All photos are links to a few small files (a file has at most 65,000 links), and so are their outputs. The run is one of
 `scol protect` itself, whose stages give at once the rows that a photo without faces gets; all else, the listing, keys,
@@ -8,17 +8,22 @@ parts, plan and report, is real.
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pyarrow as pa
+from PIL import Image
 
 from cluster import Operator, Stage
 from cluster.worker import peak_memory
+from pipelines.bench.harness import stages_changed
+from pipelines.config.load import load_config
+from pipelines.jobs.protect import protect
 from pipelines.run.schemas import NO_FACE, SCHEMAS
 
 _FOLDER = 1000  # photos in a folder
@@ -27,18 +32,16 @@ _LINKS = 60_000  # to one file
 
 def make_tree(root: Path, photos: int) -> int:
     """Fill a folder with links to small JPEG files. Returns a file's size in bytes."""
-    from PIL import Image
-
     first = None
     for n in range(photos):
+        path = root / f"{n // _FOLDER:04d}" / f"{n:08d}.jpg"
+        if n % _FOLDER == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
         if n % _LINKS == 0:
-            first = root / f"{n // _FOLDER:04d}" / f"{n:08d}.jpg"
-            first.parent.mkdir(parents=True, exist_ok=True)
+            first = path
             Image.new("RGB", (64, 64), "grey").save(first)
         else:
-            if n % _FOLDER == 0:
-                os.makedirs(root / f"{n // _FOLDER:04d}", exist_ok=True)
-            os.link(first, f"{root}/{n // _FOLDER:04d}/{n:08d}.jpg")
+            os.link(first, path)
     return first.stat().st_size
 
 
@@ -73,48 +76,27 @@ def _operator(stage: str, out: str, size: int) -> Operator:
     return operator
 
 
-def make_run(src: Path, out: Path, size: int, shard: int, say: Callable[[str], None] = lambda text: None) -> None:
-    """Run `scol protect` with such stages. `shard`: photos in a part."""
-    from pipelines.config.load import load_config
-    from pipelines.jobs import chain
-    from pipelines.jobs import protect as protect_job
-
-    make_stages = chain.make_stages
-    chain.make_stages = lambda *args, **settings: faceless(make_stages(*args, **settings), str(out), size)
-    try:
-        protect_job.protect(str(src), str(out), load_config("quick", sets=[f"engine.shard_photos={shard}"]), say=say)
-    finally:
-        chain.make_stages = make_stages
-
-
-def run_again(folder: str, shard: str) -> None:
-    """`scol protect` once more. Prints a JSON object: seconds, peak resident size in bytes, items done by stage."""
-    import json
-
-    begin = time.perf_counter()
-    from pipelines.config.load import load_config
-    from pipelines.jobs import protect as protect_job
-
+def _protect(folder: str, shard: int) -> dict[str, Any]:
     config = load_config("quick", sets=[f"engine.shard_photos={shard}"])
-    result = protect_job.protect(f"{folder}/photos", f"{folder}/out", config)
-    seconds = time.perf_counter() - begin
+    return protect(f"{folder}/photos", f"{folder}/out", config)
+
+
+def make_night(folder: str, photos: int, shard: int) -> None:
+    """Make FOLDER/photos, FOLDER/out and FOLDER/out.run, with so many photos in a part."""
+    size = make_tree(Path(folder) / "photos", photos)
+    make_tree(Path(folder) / "out", photos)
+    with stages_changed(partial(faceless, out=f"{folder}/out", size=size)):
+        _protect(folder, shard)
+
+
+def run_again(folder: str, shard: int) -> dict[str, Any]:
+    """`scol protect` once more, in a process that does nothing else.
+
+    Returns:
+        photos; seconds since the process was started, imports included; peak resident size in bytes; items done by
+        stage.
+    """
+    result = _protect(folder, shard)
+    seconds = time.time() - psutil.Process().create_time()
     done = {name: stage["done"] for name, stage in result["engine"]["stages"].items()}
-    words = {"photos": result["photos"], "seconds": seconds, "process_bytes": peak_memory(), "done": done}
-    print(json.dumps(words))
-
-
-def main() -> None:
-    """`python -m pipelines.bench.night FOLDER PHOTOS SHARD`: makes FOLDER/photos, FOLDER/out and FOLDER/out.run."""
-    folder, photos, shard = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    begin = time.perf_counter()
-    size = make_tree(folder / "photos", photos)
-    make_tree(folder / "out", photos)
-    print(f"{photos} photos and outputs: {time.perf_counter() - begin:.0f} s", flush=True)
-    make_run(folder / "photos", folder / "out", size, shard, say=lambda text: print(text, flush=True))
-    print(f"with their run: {time.perf_counter() - begin:.0f} s", flush=True)
-
-
-if __name__ == "__main__":
-    from pipelines.bench.night import main  # not of __main__, whose functions workers could not import
-
-    main()
+    return {"photos": result["photos"], "seconds": seconds, "process_bytes": peak_memory(), "done": done}

@@ -9,7 +9,7 @@ reproduce has the light, the background and the place that the encoder sees, wit
 generated pictures are read.
 
 ``--evaluate`` reports on 512 unseen generated faces, and with ``--photos DIR`` on aligned real ones.
-Checkpoints (``encoder.safetensors``, ``training.json``) resume training; ``--export`` writes the packed file that is embedded.
+A run that was cut off goes on from its checkpoint; ``--export`` writes the packed file that is embedded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.files import replacing
+from pipelines.training.loop import Loop, scheduled
 from pipelines.training.train_head import draw_codes, psnr
 from scol_ops.diversity import jpeg
 from scol_ops.filters import low_pass
@@ -157,11 +158,6 @@ def explained(pred: Tensor, target: Tensor, mean: Tensor) -> float:
     return float(1 - (pred - target).square().sum() / (target - mean).square().sum())
 
 
-def scheduled(lr: float, step: int, warm_up: int, done: float) -> float:
-    """Learning rate after a linear warm-up of some steps, on a cosine to a fiftieth over the share of the time done."""
-    return lr * min(1.0, (step + 1) / warm_up) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-
-
 class Preview(nn.Module):
     """Codes to 128 px pictures from the generator's first four blocks: close enough to steer by, a quarter of the cost."""
 
@@ -218,7 +214,7 @@ def fit_preview(arguments: argparse.Namespace) -> None:
 
 
 class Trainer:
-    """State of one training run: networks, optimiser, moving average, counters."""
+    """The networks of one training run."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -229,28 +225,14 @@ class Trainer:
         for layer in (self.encoder.base, *self.encoder.offsets):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-        self.record = {"steps": 0, "faces": 0, "seconds": 0.0}
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        checkpoint = arguments.out / "encoder.safetensors"
-        if checkpoint.exists():
-            self.encoder.load_state_dict(load_file(checkpoint))
-            self.record = json.loads((arguments.out / "training.json").read_text())
-        elif arguments.from_embedded:
+        if arguments.from_embedded:
             self.encoder.load_state_dict(load_encoder().state_dict())
         self.encoder.face.network.load_state_dict(load_recogniser("mobilefacenet").state_dict())
         self.preview = Preview().requires_grad_(False)
         self.preview.load_state_dict(load_file(arguments.out / "preview.safetensors"))
         self.preview.to(memory_format=torch.channels_last)
         self.encoder.to(memory_format=torch.channels_last)
-        self.average = {k: v.detach().clone().float() for k, v in self.encoder.state_dict().items()}
         self.recogniser = load_recogniser("mobilefacenet")
-
-    def save(self) -> None:
-        out = self.arguments.out
-        state = {k: v.to(self.encoder.state_dict()[k].dtype).contiguous() for k, v in self.average.items()}
-        with replacing(out / "encoder.safetensors") as temporary:
-            save_file(state, temporary)
-        (out / "training.json").write_text(json.dumps(self.record, indent=1))
 
     def picture_losses(self, codes: Tensor, target: Tensor, full: bool) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast("cpu", torch.bfloat16):
@@ -265,57 +247,34 @@ class Trainer:
         return pixel, identity, psnr(out.detach(), want).mean()
 
     def train(self) -> None:
-        a = self.arguments
-        rng = np.random.default_rng([a.seed, self.record["steps"]])
+        a, encoder = self.arguments, self.encoder
         pool = Pool(a.folder, TRAIN_SEED, a.pool)
-        trained = [p for p in self.encoder.parameters() if p.requires_grad]
+        trained = [p for p in encoder.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=a.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        begin, last, step = time.monotonic(), time.monotonic(), 0
-        sums: dict[str, list[float]] = {}
-        while (elapsed := time.monotonic() - begin) < 60 * a.train:
+        loop = Loop(
+            a.out, "encoder", encoder, optimiser, lambda steps: np.random.default_rng([a.seed, steps]),
+            rate=lambda step, done: scheduled(a.lr, step, 100, done), minutes=a.train, steps=a.steps, every=100,
+        )  # fmt: skip
+        scale = encoder.std_code.square().mean()
+        for step, done in enumerate(loop, loop.record["steps"] - loop.before["steps"]):
             while pool.refresh() < 2 * CHUNK:
                 time.sleep(5)
-            done = elapsed / (60 * a.train)
-            for group in optimiser.param_groups:
-                group["lr"] = scheduled(a.lr, step, 100, done)
-            self.encoder.train()
-            clean, codes = pool.draw(rng, a.batch)
-            seen, target = augment(clean, rng)
+            encoder.train()
+            clean, codes = pool.draw(loop.rng, a.batch)
+            seen, target = augment(clean, loop.rng)
             seen = seen.contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", torch.bfloat16):
-                normal = self.encoder.normalised(seen)
-            pred = self.encoder.mean_code + self.encoder.std_code * normal.float()
-            scale = self.encoder.std_code.square().mean()
+                normal = encoder.normalised(seen)
+            pred = encoder.mean_code + encoder.std_code * normal.float()
             loss = a.code_weight * (pred - codes).square().mean() / scale
-            measured = {"code": float(loss.detach()), "explained": explained(pred.detach(), codes, self.encoder.mean_code)}
+            measured = {"code": float(loss.detach()), "explained": explained(pred.detach(), codes, encoder.mean_code)}
             if a.picture_every and step % a.picture_every == 0 and done >= a.picture_from:
                 full = done >= a.full_from
                 n = a.picture_batch // 2 if full else a.picture_batch
                 pixel, identity, db = self.picture_losses(pred[:n], target[:n], full)
                 loss = loss + a.pixel_weight * pixel + a.identity_weight * identity
                 measured |= {"pixel": float(pixel.detach()), "identity": float(identity.detach()), "psnr": float(db)}
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimiser.step()
-            step += 1
-            self.record["steps"] += 1
-            self.record["faces"] += a.batch
-            decay = min(0.998, step / (step + 20))
-            with torch.no_grad():
-                for k, v in self.encoder.state_dict().items():
-                    if not k.startswith(TRUNK_PREFIX):
-                        self.average[k].lerp_(v.float(), 1 - decay)
-            for k, v in measured.items():
-                sums.setdefault(k, []).append(v)
-            if step % 100 == 0:
-                self.record["seconds"] += time.monotonic() - last
-                last = time.monotonic()
-                text = ", ".join(f"{k} {np.mean(v):.3f}" for k, v in sums.items())
-                print(f"step {self.record['steps']} {elapsed:.0f} s, {len(pool.names) * CHUNK} faces: {text}", flush=True)
-                sums.clear()
-                self.save()
-        self.save()
+            loop.step(loss, measured, a.batch)
 
 
 def measure(
@@ -387,13 +346,14 @@ def export(arguments: argparse.Namespace) -> None:
     save_file(pack(state), arguments.export)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/encoder-data"))
     parser.add_argument("--out", type=Path, default=Path("build/encoder"))
     parser.add_argument("--head", type=Path, default=None, help="a head still in training (default: the embedded one)")
     parser.add_argument("--make", type=int, metavar="CHUNKS", help=f"render CHUNKS x {CHUNK} faces")
     parser.add_argument("--train", type=float, metavar="MINUTES")
+    parser.add_argument("--steps", type=int, help="train for so many steps instead, which does not depend on the machine")
     parser.add_argument("--from-embedded", action="store_true", help="begin with the embedded encoder's weights")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--export", type=Path, metavar="FILE")
@@ -414,13 +374,13 @@ def main() -> None:
     parser.add_argument("--pixel-weight", type=float, default=2.0)
     parser.add_argument("--identity-weight", type=float, default=0.5)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     set_up(arguments.threads)
     if arguments.make:
         make(arguments.folder, arguments.make, TRAIN_SEED, arguments.head)
     if arguments.preview:
         fit_preview(arguments)
-    if arguments.train:
+    if arguments.train or arguments.steps:
         Trainer(arguments).train()
     if arguments.evaluate:
         evaluate(arguments)

@@ -6,7 +6,7 @@ meets: half are one truncated W code for all layers, half are style-mixed (two o
 random crossover, or one parent a layer pulled towards the mean, as fused codes are).
 
 First make teacher pictures (``--make N``), then train on random squares of them (``--train MINUTES``).
-Everything is seeded; checkpoints are safetensors.
+Everything is seeded; a run that was cut off goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cluster.files import replacing
+from pipelines.training.loop import Loop
 from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.models.mobilestylegan import CODE_DIM, HEAD_BLOCKS, NUM_CODES, MobileStyleGAN
 from scol_ops.runtime import set_up
@@ -126,81 +126,76 @@ def evaluate(generator: MobileStyleGAN, folder: Path, seed: int) -> dict[str, fl
     }
 
 
-def train(folder: Path, out: Path, minutes: float, seed: int, held_out_seed: int, lr: float, batch: int, threads: int) -> None:
-    set_up(threads)
-    torch.manual_seed(seed)
-    generator = load_mobilestylegan(256, head=None)
-    head = generator.head.requires_grad_(True)
+def begin(head: nn.Module) -> None:
+    """Weights to begin with: near a picture without detail, all styles at one."""
     for layer in head.layers:
-        torch.nn.init.normal_(layer.style.weight, std=0.02)
-        torch.nn.init.constant_(layer.style.bias, 1.0)
-        torch.nn.init.kaiming_normal_(layer.conv.weight, a=0.2)
-        torch.nn.init.zeros_(layer.conv.bias)
-        torch.nn.init.normal_(layer.depthwise.weight, std=0.1)
+        nn.init.normal_(layer.style.weight, std=0.02)
+        nn.init.constant_(layer.style.bias, 1.0)
+        nn.init.kaiming_normal_(layer.conv.weight, a=0.2)
+        nn.init.zeros_(layer.conv.bias)
+        nn.init.normal_(layer.depthwise.weight, std=0.1)
         with torch.no_grad():
             layer.depthwise.weight[:, :, 1, 1] += 1.0
     for image in (head.skip, head.to_img):
-        torch.nn.init.normal_(image.style.weight, std=0.02)
-        torch.nn.init.constant_(image.style.bias, 1.0)
-        torch.nn.init.normal_(image.conv.weight, std=0.01)
-        torch.nn.init.zeros_(image.conv.bias)
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / "head.safetensors").exists():
-        head.load_state_dict(load_file(out / "head.safetensors"))
+        nn.init.normal_(image.style.weight, std=0.02)
+        nn.init.constant_(image.style.bias, 1.0)
+        nn.init.normal_(image.conv.weight, std=0.01)
+        nn.init.zeros_(image.conv.bias)
+
+
+def train(a: argparse.Namespace) -> None:
+    """Train the head on the samples in ``--folder``, then measure it on those held out."""
+    torch.manual_seed(a.seed)
+    generator = load_mobilestylegan(256, head=None)
+    head = generator.head.requires_grad_(True)
+    begin(head)
     generator.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.Adam(head.parameters(), lr=lr, betas=(0.9, 0.99))
-    average = {k: v.detach().clone() for k, v in head.state_dict().items()}
-    rng = np.random.default_rng(seed)
-    paths = cache_features(folder, seed, generator)
-    begin = time.monotonic()
-    step, running = 0, []
-    while (elapsed := time.monotonic() - begin) < 60 * minutes:
-        done = elapsed / (60 * minutes)
-        for group in optimiser.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-6
-        features, codes, picture = crops([paths[i] for i in rng.choice(len(paths), batch, replace=False)], rng)
+    paths = cache_features(a.folder, a.seed, generator)
+    print(f"{len(paths)} samples", flush=True)
+
+    def rate(step: int, done: float) -> float:
+        return a.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * done)) + 1e-6
+
+    optimiser = torch.optim.Adam(head.parameters(), lr=a.lr, betas=(0.9, 0.99))
+    loop = Loop(
+        a.out, "head", head, optimiser, lambda steps: np.random.default_rng(a.seed), rate=rate, minutes=a.train,
+        steps=a.steps, count="squares", decay=(0.995, 20),
+    )  # fmt: skip
+    for _ in loop:
+        chosen = [paths[i] for i in loop.rng.choice(len(paths), a.batch, replace=False)]
+        features, codes, picture = crops(chosen, loop.rng)
         features = features.to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             student = head(features, codes[:, 2 * HEAD_BLOCKS + 1 :]).float()
         loss = F.mse_loss(student, picture) + 0.1 * F.l1_loss(student, picture)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(head.parameters(), 1.0)
-        optimiser.step()
-        step += 1
-        decay = min(0.995, step / (step + 20))
-        for k, v in head.state_dict().items():
-            average[k].lerp_(v, 1 - decay)
-        running.append(float(psnr(student.detach(), picture).mean()))
-        if step % 50 == 0:
-            print(f"step {step} {elapsed:.0f} s, {len(paths)} samples, PSNR (squares) {np.mean(running[-50:]):.2f} dB", flush=True)
-            save_file(average, out / "head.safetensors")
-    head.load_state_dict(average)
-    save_file({k: v.contiguous() for k, v in average.items()}, out / "head.safetensors")
-    measured = {"steps": step, "batch": batch, "seed": seed, **evaluate(generator.float(), folder, held_out_seed)}
-    (out / "head.json").write_text(json.dumps(measured, indent=1))
+        loop.step(loss, {"PSNR (squares), dB": float(psnr(student.detach(), picture).mean())}, a.batch)
+    head.load_state_dict(loop.average)
+    steps = loop.record["steps"] - loop.before["steps"]
+    measured = {"steps": steps, "batch": a.batch, "seed": a.seed}
+    measured |= evaluate(generator.float(), a.folder, a.held_out_seed)
+    (a.out / "head.json").write_text(json.dumps(measured, indent=1))
     print(measured)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/head-data"))
     parser.add_argument("--out", type=Path, default=Path("build/head"))
     parser.add_argument("--make", type=int, metavar="N", help="make N teacher pictures of --seed")
     parser.add_argument("--start", type=int, default=0, help="first index to make")
     parser.add_argument("--train", type=float, metavar="MINUTES")
+    parser.add_argument("--steps", type=int, help="train for so many steps instead, which does not depend on the machine")
     parser.add_argument("--seed", type=int, default=1, help="training samples (evaluation uses --held-out-seed)")
     parser.add_argument("--held-out-seed", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     set_up(arguments.threads)
     if arguments.make:
         make(arguments.folder, arguments.make, arguments.seed, arguments.start)
-    if arguments.train:
-        train(arguments.folder, arguments.out, arguments.train, arguments.seed, arguments.held_out_seed,
-              arguments.lr, arguments.batch, arguments.threads)
+    if arguments.train or arguments.steps:
+        train(arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ then adds the identity loss: codes into a random other person's, rendered by ``t
 the generator), half of them over the target by its mask, and embedded again.  Embeddings are those of damaged pictures,
 with noise, and mixtures of two people's, so that real photos' are no surprise.  Only generated pictures are read.
 
-Checkpoints (``swapper.safetensors``, ``training.json``) resume training;
+A run that was cut off goes on from its checkpoint;
 ``--export`` writes the packed file that is embedded.
 """
 
@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.files import replacing
-from pipelines.training.train_encoder import TRAIN_SEED, Preview, augment, code_statistics, scheduled
+from pipelines.training.loop import Loop, scheduled
+from pipelines.training.train_encoder import TRAIN_SEED, Preview, augment, code_statistics
 from scol_ops.detection import FaceDetector
 from scol_ops.metrics import to_uint8
 from scol_ops.models.embedded import RECOGNISERS, load_mobilestylegan, load_recogniser
@@ -99,7 +100,7 @@ def seen_embedding(embeddings: Tensor, rng: np.random.Generator, most: float = 0
 
 
 class Trainer:
-    """State of one training run: network, moving average, optimiser, counters."""
+    """The networks and people of one training run."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -112,13 +113,6 @@ class Trainer:
         nn.init.zeros_(self.network.leave.bias)
         self.people = People(arguments.folder)
         self.regress()
-        self.average = {k: v.clone() for k, v in self.network.state_dict().items()}
-        self.record = {"steps": 0, "swaps": 0, "seconds": 0.0}
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        if (arguments.out / "swapper.safetensors").exists():
-            self.average = load_file(arguments.out / "swapper.safetensors")
-            self.network.load_state_dict(load_file(arguments.out / "current.safetensors"))
-            self.record = json.loads((arguments.out / "training.json").read_text())
         self.mask = face_mask(ffhq_mean_geometry(1, 256)[0])
         self.preview = Preview().requires_grad_(False)
         self.preview.load_state_dict(load_file(arguments.preview))
@@ -136,13 +130,6 @@ class Trainer:
         print(f"regression explains {share:.3f} of the codes' variance", flush=True)
         self.network.linear.weight.data.copy_(self.arguments.stretch * weight.T)
         self.network.linear.bias.data.copy_(mean)
-
-    def save(self) -> None:
-        out = self.arguments.out
-        for name, state in (("current", self.network.state_dict()), ("swapper", self.average)):
-            with replacing(out / f"{name}.safetensors") as temporary:
-                save_file(state, temporary)
-        (out / "training.json").write_text(json.dumps(self.record, indent=1))
 
     def swaps(self, rng: np.random.Generator, full: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of identity, of the target's layout, and of the distance from the generator's own codes."""
@@ -177,37 +164,18 @@ class Trainer:
     def train(self) -> None:
         a = self.arguments
         print(f"{len(self.people)} people", flush=True)
-        rng = np.random.default_rng([a.seed, self.record["steps"]])
         optimiser = torch.optim.AdamW(self.network.parameters(), lr=a.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        begin, before, step = time.process_time(), self.record["seconds"], 0
-        sums: dict[str, list[float]] = {}
-        while (done := self.record["seconds"] / (60 * a.train)) < 1:
-            for group in optimiser.param_groups:
-                group["lr"] = scheduled(a.lr, step, 10, done)
+        loop = Loop(
+            a.out, "swapper", self.network, optimiser, lambda steps: np.random.default_rng([a.seed, steps]),
+            rate=lambda step, done: scheduled(a.lr, step, 10, done), minutes=a.train, steps=a.steps, count="swaps",
+            decay=(0.98, 10), every=25, clock=time.process_time, in_all=True,
+        )  # fmt: skip
+        for done in loop:
             full = done >= a.full_from
-            identity, layout, code = self.swaps(rng, full)
+            identity, layout, code = self.swaps(loop.rng, full)
             loss = identity + a.layout_weight * layout + a.code_weight * code
             measured = {n: float(v.detach()) for n, v in (("identity", identity), ("layout", layout), ("code", code))}
-            self.record["swaps"] += PAIRS // 2 if full else PAIRS
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-            optimiser.step()
-            step += 1
-            self.record["steps"] += 1
-            self.record["seconds"] = before + time.process_time() - begin
-            decay = min(0.98, step / (step + 10))
-            with torch.no_grad():
-                for k, v in self.network.state_dict().items():
-                    self.average[k].lerp_(v, 1 - decay)
-            for k, v in measured.items():
-                sums.setdefault(k, []).append(v)
-            if step % 25 == 0:
-                text = ", ".join(f"{k} {np.mean(v):.3f}" for k, v in sums.items())
-                print(f"step {self.record['steps']} {self.record['seconds']:.0f} s: {text}", flush=True)
-                sums.clear()
-                self.save()
-        self.save()
+            loop.step(loss, measured, PAIRS // 2 if full else PAIRS)
 
 
 def layers(count: int, ranges: list[tuple[int, int]], seed: int = 123) -> dict[str, dict[str, float]]:
@@ -279,7 +247,7 @@ def export(arguments: argparse.Namespace) -> None:
     save_file(pack(load_file(arguments.out / "swapper.safetensors")), arguments.export)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faces", type=Path, default=Path("build/encoder-data"), help="pictures of train_encoder --make")
     parser.add_argument("--preview", type=Path, default=Path("build/encoder/preview.safetensors"), help="of train_encoder")
@@ -288,6 +256,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, metavar="PAIRS", help="measure which codes carry identity")
     parser.add_argument("--make", action="store_true")
     parser.add_argument("--train", type=float, metavar="MINUTES", help="in all: what earlier runs took counts")
+    parser.add_argument("--steps", type=int, help="train for so many steps in all instead, whatever the machine")
     parser.add_argument("--export", type=Path, metavar="FILE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=4e-4)
@@ -297,7 +266,7 @@ def main() -> None:
     parser.add_argument("--code-weight", type=float, default=0.05)
     parser.add_argument("--layout-weight", type=float, default=0.2)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     set_up(arguments.threads)
     if arguments.layers:
         ranges = [(0, 16), (1, 10), (2, 8), (2, 10), (2, 12), (3, 10), (4, 10), (4, 12), (6, 12)]
@@ -306,7 +275,7 @@ def main() -> None:
         (arguments.out / "layers.json").write_text(json.dumps(report, indent=1))
     if arguments.make:
         make(arguments.folder, arguments.faces)
-    if arguments.train:
+    if arguments.train or arguments.steps:
         Trainer(arguments).train()
     if arguments.export:
         export(arguments)

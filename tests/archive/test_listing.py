@@ -11,7 +11,7 @@ import pytest
 from pipelines.archive import listing
 from pipelines.archive.entry import SourceRow
 from pipelines.archive.listing import ProtectError, packed_ids, source_table, spooled
-from pipelines.bench.bench_listing import entries
+from pipelines.bench.listing import entries
 
 
 def test_a_listing_gives_its_rows_again_and_again(monkeypatch):

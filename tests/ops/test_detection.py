@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipelines.bench.bench_align import facenet_mtcnn
+from pipelines.bench.align import facenet_mtcnn
 from scol_ops import detection
 from scol_ops.detection import Face, FaceDetector
 from scol_ops.models.files import WeightsError

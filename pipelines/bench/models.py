@@ -1,6 +1,6 @@
 """Benchmark of the networks: seconds forward and forward + backward, parameters, FLOPs, peak memory.
 
-    python -m pipelines.bench.bench_models [--only NAME] [--repeat 3] [--threads 1] [--device auto]
+    python -m pipelines.bench.models [--only NAME] [--repeat 3] [--threads 1] [--device auto]
 
 One picture at a time, each network in a process of its own.  Public networks get random weights: what they cost does
 not depend on the numbers.  FLOPs are PyTorch's own count (torch.utils.flop_counter: a multiplication and an addition
@@ -12,13 +12,9 @@ build/bench/models.json.
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +22,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.worker import peak_memory
+from pipelines.bench.harness import apart, parse, record, take_turns
 from pipelines.config.load import load_config
 from pipelines.config.names import EMBEDDED, ENCODER
-from pipelines.run.environment import machine, machine_line
+from pipelines.run.environment import machine_line
+from pipelines.run.text_tables import markdown, number
 from scol_ops import runtime
 from scol_ops.models import checkpoints
 from scol_ops.models.catalogue import CARDS
@@ -40,16 +38,23 @@ PAPER = {
     "CLIP2Protect": (18756, 423, 70), "DiffAM": (1120, 227, 12), "DF-RAP": (332, 201, 4), "SCOL": (15229, 297, 47),
 }  # fmt: skip
 
+
+def side(name: str) -> int:
+    """Pixels, by a network's name."""
+    return int(name.split("-")[1])
+
+
 _FACTS = {
-    "stylegan2": lambda name: {"size": int(name.split("-")[1]), "multiplier": 2, "mapping_layers": 8, "layout": "rosinality"},
-    "e4e": lambda name: {"size": int(name.split("-")[1])},
+    "stylegan2": lambda name: {"size": side(name), "multiplier": 2, "mapping_layers": 8, "layout": "rosinality"},
+    "e4e": lambda name: {"size": side(name)},
     "facenet": lambda name: {"classes": CARDS[name].facts["classes"]},
     "irse50": lambda name: {"positions": 49, "affine": True},
     "ir152": lambda name: {"positions": 49},
 }
 NAMES = (
     "mobilestylegan-256", "mobilestylegan-1024", "stylegan2-256", "stylegan2-1024", EMBEDDED, "e4e-256", "e4e-1024",
-    "mobilefacenet", "dlib_resnet", "faceres", "facenet", "irse50", "ir152", "mobilefacenet-512", "lpips-alex", "lpips-vgg",
+    "mobilefacenet", "dlib_resnet", "faceres", "facenet", "irse50", "ir152", "mobilefacenet-512", "lpips-alex",
+    "lpips-vgg",
 )  # fmt: skip
 
 
@@ -60,7 +65,7 @@ def build(name: str) -> nn.Module:
         return checkpoints.FAMILIES[family].build(_FACTS.get(family, lambda _: {})(name)).eval()
     if name == EMBEDDED:
         return load_encoder()
-    return load_mobilestylegan(int(name.split("-")[1])) if name.startswith("mobilestylegan") else load_recogniser(name)
+    return load_mobilestylegan(side(name)) if name.startswith("mobilestylegan") else load_recogniser(name)
 
 
 def call(network: nn.Module, size: int, device: torch.device) -> tuple[Callable[[], Tensor], int]:
@@ -87,25 +92,15 @@ def call(network: nn.Module, size: int, device: torch.device) -> tuple[Callable[
     return lambda: network(picture), side
 
 
-def measure(name: str, repeat: int, device: torch.device) -> dict[str, Any]:
-    """Numbers of one network, in this process."""
-    before = peak_memory()
+def measure(name: str, repeat: int, threads: int, kind: str) -> dict[str, Any]:
+    """Numbers of one network, in this process; `kind` of device: cpu, cuda."""
+    runtime.set_up(threads)
+    device, before = torch.device(kind), peak_memory()
     network = build(name).to(device)
-    if device.type == "cuda":
+    if kind == "cuda":
         runtime.channels_last(network)
         torch.cuda.reset_peak_memory_stats()
     run, side = call(network, 256, device)
-
-    def seconds(work: Callable[[], Any]) -> float:
-        work()
-        times = []
-        for _ in range(repeat):
-            begin = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
-        return min(times)
 
     @torch.no_grad()
     def forward() -> Tensor:
@@ -114,23 +109,28 @@ def measure(name: str, repeat: int, device: torch.device) -> dict[str, Any]:
     def both() -> None:
         run().square().sum().backward()
 
-    with FlopCounterMode(display=False) as counter:
-        run()  # the counter does not work without gradients
-    once = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter:
-        both()
-    result = {
+    def timed(work: Callable[[], object]) -> None:
+        work()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+
+    flops = []
+    for work in (run, both):  # the counter does not work without gradients
+        with FlopCounterMode(display=False) as counter:
+            work()
+        flops.append(counter.get_total_flops())
+    once, twice = (min(take_turns({"": partial(timed, work)}, repeat)[""]) for work in (forward, both))
+    grown = peak_memory() - before
+    return {
         "name": name,
         "side": side,
         "parameters": sum(p.numel() for p in network.parameters()),
-        "flops_forward": once,
-        "flops_both": counter.get_total_flops(),
-        "seconds_forward": seconds(forward),
-        "seconds_both": seconds(both),
+        "flops_forward": flops[0],
+        "flops_both": flops[1],
+        "seconds_forward": once,
+        "seconds_both": twice,
+        "peak_bytes": torch.cuda.max_memory_allocated() if kind == "cuda" else grown,
     }
-    grown = peak_memory() - before
-    result["peak_bytes"] = torch.cuda.max_memory_allocated() if device.type == "cuda" else grown
-    return result
 
 
 def of_profile(profile: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
@@ -155,67 +155,53 @@ def of_profile(profile: str, rows: dict[str, dict[str, Any]]) -> dict[str, Any] 
         "profile": profile,
         "networks": sorted(needed),
         "parameters": sum(rows[name]["parameters"] for name in needed),
-        "flops": rows[config.encoder]["flops_forward"] + sum(n * scale[k] * rows[k]["flops_both"] for k, n in steps),
-        "seconds": rows[config.encoder]["seconds_forward"] + sum(n * scale[k] * rows[k]["seconds_both"] for k, n in steps),
+        **{
+            what: rows[config.encoder][f"{what}_forward"]
+            + sum(n * scale[k] * rows[k][f"{what}_both"] for k, n in steps)
+            for what in ("flops", "seconds")
+        },
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The numbers as a Markdown table (docs/models.md)."""
-    lines = [
-        "| network | input px | parameters, M | GFLOPs forward | GFLOPs both | s forward | s both | peak, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+def table(networks: list[dict[str, Any]], profiles: list[dict[str, Any]]) -> str:
+    """The numbers as Markdown tables (docs/models.md)."""
+    columns = (("parameters", 1, 1e-6), ("flops_forward", 1, 1e-9), ("flops_both", 1, 1e-9),
+               ("seconds_forward", 3, 1), ("seconds_both", 3, 1), ("peak_bytes", 0, 2**-20))  # fmt: skip
+    rows = [(r["name"], r["side"], *(number(r[key], *form) for key, *form in columns)) for r in networks]
+    columns = (("parameters", 0, 1e-6), ("flops", 0, 1e-9), ("seconds", 0, 1))
+    faces = [
+        (f"profile `{r['profile']}`: {', '.join(r['networks'])}", *(number(r[key], *form) for key, *form in columns))
+        for r in profiles
     ]
-    lines += [
-        f"| {r['name']} | {r['side']} | {r['parameters'] / 1e6:.1f} | {r['flops_forward'] / 1e9:.1f} | "
-        f"{r['flops_both'] / 1e9:.1f} | {r['seconds_forward']:.3f} | {r['seconds_both']:.3f} | {r['peak_bytes'] / 2**20:.0f} |"
-        for r in result["networks"]
-    ]
-    lines += ["", "| one face | parameters, M | GFLOPs | s |", "|---|---|---|---|"]
-    lines += [
-        f"| profile `{r['profile']}`: {', '.join(r['networks'])} | {r['parameters'] / 1e6:.0f} | {r['flops'] / 1e9:.0f} | "
-        f"{r['seconds']:.0f} |"
-        for r in result["profiles"]
-    ]
-    lines += [f"| {name} (the paper's table 5, RTX 3090) | {m} | {g} | {s} |" for name, (g, m, s) in PAPER.items()]
-    return "\n".join(lines)
+    faces += [(f"{name} (the paper's table 5, RTX 3090)", m, g, s) for name, (g, m, s) in PAPER.items()]
+    head = ("network", "input px", "parameters, M", "GFLOPs forward", "GFLOPs both", "s forward", "s both", "peak, MiB")
+    return markdown([head, *rows]) + "\n\n" + markdown([("one face", "parameters, M", "GFLOPs", "s"), *faces])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=NAMES, help="only this network; repeatable")
-    parser.add_argument("--repeat", type=int, default=3, help="timed runs of each, of which the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="PyTorch threads")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--one", choices=NAMES, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/models.json"))
-    arguments = parser.parse_args()
-    cuda = arguments.device != "cpu" and torch.cuda.is_available()
-    if arguments.device == "cuda" and not cuda:
-        parser.error("this process sees no GPU")
-    device = torch.device("cuda" if cuda else "cpu")
-    if arguments.one:
-        runtime.set_up(arguments.threads)
-        print(json.dumps(measure(arguments.one, arguments.repeat, device)))
-        return
+def main() -> int:
+    options = parse(
+        "models", __doc__,
+        only={"action": "append", "choices": NAMES, "help": "only this network; repeatable"},
+        repeat=(3, "timed runs of each, of which the fastest counts"), threads=(1, "PyTorch threads"),
+        device={"choices": ("auto", "cpu", "cuda"), "default": "auto"},
+    )  # fmt: skip
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    if options.device == "cuda" and not cuda:
+        print("error: this process sees no GPU", file=sys.stderr)
+        return 2
+    device = "cuda" if cuda else "cpu"
     rows = []
-    for name in arguments.only or NAMES:
-        command = [sys.executable, "-W", "ignore", "-m", "pipelines.bench.bench_models", "--one", name]
-        command += ["--repeat", str(arguments.repeat), "--threads", str(arguments.threads), "--device", arguments.device]
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        rows.append(json.loads(answer.stdout.splitlines()[-1]))
+    for name in options.only or NAMES:
+        rows.append(apart(measure, name, options.repeat, options.threads, device))
         print(f"{name}: {rows[-1]['seconds_both']:.3f} s", file=sys.stderr)
     named = {row["name"]: row for row in rows}
     profiles = [found for name in ("quick", "standard", "paper") if (found := of_profile(name, named)) is not None]
-    result = {
-        "machine": machine(), "torch": torch.__version__, "device": str(device), "threads": arguments.threads,
-        "repeat": arguments.repeat, "networks": rows, "profiles": profiles,
-    }  # fmt: skip
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1))
-    print(f"{machine_line()}; on {device}, {arguments.threads} thread(s); the fastest of {arguments.repeat}")
-    print(table(result))
+    print(f"{machine_line()}; on {device}, {options.threads} thread(s); the fastest of {options.repeat}")
+    print(table(rows, profiles))
+    about = {"torch": torch.__version__, "device": device, "threads": options.threads, "repeat": options.repeat}
+    record(options.out, {**about, "networks": rows, "profiles": profiles})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

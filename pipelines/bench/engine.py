@@ -1,6 +1,6 @@
 """Benchmark of the engine: rows a second beside others, planning, efficiency, overhead.
 
-    python -m pipelines.bench.bench_engine [--only rows,planning,efficiency,overhead,night] [--rows 1000000] ...
+    python -m pipelines.bench.engine [--only rows,planning,efficiency,overhead,night] [--rows 1000000] ...
 
 - rows: the same Parquet files (--rows rows in --shards files) through a stage that does nothing, by this engine (with
   its manifest: the source's rows are stored as well), by datatrove's local executor, and by plain Ray Data with
@@ -12,10 +12,10 @@
 - efficiency: --actors workers with items of --item-seconds that only sleep. While every worker has work (from the
   moment that the last one began to that at which the first one ran out): their time in the operator by the time passed.
   The workers reserve no cores.
-- overhead: --photos photos of generated people through all stages with the quick profile. Of each generator worker (they
-  have nearly all the work) from its first call of an operator to the end of its last: what is not inside operators, by
-  what is. So reading and writing parts, waiting for the driver and for other stages' faces count, the start does not.
-
+- overhead: --photos photos of generated people through all stages with the quick profile. Of each generator worker
+  (they have nearly all the work) from its first call of an operator to the end of its last: what is not inside
+  operators, by what is. So reading and writing parts, waiting for the driver and for other stages' faces count, the
+  start does not.
 - night: `scol protect` over --photos-night unchanged photos (`pipelines.bench.night` makes the archive and the night
   before, with 256 photos in a part), from the start of the process to the end of the run. Making them takes longer.
 
@@ -29,7 +29,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,11 +43,28 @@ import pyarrow.parquet as pq
 
 from cluster import Engine, PartStore, Pool, Resources, Stage, hash_key, hash_keys, ray_session
 from cluster.worker import peak_memory
-from pipelines.bench.memory import MemoryWatch
+from pipelines.archive.listing import source_key
+from pipelines.bench import chaos_work
+from pipelines.bench.harness import (
+    ROOT,
+    apart,
+    command_apart,
+    make_photos,
+    parse,
+    record,
+    recorded,
+    stages_changed,
+    watched,
+)
+from pipelines.bench.listing import entries
+from pipelines.bench.night import make_night, run_again
+from pipelines.config.load import load_config
+from pipelines.config.names import STAGES, VERSIONS
+from pipelines.jobs.protect import protect
+from pipelines.run.environment import machine, machine_line
+from pipelines.run.text_tables import aligned, number
 
-ROOT = Path(__file__).parents[2]
 BENCH_PYTHON = ROOT / "build" / "bench-venv" / "bin" / "python"
-SYSTEMS = ("scol", "datatrove", "ray_data")
 PARTS = ("rows", "planning", "efficiency", "overhead", "night")
 
 COMMON = [("key", pa.string()), ("status", pa.string()), ("reason", pa.string())]
@@ -72,7 +88,7 @@ if __name__ == "__main__":
         [ParquetReader(source, glob_pattern="*.parquet"), noop, ParquetWriter(out, compression="zstd")],
         tasks=int(tasks), workers=int(workers), logging_dir=logs,
     ).run()
-    print("SECONDS", time.perf_counter() - begin)
+    print(time.perf_counter() - begin)
 """
 
 RAY_DATA = """
@@ -90,7 +106,7 @@ if __name__ == "__main__":
     table = ray.data.read_parquet(files, override_num_blocks=int(tasks))
     table = table.map_batches(lambda rows: rows, batch_format="pyarrow", batch_size=None)
     table.write_parquet(out, compression="zstd")
-    print("SECONDS", time.perf_counter() - begin)
+    print(time.perf_counter() - begin)
 """
 
 
@@ -111,9 +127,9 @@ def make_noop():
     return lambda rows: rows
 
 
-def failed_row(rows: pa.Table, reason: str) -> pa.Table:
-    row = {"key": rows["key"][0].as_py(), "status": "error", "reason": reason, "id": None, "text": None}
-    return pa.Table.from_pylist([row], ROW)
+def failed_row(rows: pa.Table, reason: str, schema: pa.Schema = TIMES) -> pa.Table:
+    """Of an item that failed."""
+    return pa.Table.from_pylist([{"key": rows["key"][0].as_py(), "status": "error", "reason": reason}], schema)
 
 
 def listing(folder: Path) -> Iterator[pa.Table]:
@@ -128,102 +144,59 @@ def listing(folder: Path) -> Iterator[pa.Table]:
         yield pa.Table.from_arrays(columns, schema=ROW)
 
 
-def run_scol(source: Path, out: Path, shards: int, rows: int, workers: int) -> float:
+def run_scol(source: str, out: str, shards: int, rows: int, workers: int) -> float:
+    """Seconds of this engine."""
     size = -(-rows // shards)
-    stage = Stage("noop", "1", ROW, make_noop, failed_row, batch_items=size, resources=Resources(threads=1))
+    failed = partial(failed_row, schema=ROW)
+    stage = Stage("noop", "1", ROW, make_noop, failed, batch_items=size, resources=Resources(threads=1))
     with ray_session(num_cpus=workers):
         begin = time.perf_counter()
         engine = Engine(PartStore(out), [stage], pools={"default": Pool(actors=workers)}, shard_items=size)
-        engine.run(listing(source), {"noop": partial(hash_keys, ["noop", "1"])})
+        engine.run(listing(Path(source)), {"noop": partial(hash_keys, ["noop", "1"])})
         return time.perf_counter() - begin
-
-
-def count_rows(folder: Path) -> int:
-    return sum(pq.read_metadata(path).num_rows for path in folder.rglob("*.parquet"))
 
 
 def measure_rows(rows: int, shards: int, workers: int) -> dict[str, Any]:
     """Each system in a process of its own."""
     if not BENCH_PYTHON.exists():
         raise FileNotFoundError(f"{BENCH_PYTHON}: `make bench-engine` makes it from requirements-bench.txt")
-    found: dict[str, Any] = {"rows": rows, "shards": shards, "workers": workers, "systems": {}}
+    systems: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as name:
         folder = Path(name)
         make_rows(folder / "in", rows, shards)
-        for system in SYSTEMS:
-            out = folder / system
-            if system == "scol":
-                command = [*_self("row_part"), folder / "in", out, shards, rows, workers]
+        for system, code in {"scol": None, "datatrove": DATATROVE, "ray_data": RAY_DATA}.items():
+            out, script = folder / system, folder / f"job_{system}.py"
+            if code is None:
+                command = command_apart(run_scol, folder / "in", out, shards, rows, workers)
             else:
-                script = folder / f"job_{system}.py"
-                script.write_text(DATATROVE if system == "datatrove" else RAY_DATA)
+                script.write_text(code)
                 command = [BENCH_PYTHON, script, folder / "in", out, folder / "logs", shards, workers]
-            seconds, peak = run_watched([str(word) for word in command])
-            written = count_rows(out / "noop" if system == "scol" else out)
-            if written != rows:
+            seconds, peak = watched(command)
+            parts = (out / "noop" if code is None else out).rglob("*.parquet")
+            if (written := sum(pq.read_metadata(path).num_rows for path in parts)) != rows:
                 raise RuntimeError(f"{system} wrote {written} rows of {rows}")
-            found["systems"][system] = {
-                "rows_per_second": rows / seconds,
-                "seconds": seconds,
-                "peak_bytes": peak,
-                "files_left": sum(path.is_file() for path in out.rglob("*")),
-            }
+            files = sum(path.is_file() for path in out.rglob("*"))
+            numbers = {"rows_per_second": rows / seconds, "seconds": seconds, "peak_bytes": peak, "files_left": files}
+            systems[system] = numbers
             shutil.rmtree(out)
-    found["rows_per_second"] = {name: one["rows_per_second"] for name, one in found["systems"].items()}
-    return found
-
-
-def row_part(source: str, out: str, shards: str, rows: str, workers: str) -> None:
-    print("SECONDS", run_scol(Path(source), Path(out), int(shards), int(rows), int(workers)))
-
-
-def _self(part: str) -> list[str]:
-    # not as __main__, whose functions workers could not import
-    code = f"import sys; from pipelines.bench.bench_engine import {part}; {part}(*sys.argv[1:])"
-    return [sys.executable, "-c", code]
-
-
-def run_watched(command: list[str]) -> tuple[float, int]:
-    """Run a job that prints `SECONDS x`. Returns x, and the largest sum of its processes' resident sizes in bytes."""
-    with tempfile.TemporaryFile("w+") as output:
-        job = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        watch = MemoryWatch(job.pid)
-        watch.start()
-        status = job.wait()
-        watch.stopped.set()
-        watch.join()
-        output.seek(0)
-        text = output.read()
-    lines = [line for line in text.splitlines() if line.startswith("SECONDS ")]
-    if status or not lines:
-        raise RuntimeError(f"{' '.join(command)} failed with status {status}:\n{text[-3000:]}")
-    return float(lines[-1].split()[1]), watch.peak
+    return {"rows": rows, "shards": shards, "workers": workers, "systems": systems}
 
 
 # ---- planning --------------------------------------------------------------------------------------------------------
 
 
-def make_photos_listing(photos: int, window: int = 1 << 16) -> Iterator[pa.Table]:
+def source_keys(photos: int, window: int = 1 << 16) -> Iterator[pa.Table]:
     """Source keys of a synthetic listing, made from `SourceRow`s as `scol protect` does."""
-    from pipelines.archive.entry import SourceRow
-    from pipelines.archive.listing import source_key
-
     for first in range(0, photos, window):
-        keys = [
-            source_key(SourceRow(path, "/archive/" + path, 100_000 + n % 1_000_000, str(1_700_000_000_000_000_000 + n)))
-            for n in range(first, min(photos, first + window))
-            for path in (f"{n // 1000:06d}/{n:09d}.jpg",)
-        ]
+        keys = [source_key(row) for row in entries(min(photos, first + window), first)]
         yield pa.table({"key": pa.array(keys, pa.string())})
 
 
-def planning_part(folder: str, photos: str, done: str) -> None:
-    """Prints a JSON object: seconds, and the process's peak resident size in bytes."""
-    from pipelines.config.names import STAGES, VERSIONS
-
+def plan(folder: str, photos: int, done: int) -> dict[str, float]:
+    """Seconds, and the process's peak resident size in bytes."""
     rules = {stage: partial(hash_keys, [hash_key(stage, VERSIONS[stage], "configuration")]) for stage in STAGES}
     store = PartStore(folder)
-    for table in make_photos_listing(int(done), 1024):
+    for table in source_keys(done, 1024):
         keys = table["key"].to_pylist()
         store.write_part("source", None, table)
         for stage in STAGES:
@@ -231,20 +204,18 @@ def planning_part(folder: str, photos: str, done: str) -> None:
             store.write_part(stage, None, pa.table({"key": keys}))
     stages = [Stage(name, "1", TIMES, make_noop, failed_row) for name in STAGES]
     begin = time.perf_counter()
-    plan = Engine(store, stages).plan(make_photos_listing(int(photos)), rules)
+    plan = Engine(store, stages).plan(source_keys(photos), rules)
     seconds = time.perf_counter() - begin
     missing = plan.missing()
-    if len(plan) != int(photos) or set(missing.values()) != {int(photos) - int(done)}:
+    if len(plan) != photos or set(missing.values()) != {photos - done}:
         raise RuntimeError(f"the plan is wrong: {len(plan)} photos, missing {missing}")
     # not ru_maxrss, which a process has from the one that started it
-    print(json.dumps({"seconds": seconds, "process_bytes": peak_memory()}))
+    return {"seconds": seconds, "process_bytes": peak_memory()}
 
 
 def measure_planning(photos: int, done: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as folder:
-        command = [*_self("planning_part"), folder, str(photos), str(min(done, photos))]
-        answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return {"photos": photos, "done": min(done, photos), **json.loads(answer.splitlines()[-1])}
+        return {"photos": photos, "done": min(done, photos), **apart(plan, folder, photos, min(done, photos))}
 
 
 # ---- efficiency ------------------------------------------------------------------------------------------------------
@@ -271,17 +242,13 @@ def make_sleep(log: str, seconds: float, actors: int):
     return sleep
 
 
-def failed_times(rows: pa.Table, reason: str) -> pa.Table:
-    return pa.Table.from_pylist([{"key": rows["key"][0].as_py(), "status": "error", "reason": reason}], TIMES)
-
-
 def measure_efficiency(actors: int, item_seconds: float, items: int, shard_items: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as name, ray_session():
         log = Path(name) / "log"
         log.mkdir()
         keys = [hash_key("item", n) for n in range(items)]
         source = pa.table({"key": keys, "status": ["ok"] * items, "reason": pa.nulls(items, pa.string())}, schema=TIMES)
-        stage = Stage("sleep", "1", TIMES, partial(make_sleep, str(log), item_seconds, actors), failed_times)
+        stage = Stage("sleep", "1", TIMES, partial(make_sleep, str(log), item_seconds, actors), failed_row)
         pools = {"default": Pool(actors=actors, resources=Resources(num_cpus=0, threads=1))}
         engine = Engine(PartStore(f"{name}/store"), [stage], pools=pools, shard_items=shard_items)
         begin = time.perf_counter()
@@ -295,51 +262,32 @@ def measure_efficiency(actors: int, item_seconds: float, items: int, shard_items
         raise RuntimeError("there was no time at which all workers had work: more items are needed")
     busy = sum(np.clip(np.minimum(t[:, 1], last) - np.maximum(t[:, 0], first), 0, None).sum() for t in times)
     return {
-        "actors": actors,
-        "item_seconds": item_seconds,
-        "items": items,
-        "shard_items": shard_items,
-        "efficiency": busy / (actors * (last - first)),
-        "window_seconds": last - first,
-        "wall_seconds": wall,
-    }
+        "actors": actors, "item_seconds": item_seconds, "items": items, "shard_items": shard_items,
+        "efficiency": busy / (actors * (last - first)), "window_seconds": last - first, "wall_seconds": wall,
+    }  # fmt: skip
 
 
 # ---- overhead --------------------------------------------------------------------------------------------------------
 
 
 def measure_overhead(photos: int, workers: int) -> dict[str, Any]:
-    from pipelines.bench import chaos_work
-    from pipelines.bench.bench_stages import make_photos
-    from pipelines.config.load import load_config
-    from pipelines.jobs import chain
-    from pipelines.jobs import protect as protect_job
-
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as name:
         folder = Path(name)
         make_photos(folder / "photos", photos)
         (folder / "calls").mkdir()
         os.environ[chaos_work.LOG] = str(folder / "calls")
         config = load_config("quick", sets=[f"engine.workers={workers}", "engine.threads=1", "gallery.synthetic=5000"])
-        make_stages = chain.make_stages
-        chain.make_stages = lambda *args, **settings: chaos_work.watched(make_stages(*args, **settings))
         begin = time.perf_counter()
-        try:
-            summary = protect_job.protect(str(folder / "photos"), str(folder / "out"), config)
-        finally:
-            chain.make_stages = make_stages
+        with stages_changed(chaos_work.watched):
+            summary = protect(str(folder / "photos"), str(folder / "out"), config)
         wall = time.perf_counter() - begin
         busy, passed, seen = _generator_time(folder / "calls")
     if seen != workers:
         raise RuntimeError(f"{seen} generator workers had work, not {workers}")
     return {
-        "photos": photos,
-        "faces": summary["faces"],
-        "workers": workers,
-        "overhead": (passed - busy) / busy,
-        "operator_seconds": busy,
-        "wall_seconds": wall,
-    }
+        "photos": photos, "faces": summary["faces"], "workers": workers, "overhead": (passed - busy) / busy,
+        "operator_seconds": busy, "wall_seconds": wall,
+    }  # fmt: skip
 
 
 def _generator_time(calls: Path) -> tuple[float, float, int]:
@@ -357,79 +305,70 @@ def _generator_time(calls: Path) -> tuple[float, float, int]:
     return busy, passed, seen
 
 
+# ---- night -----------------------------------------------------------------------------------------------------------
+
+
 def measure_night(photos: int, shard: int = 256) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="scol-bench-") as folder:
-        made = [sys.executable, "-m", "pipelines.bench.night", folder, str(photos), str(shard)]
-        subprocess.run(made, cwd=ROOT, check=True)
-        again = [sys.executable, "-c", "import sys; from pipelines.bench.night import run_again; run_again(*sys.argv[1:])"]
-        done = subprocess.run([*again, folder, str(shard)], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+        apart(make_night, folder, photos, shard)
+        found = apart(run_again, folder, shard)
     if found["photos"] != photos or any(found.pop("done").values()):
         raise RuntimeError(f"the night was not unchanged: {found}")
     return {**found, "shard": shard}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)} (default all)")
-    parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--shards", type=int, default=2000)
-    parser.add_argument("--workers", type=int, default=None, help="processes of each system (default: the cores)")
-    parser.add_argument("--photos-planned", type=int, default=10_000_000)
-    parser.add_argument("--photos-done", type=int, default=100_000)
-    parser.add_argument("--actors", type=int, default=64)
-    parser.add_argument("--item-seconds", type=float, default=0.05)
-    parser.add_argument("--items", type=int, default=40_960, help="of the efficiency (default 40960)")
-    parser.add_argument("--shard-items", type=int, default=64, help="of the efficiency (default 64)")
-    parser.add_argument("--photos", type=int, default=256, help="of the overhead (default 256)")
-    parser.add_argument("--photos-night", type=int, default=1_000_000)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/engine.json"))
-    arguments = parser.parse_args()
-    wanted = arguments.only.split(",")
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def measure(part: str, options: argparse.Namespace, workers: int, result: dict[str, Any]) -> str:
+    """Measure a part and put it into `result`. Returns what was found, in words."""
+    if part == "rows":
+        found = result["rows"] = measure_rows(options.rows, options.shards, workers)
+        result["rows_per_second"] = {name: one["rows_per_second"] for name, one in found["systems"].items()}
+        head = f"{options.rows} rows in {options.shards} shards, {workers} processes"
+        lines = [(head, "rows/s", "GiB", "files left")]
+        lines += [
+            (name, number(one["rows_per_second"], 0), number(one["peak_bytes"], scale=2**-30), one["files_left"])
+            for name, one in found["systems"].items()
+        ]
+        return aligned(lines, "<", ">", ">", ">")
+    if part == "planning":
+        found = result["planning"] = measure_planning(options.photos_planned, options.photos_done)
+        words, of = f"planning {found['photos']} photos", " (peak of the whole process)"
+    elif part == "night":
+        found = result["night"] = measure_night(options.photos_night)
+        words, of = f"an unchanged night over {found['photos']} photos", ""
+    elif part == "efficiency":
+        found = measure_efficiency(options.actors, options.item_seconds, options.items, options.shard_items)
+        result["efficiency"], result["efficiency_details"] = found.pop("efficiency"), found
+        return f"efficiency of {found['actors']} actors: {result['efficiency']:.3f}"
+    else:
+        found = measure_overhead(options.photos, workers)
+        result["overhead"], result["overhead_details"] = found.pop("overhead"), found
+        return f"overhead on {found['photos']} photos: {100 * result['overhead']:.1f} %"
+    return f"{words}: {found['seconds']:.1f} s, {found['process_bytes'] / 2**30:.2f} GiB{of}"
+
+
+def main() -> int:
+    options = parse(
+        "engine", __doc__,
+        only=(",".join(PARTS), "some parts"), rows=(1_000_000, ""), shards=(2000, ""),
+        workers={"type": int, "help": "processes of each system [default: the cores]"},
+        photos_planned=(10_000_000, ""), photos_done=(100_000, ""), actors=(64, ""), item_seconds=(0.05, ""),
+        items=(40_960, "of the efficiency"), shard_items=(64, "of the efficiency"), photos=(256, "of the overhead"),
+        photos_night=(1_000_000, ""),
+    )  # fmt: skip
+    wanted = options.only.split(",")
     if unknown := set(wanted) - set(PARTS):
-        parser.error(f"no part {', '.join(unknown)}")
-
-    from pipelines.run.environment import machine, machine_line
-
-    workers = arguments.workers or machine()["cores"]
-    result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-    result["machine"] = machine()
+        print(f"error: no part {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    result = recorded(options.out)
     print(machine_line())
     for part in wanted:
-        if part == "rows":
-            found = measure_rows(arguments.rows, arguments.shards, workers)
-            result["rows_per_second"], result["rows"] = found.pop("rows_per_second"), found
-            print(f"{arguments.rows} rows in {arguments.shards} shards, {workers} processes")
-            for name, one in found["systems"].items():
-                print(
-                    f"  {name:10} {one['rows_per_second']:10.0f} rows/s {one['peak_bytes'] / 2**30:6.2f} GiB "
-                    f"{one['files_left']:7} files left"
-                )
-        elif part == "planning":
-            found = result["planning"] = measure_planning(arguments.photos_planned, arguments.photos_done)
-            print(
-                f"planning {found['photos']} photos: {found['seconds']:.1f} s, "
-                f"{found['process_bytes'] / 2**30:.2f} GiB (peak of the whole process)"
-            )
-        elif part == "efficiency":
-            found = measure_efficiency(
-                arguments.actors, arguments.item_seconds, arguments.items, arguments.shard_items
-            )
-            result["efficiency"], result["efficiency_details"] = found.pop("efficiency"), found
-            print(f"efficiency of {found['actors']} actors: {result['efficiency']:.3f}")
-        elif part == "night":
-            found = result["night"] = measure_night(arguments.photos_night)
-            print(
-                f"an unchanged night over {found['photos']} photos: {found['seconds']:.1f} s, "
-                f"{found['process_bytes'] / 2**30:.2f} GiB"
-            )
-        else:
-            found = measure_overhead(arguments.photos, workers)
-            result["overhead"], result["overhead_details"] = found.pop("overhead"), found
-            print(f"overhead on {found['photos']} photos: {100 * result['overhead']:.1f} %")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        print(measure(part, options, options.workers or machine()["cores"], result))
+        record(options.out, result)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,49 +1,44 @@
 """What listing and planning take before any photo is opened: seconds, memory, and the local disk.
 
-    python -m pipelines.bench.bench_listing [--photos 1000000] [--nights 2]
+    python -m pipelines.bench.listing [--photos 1000000] [--nights 2]
 
-A synthetic listing (no file is made) goes the way of `scol protect`: into a listing's file, compared with the last run's
-plan, keyed for all stages, written as the plan, and planned by the engine against a store without parts of stages. The
-second night finds the same photos. Writes build/bench/listing.json.
+A synthetic listing (no file is made) goes the way of `scol protect`: into a listing's file, compared with the last
+run's plan, keyed for all stages, written as the plan, and planned by the engine against a store without parts of
+stages. The second night finds the same photos. Writes build/bench/listing.json.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
+from cluster import Engine
 from cluster.worker import forget_peak_memory, peak_memory
 from pipelines.archive.entry import SourceRow
 from pipelines.archive.listing import spooled
+from pipelines.bench.harness import apart, parse, record
 from pipelines.config.load import load_config
 from pipelines.config.names import STAGES
 from pipelines.jobs import changes as night_changes
+from pipelines.jobs.chain import planned
 from pipelines.jobs.renewal import renewal
 from pipelines.run.folder import Run
 from pipelines.run.keys import chain, stage_rules
+from pipelines.stages.chain import make_stages
+from pipelines.stages.declaration import Setting
 
 
-def entries(photos: int) -> Iterator[SourceRow]:
-    """As from a folder of so many photos, a thousand in each of its folders."""
-    for n in range(photos):
+def entries(photos: int, first: int = 0) -> Iterator[SourceRow]:
+    """As from a folder of so many photos, a thousand in each of its folders; from the photo `first` on."""
+    for n in range(first, photos):
         path = f"{n // 1000:06d}/{n:09d}.jpg"
         yield SourceRow(path, "/archive/" + path, 100_000 + n % 1_000_000, str(1_700_000_000_000_000_000 + n))
 
 
 def night(folder: str, photos: int) -> dict[str, float]:
     """One night in this process: seconds of each step, and by how much the resident size grew at most, bytes."""
-    from cluster import Engine
-    from pipelines.jobs.chain import planned
-    from pipelines.stages.chain import make_stages
-    from pipelines.stages.declaration import Setting
-
     config, weights = load_config(), {stage: "0" * 16 for stage in STAGES}
     out = f"{folder}/out"
     run = Run(f"{folder}/out.run")
@@ -69,32 +64,18 @@ def night(folder: str, photos: int) -> dict[str, float]:
     if len(Engine(run.store, stages).plan(listing, rules)) != photos:
         raise RuntimeError("the plan is wrong")
     step("planning")
-    found["seconds"] = round(sum(found.values()), 2)
-    found["unchanged"] = changes.unchanged
-    found["grown_bytes"] = peak_memory() - before
-    found["plan_file_bytes"] = os.path.getsize(run.path("plan.parquet"))
-    return found
+    sizes = {"grown_bytes": peak_memory() - before, "plan_file_bytes": os.path.getsize(run.path("plan.parquet"))}
+    return {**found, "seconds": round(sum(found.values()), 2), "unchanged": changes.unchanged, **sizes}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--photos", type=int, default=1_000_000)
-    parser.add_argument("--nights", type=int, default=2)
-    parser.add_argument("--part", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.part:
-        print(json.dumps(night(arguments.part, arguments.photos)))
-        return
+    options = parse("listing", __doc__, photos=(1_000_000, ""), nights=(2, ""))
+    nights = []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pipelines.bench.bench_listing", "--photos", str(arguments.photos)]
-        nights = []
-        for number in range(arguments.nights):
-            done = subprocess.run([*command, "--part", folder], stdout=subprocess.PIPE, text=True, check=True)
-            nights.append(json.loads(done.stdout))
+        for number in range(options.nights):
+            nights.append(apart(night, folder, options.photos))
             print(f"night {number + 1}: " + ", ".join(f"{name} {value:,}" for name, value in nights[-1].items()))
-    target = Path("build/bench/listing.json")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({"photos": arguments.photos, "nights": nights}, indent=1) + "\n")
+    record(options.out, {"photos": options.photos, "nights": nights})
 
 
 if __name__ == "__main__":

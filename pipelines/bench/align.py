@@ -1,6 +1,6 @@
 """Benchmark of face detection against facenet-pytorch's one-image loop.
 
-    python -m pipelines.bench.bench_align [--photos DIR] [--limit N] [--threads 1 2] [--size SIDE ...]
+    python -m pipelines.bench.align [--photos DIR] [--limit N] [--threads 1 2] [--size SIDE ...]
 
 Without ``--photos`` it makes its own: generated people on plain ground, 250 px with one and 1000 px with up to four.
 Each contender is a process of its own, so that the allocator's setting (``scol_ops.runtime``) of one does not help the
@@ -18,15 +18,14 @@ truth stands beside it.  Writes build/bench/align.json.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.run.environment import machine, machine_line
+from pipelines.bench.harness import draw_people, parse, record, resized, take_turns
+from pipelines.run.environment import machine_line
+from pipelines.run.text_tables import aligned, number
 from scol_ops.detection import FaceDetector
+from scol_ops.metrics import to_uint8
+from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.runtime import keep_freed_memory
 
 CONTENDERS = ("facenet", "facenet+malloc", "scol")
@@ -56,33 +59,23 @@ def facenet_mtcnn():
     return MTCNN(keep_all=True)  # its torch.load unpickles nothing but tensors: weights_only since PyTorch 2.6
 
 
-def make_photos(side: int, count: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def made_photos(side: int, count: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Photos with generated people, and where their faces are: (K, 2) centres for each photo."""
-    from scol_ops.models.embedded import load_mobilestylegan
-
     generator, rng = load_mobilestylegan(256), np.random.default_rng(seed)
     photos, truth = [], []
-    with torch.no_grad():
-        for i in range(count):
-            people = 1 if side < 600 else 1 + i % 4
-            z = torch.randn(people, 512, generator=torch.Generator().manual_seed(seed * 1000 + i))
-            w = generator.mapping(z)
-            w = generator.mean_code + 0.7 * (w - generator.mean_code)
-            pictures = generator(w[:, None].expand(-1, 16, -1)).clamp(-1, 1)
-            photo = np.full((side, side, 3), rng.integers(40, 215, 3), np.uint8)
-            centres = []
-            for k, picture in enumerate(pictures):
-                pixels = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-                cell = side if people == 1 else side // 2
-                face = int(rng.integers(int(0.45 * cell), int(0.98 * cell)))
-                left = (k % 2) * cell + int(rng.integers(0, cell - face + 1))
-                top = (k // 2) * cell + int(rng.integers(0, cell - face + 1))
-                photo[top : top + face, left : left + face] = np.array(
-                    Image.fromarray(pixels).resize((face, face), Image.Resampling.BICUBIC)
-                )
-                centres.append((left + face / 2, top + 0.6 * face))  # the nose, where FFHQ's rule puts it
-            photos.append(photo)
-            truth.append(np.array(centres))
+    for i in range(count):
+        people = 1 if side < 600 else 1 + i % 4
+        photo = np.full((side, side, 3), rng.integers(40, 215, 3), np.uint8)
+        centres = []
+        for k, pixels in enumerate(to_uint8(draw_people(people, seed * 1000 + i, generator)[1])):
+            cell = side if people == 1 else side // 2
+            face = int(rng.integers(int(0.45 * cell), int(0.98 * cell)))
+            left = (k % 2) * cell + int(rng.integers(0, cell - face + 1))
+            top = (k // 2) * cell + int(rng.integers(0, cell - face + 1))
+            photo[top : top + face, left : left + face] = resized(pixels, face)
+            centres.append((left + face / 2, top + 0.6 * face))  # the nose, where FFHQ's rule puts it
+        photos.append(photo)
+        truth.append(np.array(centres))
     return photos, truth
 
 
@@ -91,12 +84,11 @@ def load_photos(folder: Path, limit: int, side: int | None) -> list[np.ndarray]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
     if not paths:
         raise SystemExit(f"no photos in {folder}")
-    paths = paths[:: max(1, len(paths) // limit)][:limit]
     photos = []
-    for path in paths:
+    for path in paths[:: max(1, len(paths) // limit)][:limit]:
         with Image.open(path) as image:
-            image = image.convert("RGB")
-        photos.append(np.array(image.resize((side, side), Image.Resampling.BICUBIC) if side else image))
+            pixels = np.array(image.convert("RGB"))
+        photos.append(resized(pixels, side) if side else pixels)
     return photos
 
 
@@ -116,8 +108,8 @@ def _worker(name: str, threads: int, photos: list[np.ndarray], pipe: Connection)
             answers = []
             for picture in pictures:
                 boxes, scores, _ = mtcnn.detect(picture, landmarks=True)
-                some = boxes is not None
-                answers.append([(list(map(float, b)), float(s)) for b, s in zip(boxes, scores)] if some else [])
+                found = [] if boxes is None else zip(boxes, scores, strict=True)
+                answers.append([(list(map(float, box)), float(score)) for box, score in found])
             return answers
 
     while pipe.recv():
@@ -148,17 +140,12 @@ def recall(reference: list, answers: list, shapes: list[tuple[int, int]]) -> tup
 
 def recall_of_truth(truth: list[np.ndarray], answers: list) -> tuple[int, int]:
     """(found, all) known faces whose centre lies in the middle half of a box of ``CONFIDENCE``."""
-    found = total = 0
+    found = 0
     for centres, got in zip(truth, answers, strict=True):
-        for centre in centres:
-            total += 1
-            found += any(
-                score >= CONFIDENCE
-                and abs(centre[0] - (box[0] + box[2]) / 2) < (box[2] - box[0]) / 4
-                and abs(centre[1] - (box[1] + box[3]) / 2) < (box[3] - box[1]) / 4
-                for box, score in got
-            )
-    return found, total
+        boxes = np.array([box for box, score in got if score >= CONFIDENCE]).reshape(-1, 2, 2)
+        middle, quarter = boxes.mean(1), (boxes[:, 1] - boxes[:, 0]) / 4
+        found += sum(bool((abs(centre - middle) < quarter).all(1).any()) for centre in centres)
+    return found, sum(map(len, truth))
 
 
 def measure(photos: list[np.ndarray], truth: list[np.ndarray] | None, threads: int, rounds: int) -> dict[str, Any]:
@@ -170,67 +157,62 @@ def measure(photos: list[np.ndarray], truth: list[np.ndarray] | None, threads: i
         processes.append(context.Process(target=_worker, args=(name, threads, photos, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in CONTENDERS}
-    answers: dict[str, list] = {}
-    for _ in range(rounds + 1):
-        for name in CONTENDERS:
-            pipes[name].send(True)
-            wall, processor, answers[name] = pipes[name].recv()
-            times[name].append((wall, processor))
+    told: dict[str, list[tuple[float, float, list]]] = {name: [] for name in CONTENDERS}
+
+    def turn(name: str) -> None:
+        pipes[name].send(True)
+        told[name].append(pipes[name].recv())
+
+    take_turns({name: partial(turn, name) for name in CONTENDERS}, rounds)  # their own clocks count, not the pipe's
     for name, process in zip(CONTENDERS, processes, strict=True):
         pipes[name].send(False)
         process.join()
-    shapes = [p.shape[:2] for p in photos]
     row: dict[str, Any] = {"photos": len(photos), "threads": threads, "rounds": rounds}
-    for name in CONTENDERS:  # the first round warms up
-        row[name] = {
-            "wall_s": statistics.median(t[0] for t in times[name][1:]) / len(photos),
-            "cpu_s": statistics.median(t[1] for t in times[name][1:]) / len(photos),
-            "faces": sum(score >= CONFIDENCE for got in answers[name] for _, score in got),
-        }
+    answers = {name: told[name][-1][2] for name in CONTENDERS}
+    for name in CONTENDERS:
+        wall, processor = (statistics.median(t[i] for t in told[name][1:]) / len(photos) for i in (0, 1))
+        faces = sum(score >= CONFIDENCE for got in answers[name] for _, score in got)
+        row[name] = {"wall_s": wall, "cpu_s": processor, "faces": faces}
         if truth is not None:
             row[name]["recall_of_truth"] = recall_of_truth(truth, answers[name])
     row["ratio_wall"] = row["facenet"]["wall_s"] / row["scol"]["wall_s"]
     row["ratio_cpu"] = row["facenet"]["cpu_s"] / row["scol"]["cpu_s"]
     row["ratio_wall_same_malloc"] = row["facenet+malloc"]["wall_s"] / row["scol"]["wall_s"]
+    shapes = [p.shape[:2] for p in photos]
     row["scol_finds_of_facenet"] = recall(answers["facenet"], answers["scol"], shapes)
     row["facenet_finds_of_scol"] = recall(answers["scol"], answers["facenet"], shapes)
     return row
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--photos", type=Path, help="folder of photos (default: generated people)")
-    parser.add_argument("--limit", type=int, default=32, help="photos of each size")
-    parser.add_argument("--size", type=int, nargs="+", default=[250, 1000], help="sides; 0: photos as they are")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("build/bench/align.json"))
-    options = parser.parse_args(arguments)
+def cells(row: dict[str, Any]) -> list[str]:
+    """Of a row of the table."""
+    parts = [row["scol_finds_of_facenet"], row["facenet_finds_of_scol"]]
+    parts += [row[n]["recall_of_truth"] for n in ("scol", "facenet") if "recall_of_truth" in row[n]]
+    walls = [f"{number(row[n]['wall_s'], 1, 1e3)}ms" for n in CONTENDERS]
+    ratios = [number(row[name]) for name in ("ratio_wall", "ratio_cpu")]
+    return [row["side"], row["threads"], *walls, *ratios, ", ".join(f"{a}/{b}" for a, b in parts)]
 
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(
+        "align", __doc__, arguments,
+        photos={"type": Path, "help": "folder of photos (default: generated people)"},
+        limit=(32, "photos of each size"), size=([250, 1000], "sides; 0: photos as they are"),
+        threads=([1, 2], ""), rounds=(5, ""),
+    )  # fmt: skip
     print(machine_line())
-    print(f"{'side':>5} {'threads':>7} {'facenet':>9} {'+malloc':>9} {'scol':>9}  {'ratio':>5} {'(cpu)':>6}   "
-          "recall of each other >= 0.9 (scol, facenet), of truth")
     rows = []
     for side in options.size:
         if options.photos:
             photos, truth = load_photos(options.photos, options.limit, side or None), None
         else:
-            photos, truth = make_photos(side or 250, options.limit)
-        for threads in options.threads:
-            row = measure(photos, truth, threads, options.rounds) | {"side": side}
-            rows.append(row)
-            parts = [row["scol_finds_of_facenet"], row["facenet_finds_of_scol"]]
-            parts += [row[n]["recall_of_truth"] for n in ("scol", "facenet")] if truth else []
-            shares = ", ".join(f"{a}/{b}" for a, b in parts)
-            walls = " ".join(f"{row[n]['wall_s'] * 1e3:7.1f}ms" for n in CONTENDERS)
-            ratios = f"{row['ratio_wall']:5.2f} {row['ratio_cpu']:6.2f}"
-            print(f"{side:5} {threads:7} {walls}  {ratios}   {shares}", flush=True)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+            photos, truth = made_photos(side or 250, options.limit)
+        rows += [measure(photos, truth, threads, options.rounds) | {"side": side} for threads in options.threads]
+    head = ["side", "threads", "facenet", "+malloc", "scol", "ratio", "(cpu)"]
+    head.append("recall of each other >= 0.9 (scol, facenet), of truth")
+    print(aligned([head, *map(cells, rows)], *[">"] * 7))
     source = "folder" if options.photos else "generated"
-    found = {"machine": machine(), "load": os.getloadavg(), "photos": source, "confidence": CONFIDENCE, "rows": rows}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"written: {options.out}")
+    record(options.out, {"load": os.getloadavg(), "photos": source, "confidence": CONFIDENCE, "rows": rows})
 
 
 if __name__ == "__main__":
