@@ -6,16 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from pipelines.config.sections import StrengthenConfig
 from pipelines.evaluate.page import plain_table
 from pipelines.run.folder import Run
 from pipelines.run.schemas import WEAK
 from pipelines.run.tables import read_stage
 from pipelines.stages.strengthen import PASSED
-from scol_ops.strengthening import StrengthenSettings
 
 MEASURES = ("psnr", "ssim", "flip", "ism", "ism_worst")  # of `publish`
 OUTCOMES = ("passed at once", "went back, stronger", "went back, as before", "known, but too much changed to go back")
-LEAST_PSNR = StrengthenSettings.min_psnr  # dB over the crop: the stated quality, a face below it is counted
+LEAST_PSNR = StrengthenConfig().min_psnr  # dB over the crop: the stated quality, a face below it is counted
 
 
 def outcome(row: Mapping[str, Any]) -> str:
