@@ -20,7 +20,7 @@ from pipelines.config.load import ConfigError, load_config
 from pipelines.config.names import ALL_RECOGNISERS
 from pipelines.config.sections import Config
 from pipelines.evaluate import judges
-from pipelines.evaluate.job import inside_of
+from pipelines.evaluate.judges import inside_of
 from pipelines.evaluate.measure import column
 from pipelines.evaluate.page import plain_table
 from pipelines.experiments.comparison import compare, number

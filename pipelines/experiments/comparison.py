@@ -96,7 +96,7 @@ def compare(
                 method, originals, folder / "trees", workers=workers, say=say, progress=progress(), run_url=run_url
             )
         say(f"{method.name}: evaluating")
-        figures = job.evaluate(
+        options = job.Options(
             str(originals),
             made.tree,
             out=str(folder / "evaluations" / method.name),
@@ -109,9 +109,8 @@ def compare(
             workers=workers,
             seed=seed,
             work=str(folder / "work"),
-            say=say,
-            progress=progress(),
-        ).figures
+        )
+        figures = job.evaluate(options, say, progress()).figures
         lines.append(Line(method, made, figures))
         say(f"{method.name}: done in {time.monotonic() - begin:.0f} s")
     return lines

@@ -26,12 +26,11 @@ from pipelines.archive.reading import read_bytes
 from pipelines.config.load import load_config
 from pipelines.config.sections import Config
 from pipelines.evaluate import judges
-from pipelines.evaluate.measure import CROP, UNPROTECTED, Eyes, Gallery, Spot, Window, central_window, nearest
-from pipelines.evaluate.page import plain_table
+from pipelines.evaluate.measure import CROP, UNPROTECTED, Eyes, Gallery, Window, central, central_window, nearest
+from pipelines.evaluate.stages import Probe, stage_pictures
 from pipelines.experiments import conditions
 from pipelines.experiments.comparison import DISTORTION
 from pipelines.experiments.datasets import DatasetPhoto, read_dataset
-from pipelines.experiments.probes import Probe, central, stage_pictures
 from pipelines.experiments.protocol import Protocol, choose, lay_out
 from pipelines.experiments.sheet import AMPLIFICATION, Cell, Figure, Pixels, Rows, Strip, difference, to_html, write_png
 from pipelines.experiments.subjects import (
@@ -66,6 +65,7 @@ from pipelines.run.environment import machine
 from pipelines.run.folder import Run
 from pipelines.run.schemas import OK
 from pipelines.run.tables import read_stage
+from pipelines.run.text_tables import markdown
 from pipelines.stages.crops import as_codes, decode_png, geometry_in_crop, to_tensor
 from scol_ops.alignment import align_crops
 from scol_ops.attack import attack_loss
@@ -153,7 +153,7 @@ def retrieval_queries(
     probe: Probe, eyes: Eyes, generator: Callable[[Tensor], Tensor], size: int
 ) -> tuple[dict[str, list[NDArray[np.float32]]], dict[str, Pixels]]:
     """By subject: each recogniser's unit embedding (D,), and the picture."""
-    spot = Spot.of(probe.spot)
+    spot = probe.spot
     windows = []
     for url in (probe.source_url, probe.saved_url):
         pixels = decode(read_bytes(url)).pixels
@@ -425,7 +425,7 @@ def lay_out_conditions(photos: Sequence[DatasetPhoto], place: Place) -> Place:
             by_photo.setdefault(paths[row["photo_id"]], []).append(row)
     landmarks, found = {}, {}
     for path, rows in by_photo.items():
-        face = rows[central([r["box"] for r in rows], rows[0]["width"], rows[0]["height"])]
+        face = rows[central(np.array([r["box"] for r in rows]), rows[0]["width"], rows[0]["height"])]
         person = person_of(path)
         landmarks[person] = np.asarray(face["landmarks"], np.float64).reshape(5, 2)
         found[person] = conditions.hardness(landmarks[person], to_uint8(decode_png(face["crop"])[0]))
@@ -482,7 +482,7 @@ def run(name: str, options: Options, say: Say = lambda text: None, progress: Rep
         drawn = _DRAW[name](place)
     figure = Figure(name, TITLES[name], drawn.notes, drawn.tables, drawn.strips)
     text = "\n\n".join([f"{TITLES[name]}. {drawn.notes[0]}", *drawn.notes[1:]])
-    text += "".join(f"\n\n{caption}:\n\n{plain_table(rows)}" for caption, rows in drawn.tables)
+    text += "".join(f"\n\n{caption}:\n\n{markdown(rows)}" for caption, rows in drawn.tables)
     about = {"experiment": name, "options": asdict(options), "machine": machine()}
     tables = {caption: [dict(zip(rows[0], row, strict=True)) for row in rows[1:]] for caption, rows in drawn.tables}
     write(out, name, text, about | {"tables": tables} | drawn.numbers)

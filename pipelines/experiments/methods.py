@@ -28,7 +28,7 @@ from pipelines.archive.reading import read_bytes
 from pipelines.config.load import load_config
 from pipelines.config.sections import Config
 from pipelines.evaluate import judges
-from pipelines.evaluate.job import inside_of
+from pipelines.evaluate.judges import inside_of
 from pipelines.evaluate.measure import Eyes, Window
 from pipelines.jobs.protect import protect
 from pipelines.photos.codec import decode, encode

@@ -15,12 +15,12 @@ from pipelines.archive.reading import read_bytes
 from pipelines.config.load import load_config
 from pipelines.config.sections import Config
 from pipelines.evaluate import judges
+from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import column
+from pipelines.evaluate.stages import Probe, read_probes
 from pipelines.experiments.comparison import DISTORTION, Line, compare, number, percent
 from pipelines.experiments.faces import COLUMNS, Faces, estimates, mean, read_faces
 from pipelines.experiments.methods import Method
-from pipelines.experiments.probes import ExperimentError as NothingProtected
-from pipelines.experiments.probes import Probe, read_probes
 from pipelines.experiments.sheet import Pixels
 from pipelines.experiments.tables import ExperimentError, Options
 from pipelines.photos.codec import decode
@@ -76,11 +76,10 @@ def protect(place: Place, method: Method) -> Subject:
         run_url=str(run),
     )
     try:
-        probes, _ = read_probes(Run(str(run)), stages=True)
-    except NothingProtected as error:
+        probes = {probe.path: probe for probe in read_probes(Run(str(run)))}
+    except EvaluateError as error:
         raise ExperimentError(f"{method.name}: {error}; {line.made.failed}") from error
-    by_path = {Path(probe.source_url).relative_to(place.originals).as_posix(): probe for probe in probes}
-    return Subject(line, by_path, Run(str(run)), place.out / "evaluations" / method.name / "faces.parquet")
+    return Subject(line, probes, Run(str(run)), place.out / "evaluations" / method.name / "faces.parquet")
 
 
 def outside(*subjects: Subject) -> list[str]:
