@@ -103,7 +103,9 @@ def _by_photo(run: Run, stage: str, columns: Sequence[str]) -> dict[str, dict[st
     return found
 
 
-def stage_pictures(probe: Probe, generator: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def stage_pictures(
+    probe: Probe, generator: Callable[[Tensor], Tensor], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
     """A face's crop (1, 3, S, S) after each of `STAGES` that the manifests have it for.
 
     Args:

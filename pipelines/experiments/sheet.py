@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,13 +52,15 @@ class Strip:
 
 @dataclass(frozen=True)
 class Figure:
-    """What a figure shows. `notes`: paragraphs of plain text; `tables`: a caption and rows each."""
+    """What a figure shows. `notes`: paragraphs of plain text; `tables`: a caption and rows each; `numbers`: of its JSON
+    file."""
 
     name: str
     title: str
     notes: tuple[str, ...]
     tables: tuple[tuple[str, Rows], ...]
     strips: tuple[Strip, ...] = field(repr=False)
+    numbers: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def difference(a: Pixels, b: Pixels) -> Pixels:
