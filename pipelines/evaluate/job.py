@@ -227,45 +227,25 @@ def _inside(options: Options) -> tuple[tuple[str, ...], str]:
 def _pair(
     options: Options, folder: Path, only: Collection[str] | None, stop: Callable[[], bool] | None
 ) -> Pairing:
+    given = {name: getattr(options, name) for name in ("people_from", "limit", "seed", "references", "drop")}
     return Pairing(
         absolute(options.originals),
         absolute(options.protected),
         gallery=None if options.gallery is None else absolute(options.gallery),
-        people_from=options.people_from,
         folder=folder,
-        limit=options.limit,
-        seed=options.seed,
-        references=options.references,
-        drop=options.drop,
         only=only,
         stop=stop or (lambda: False),
+        **given,
     )
 
 
 # ---- the two chains --------------------------------------------------------------------------------------------------
 
 
-def _engine(
-    store: PartStore,
-    stages: Sequence[Stage],
-    items: int,
-    *,
-    workers: int | None,
-    address: str | None,
-    progress: Callable[[Progress], None] | None,
-    stop: Callable[[], bool] | None,
-) -> Engine:
+def _engine(store: PartStore, stages: Sequence[Stage], items: int, workers: int | None, **options: Any) -> Engine:
     pools = {} if workers is None else {stages[0].pool: Pool(actors=workers)}
     # What is in hand is lost when a run is stopped, so parts of small trees are small; those of large ones are few.
-    return Engine(
-        store,
-        stages,
-        pools=pools,
-        shard_items=max(1, min(128, items // 100)),
-        address=address,
-        progress=progress,
-        stop=stop,
-    )
+    return Engine(store, stages, pools=pools, shard_items=max(1, min(128, items // 100)), **options)
 
 
 def embed_gallery(parts: Run, pairing: Pairing, settings: Settings, engine: Engines) -> tuple[str, Gallery]:

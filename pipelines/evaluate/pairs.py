@@ -24,7 +24,6 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cluster import hash_key
-from pipelines.archive.entry import SourceRow
 from pipelines.archive.paths import photo_id
 from pipelines.archive.source import list_photos
 from pipelines.evaluate.errors import EvaluateError
@@ -80,7 +79,6 @@ class Counts:
     people_rows_unused: int = 0
     gallery_photos: int = 0
     gallery_unusable: int = 0
-    gallery_people: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
 
@@ -152,10 +150,6 @@ class Spread:
         """Delete the files."""
         for i in self._writers:
             self._files[i].unlink()
-
-
-def _version(row: SourceRow) -> str:
-    return f"{row.size}/{row.modified}"
 
 
 def _people(table: str) -> Iterator[Row]:
@@ -243,11 +237,8 @@ class Pairing:
             if row.skipped:
                 self._skipped[row.code] += 1
                 continue
-            yield {
-                "stem": stem(row.path, drop),
-                "path": row.path,
-                "url": row.url,
-                "version": _version(row),
+            yield {"stem": stem(row.path, drop), "path": row.path, "url": row.url} | {
+                "version": f"{row.size}/{row.modified}",
                 "person": row.person_id,
                 "error": row.error,
             }
@@ -348,7 +339,6 @@ class Pairing:
             for photos in pool.values():
                 photos.sort(key=lambda r: _number(str(self._seed), r["path"]))
                 self.counts.gallery_photos += len(photos)
-            self.counts.gallery_people += len(pool)
             probes = [row for row in rows if self._measured(row["path"])]
             own = {row["person"] for row in probes}
             self.counts.people += len(own)
@@ -398,18 +388,9 @@ class Pairing:
             row["reason"] or "",
             *(f for p in mates for f in (p["url"], p["version"])),
         )
-        return {
-            "key": hash_key("pair", *fields),
-            "photo_id": photo_id(row["path"]),
-            "path": row["path"],
-            "url": row["url"],
-            "protected_path": row["protected_path"],
-            "protected_url": row["protected_url"],
-            "person_id": person,
-            "mates": [p["url"] for p in mates],
-            "status": row["status"],
-            "reason": row["reason"],
-        }
+        kept = {name: row[name] for name in ("path", "url", "protected_path", "protected_url", "status", "reason")}
+        key, mates_urls = hash_key("pair", *fields), [p["url"] for p in mates]
+        return kept | {"key": key, "photo_id": photo_id(row["path"]), "person_id": person, "mates": mates_urls}
 
     def tables(self) -> Iterator[pa.Table]:
         """The source table in pieces (`PAIR_SCHEMA`): all photos of a person are in one, each piece is sorted by
@@ -499,17 +480,8 @@ def pair_up(originals: list[Row], protected: list[Row]) -> tuple[list[Row], list
                 status, reason = UNREADABLE, row["error"]
             elif partner is not None and partner["error"] is not None:
                 status, reason = UNREADABLE, f"{partner['error']} (the protected photo)"
-            found = partner or {}
-            out.append(
-                row
-                | {
-                    "protected_path": found.get("path"),
-                    "protected_url": found.get("url"),
-                    "protected_version": found.get("version"),
-                    "status": status,
-                    "reason": reason,
-                }
-            )
+            protected_fields = {f"protected_{name}": (partner or {}).get(name) for name in ("path", "url", "version")}
+            out.append(row | protected_fields | {"status": status, "reason": reason})
         if not rest:  # else what is left is paired, or told of as ambiguous
             candidates[name] = list(left.values())
     extra += [row["path"] for rows in candidates.values() for row in rows]
