@@ -28,15 +28,15 @@ class AttackSettings:
     if the picture were seen at all small shifts (TI: Dong et al. 2019, arXiv:1904.02884, eq. 7).  Both 0 in the paper.
     """
 
-    eps: float = 8 / 255
-    steps: int = 10
-    step_size: float = 2 / 255
-    random_start: float = 1.0
-    diversity: float = 0.0
-    blur: bool = False
-    jpeg_quality: tuple[int, int] | None = None
-    momentum: float = 0.0
-    translation_sigma: float = 0.0
+    eps: float
+    steps: int
+    step_size: float
+    random_start: float
+    diversity: float
+    blur: bool
+    jpeg_quality: tuple[int, int] | None
+    momentum: float
+    translation_sigma: float
 
 
 @dataclass
@@ -73,8 +73,8 @@ def attack(
     picture: Tensor,
     target: Tensor,
     components: Tensor,
-    mask: Tensor | None = None,
-    settings: AttackSettings = AttackSettings(),
+    mask: Tensor | None,
+    settings: AttackSettings,
     seed: int = 0,
     deadline: float | None = None,
 ) -> AttackResult:

@@ -23,9 +23,9 @@ class InvertSettings:
     and backward pass of the generator).  lr: its rate.  stay: weight of the mean squared distance to the encoder's code.
     """
 
-    refine_steps: int = 0
-    lr: float = 0.02
-    stay: float = 0.1
+    refine_steps: int
+    lr: float
+    stay: float
 
 
 @dataclass
@@ -48,7 +48,7 @@ def invert(
     encoder: Callable[[Tensor], Tensor],
     faces: Tensor,
     generator: Callable[[Tensor], Tensor],
-    settings: InvertSettings = InvertSettings(),
+    settings: InvertSettings | None = None,
     deadline: float | None = None,
 ) -> InvertResult:
     """Codes whose pictures resemble the faces.
@@ -59,7 +59,7 @@ def invert(
         encoder: (B, 3, 256, 256) in [-1, 1] -> (B, L, 512).
         faces: (B, 3, S, S) in [-1, 1], FFHQ-aligned; S is the generator's resolution or the encoder's 256.
         generator: (B, L, 512) -> (B, 3, R, R).
-        settings: see ``InvertSettings``.
+        settings: see ``InvertSettings``; None: the encoder alone.
         deadline: ``time.monotonic()`` after which ``DeadlineExceeded`` is raised.
 
     Raises:
@@ -78,7 +78,7 @@ def invert(
         with torch.no_grad():
             first = encoder(small)
         code = first
-        if settings.refine_steps:
+        if settings is not None and settings.refine_steps:
             code = first.clone().requires_grad_(True)
             optimiser = torch.optim.Adam([code], lr=settings.lr, betas=(0.9, 0.99))
             for step in range(settings.refine_steps):

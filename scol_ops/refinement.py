@@ -44,23 +44,23 @@ class RefineSettings:
     limit: largest change of a pixel in [-1, 1] units (before these two), 0 for none.
     """
 
-    steps: int = 100
-    lr: float = 0.01
-    start: float = 1.0
-    l2_weight: float = 10.0
-    ssim_weight: float = 1.0
-    visible_weight: float = 0.0
-    flip_weight: float = 0.0
-    flip_target: float = 0.0
-    id_lock: float = 0.0
-    hinge: float = 1.0
-    diversity: float = 1.0
-    blur: bool = False
-    jpeg_quality: tuple[int, int] | None = None
-    photo_scale: bool = False
-    residual_sigma: float = 0.0
-    chroma: float = 1.0
-    limit: float = 0.0
+    steps: int
+    lr: float
+    start: float
+    l2_weight: float
+    ssim_weight: float
+    visible_weight: float
+    flip_weight: float
+    flip_target: float
+    id_lock: float
+    hinge: float
+    diversity: float
+    blur: bool
+    jpeg_quality: tuple[int, int] | None
+    photo_scale: bool
+    residual_sigma: float
+    chroma: float
+    limit: float
 
 
 def refine(
@@ -69,8 +69,8 @@ def refine(
     mask: Tensor,
     identity: Sequence[IdentityFeature],
     margins: Sequence[float],
-    locked: Sequence[Tensor] | None = None,
-    settings: RefineSettings = RefineSettings(),
+    locked: Sequence[Tensor] | None,
+    settings: RefineSettings,
     seed: int = 0,
     deadline: float | None = None,
     photo_side: float | None = None,

@@ -27,14 +27,14 @@ class StrengthenSettings:
     it is faded until it does not (``faded``), and is the face's last.
     """
 
-    rounds: int = 0
-    steps: int = 60
-    hinge_factor: float = 1.6
-    margin_step: float = 0.1
-    visible_factor: float = 1.2
-    eps_factor: float = 1.5
-    max_eps: float = 8 / 255
-    min_psnr: float = 34.0
+    rounds: int
+    steps: int
+    hinge_factor: float
+    margin_step: float
+    visible_factor: float
+    eps_factor: float
+    max_eps: float
+    min_psnr: float
 
 
 def refinement_of(settings: StrengthenSettings, base: RefineSettings, number: int) -> RefineSettings:

@@ -31,7 +31,7 @@ PARAMETER_SETS = ("all", "convolutions", "late")
 
 @dataclass(frozen=True)
 class TuneSettings:
-    """Numbers of the tuning stage; defaults are ours where the paper gives none.
+    """Numbers of the tuning stage. Values that are in use: ``pipelines.config.sections``, as for all settings here.
 
     steps: Adam steps.  lr: its rate (2e-3 diverges, measured).  parameters: which generator weights move
     (``all`` but the mapping network; ``convolutions`` leaves the style layers; ``late`` keeps the 4..32 px
@@ -42,20 +42,20 @@ class TuneSettings:
     target_psnr: stop early when the reconstruction inside the mask reaches it and the hinge is met (dB).
     """
 
-    steps: int = 120
-    lr: float = 3e-4
-    parameters: str = "all"
-    l2_weight: float = 10.0
-    ssim_weight: float = 1.0
-    lpips_weight: float = 1.0
-    id_lock: float = 1.0
-    hinge: float = 1.0
-    diversity: float = 1.0
-    blur: bool = False
-    jpeg_quality: tuple[int, int] | None = None
-    residual_sigma: float = 0.0
-    target_psnr: float = 40.0
-    bf16: bool = False
+    steps: int
+    lr: float
+    parameters: str
+    l2_weight: float
+    ssim_weight: float
+    lpips_weight: float
+    id_lock: float
+    hinge: float
+    diversity: float
+    blur: bool
+    jpeg_quality: tuple[int, int] | None
+    residual_sigma: float
+    target_psnr: float
+    bf16: bool
 
 
 @dataclass
@@ -103,7 +103,7 @@ def tune(
     mask: Tensor,
     identity: Sequence[IdentityFeature],
     margins: Sequence[float],
-    settings: TuneSettings = TuneSettings(),
+    settings: TuneSettings,
     seed: int = 0,
     deadline: float | None = None,
     on_step: Callable[[int, dict[str, float]], None] | None = None,

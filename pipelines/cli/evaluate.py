@@ -48,6 +48,11 @@ from pipelines.cli.options import guarded, json_option, tell
     "average; repeatable; none: it used none of them.  [default: as PROTECTED.run says]",
 )
 @click.option(
+    "--stages",
+    metavar="RUN",
+    help="Run that made PROTECTED: measure its photos alone, and tell what each of its stages contributes.",
+)
+@click.option(
     "--strip",
     "drop",
     metavar="TEXT",
@@ -77,6 +82,7 @@ def evaluate(
     distortions,
     no_distortions,
     inside,
+    stages,
     drop,
     limit,
     seed,
@@ -97,6 +103,7 @@ def evaluate(
     Exit status: 0 if every photo could be compared, 1 if some could not, 2 if the evaluation could not start.
     """
     from pipelines.evaluate import job, page
+    from pipelines.evaluate.stages import stage_words
     from pipelines.evaluate.summary import LOST
     from pipelines.jobs.progress import Reporter
     from pipelines.run.text import to_json
@@ -104,34 +111,36 @@ def evaluate(
 
     if no_distortions and distortions:
         raise click.UsageError("--distortion and --no-distortions exclude each other")
+    options = job.Options(
+        originals,
+        protected,
+        out=out,
+        gallery=gallery,
+        people_from=people_from,
+        recognisers=recognisers or None,
+        distortions=() if no_distortions else distortions or STANDARD,
+        inside=() if inside == ("none",) else inside or None,
+        stages=stages,
+        limit=limit,
+        seed=seed,
+        references=references,
+        drop=drop,
+        photo=not no_photo,
+        store=store,
+        workers=workers,
+        ray_address=ray_address,
+    )
     reporter = Reporter(sys.stderr)
     try:
-        result = job.evaluate(
-            originals,
-            protected,
-            out=out,
-            gallery=gallery,
-            people_from=people_from,
-            recognisers=recognisers or None,
-            distortions=() if no_distortions else distortions or STANDARD,
-            inside=() if inside == ("none",) else inside or None,
-            limit=limit,
-            seed=seed,
-            references=references,
-            drop=drop,
-            photo=not no_photo,
-            store=store,
-            workers=workers,
-            ray_address=ray_address,
-            say=tell,
-            progress=reporter,
-        )
+        result = job.evaluate(options, tell, reporter)
     finally:
         reporter.close()
     if as_json:
         click.echo(to_json(result.figures))
     else:
         click.echo(page.table_words(result.figures))
+        if stages is not None:
+            click.echo("\n" + stage_words(result.figures.get("stages", [])) + "\n")
         click.echo(f"page: {result.out}/evaluation.html")
     counts = result.figures["counts"]
     lost = sum(counts.get(name, 0) for name in LOST)

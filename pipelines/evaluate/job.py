@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,16 +20,16 @@ from cluster.keys import pack
 from pipelines.archive.output import check_out
 from pipelines.archive.paths import absolute
 from pipelines.archive.source import lies_inside
-from pipelines.config.names import CEILING, EMBEDDED, ENCODER, trunk_of
 from pipelines.evaluate import judges as recogniser_list
 from pipelines.evaluate import measure
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Gallery, Settings, face_schema, reference_schema, reference_source_schema
 from pipelines.evaluate.page import Examples, choose_examples, write_page
 from pipelines.evaluate.pairs import OK, Pairing
-from pipelines.evaluate.summary import FARS, Collector, Judge, Summary, clusters, thresholds
+from pipelines.evaluate.stages import stage_lines
+from pipelines.evaluate.summary import FARS, Collector, Judge, Summary, clusters, far_word, thresholds
 from pipelines.run.environment import machine, versions
-from pipelines.run.folder import Run, RunError, default_run
+from pipelines.run.folder import Run, default_run
 from pipelines.run.text import to_json, utc
 from scol_ops import detection
 from scol_ops.distortions import NONE, STANDARD, Distortion
@@ -37,8 +37,56 @@ from scol_ops.distortions import NONE, STANDARD, Distortion
 SCHEMA_VERSION = 1
 REFERENCES = 1000
 _WINDOW = 20_000  # photos whose rows are in memory at a time
-_WORKER_BYTES = 1500 * 2**20
 _PHOTO_SECONDS = 900.0
+_EYES = {"pool": "eyes", "resources": Resources(num_gpus=0.2, threads=1, memory=1500 * 2**20)}
+
+Say = Callable[[str], None]
+Engines = Callable[[PartStore, Sequence[Stage], int], Engine]  # of a store, stages, and how many items there are
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `scol evaluate` is given; see docs/evaluate.md.
+
+    Attributes:
+        originals, protected: trees as for `scol protect`: folders, globs, lists, tables; paths or fsspec URLs.
+        out: folder for the results; by default beside PROTECTED.
+        gallery, people_from, limit, seed, references, drop: see `pairs.Pairing`.
+        recognisers: names; None: all that are here.
+        distortions, photo, device: see `measure.Settings`.
+        inside: recognisers that the method used; None: found out where `scol protect` made the tree, else not known,
+            which the page says.
+        stages: folder of the run that made PROTECTED: only its photos are measured, and what each of its stages
+            contributes is told as well; None: not told.
+        workers: processes; None: as the machine has. ray_address: of the Ray cluster to join.
+        work: folder of what is finished, which several evaluations may share; by default OUT/work.
+        store: URL of the model store, whose recognisers and LPIPS take part; None for the default one.
+    """
+
+    originals: str
+    protected: str
+    out: str | None = None
+    gallery: str | None = None
+    people_from: str | None = None
+    recognisers: Sequence[str] | None = None
+    distortions: Sequence[str] = STANDARD
+    inside: Sequence[str] | None = None
+    stages: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    references: int = REFERENCES
+    drop: str = ""
+    photo: bool = True
+    workers: int | None = None
+    ray_address: str | None = None
+    device: str = "auto"
+    work: str | None = None
+    store: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Of the results."""
+        return absolute(self.out or default_out(self.protected))
 
 
 @dataclass(frozen=True)
@@ -49,30 +97,107 @@ class Result:
     figures: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The rows of all faces: where they lie, how they are keyed, and what they were measured against."""
+
+    store: PartStore
+    rule: KeyRule
+    settings: Settings
+    pairing: Pairing
+    gallery: Gallery
+    gallery_url: str
+
+
 def default_out(protected: str) -> str:
     """Beside the protected tree."""
     return protected.rstrip("/") + ".eval"
 
 
-def recognisers_inside(protected: str) -> tuple[str, ...] | None:
-    """Recognisers that `scol protect` used to make this tree: they cannot judge it. None where no run that can be read
-    lies beside it."""
-    try:
-        return inside_of(Run(default_run(protected)).read_json("run.json")["config"])
-    except (RunError, KeyError, OSError):
-        return None
+def evaluate(
+    options: Options,
+    say: Say = lambda text: None,
+    progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Result:
+    """Measure a protected tree.
+
+    Args:
+        say: takes messages, one line each. progress, stop: see `cluster.Engine`.
+
+    Returns:
+        the result, written to OUT: `faces.parquet`, `evaluation.json`, `evaluation.html`.
+
+    Raises:
+        EvaluateError, SourceError, OutputError: trees, people or settings that cannot be used. RunError: no run.
+        WeightsError, ClusterError, RunInterrupted: see `cluster` and `scol_ops.models.weights`.
+    """
+    begin = time.monotonic()
+    settings = check(options)
+    inside, inside_from = _inside(options)
+    source = None if options.stages is None else Run(options.stages)
+    only = None if source is None else set(source.plan()["path"].to_pylist())
+    run = Run(options.folder)
+    parts = Run(f"{options.folder.rstrip('/')}/work" if options.work is None else absolute(options.work))
+    engine = partial(
+        _engine, workers=options.workers, address=options.ray_address, progress=progress, stop=stop
+    )
+    with tempfile.TemporaryDirectory(prefix="scol-evaluate-") as folder:
+        say("listing")
+        pairing = _pair(options, Path(folder), only, stop)
+        c = pairing.counts
+        say(f"{c.photos} photos of {c.people} people to measure; gallery of {len(pairing.references)} people")
+        url, gallery = embed_gallery(parts, pairing, settings, engine)
+        without = len(pairing.references) - len(gallery.people)
+        say(f"gallery: {len(gallery.people)} people embedded, {without} have no usable photo")
+        measured = measure_photos(parts, pairing, settings, gallery, url, engine)
+        judges = _judges(measured, inside)
+        summary, examples = collect(run, measured, judges)
+        lines = [] if source is None else stage_lines(source, pairing.rows(), settings, gallery, say)
+        figures = _about(options, settings, inside, inside_from, url) | {
+            "counts": _counts(measured, summary),
+            "protected_without_original_examples": c.extra_examples,
+            "recognisers": [_judge_words(j) for j in judges],
+            **figures_of(summary),
+            **({"stages": lines} if lines else {}),
+            "seconds": round(time.monotonic() - begin, 1),
+        }
+    run.write("evaluation.json", (to_json(figures) + "\n").encode())
+    write_page(run, figures, summary, judges, choose_examples(examples, run.path("faces.parquet")))
+    return Result(run.url, figures)
 
 
-def inside_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Recognisers that a configuration of `scol protect` works through, its encoder's trunk among them."""
-    used = list(config["tune"]["identity"]) if config["tune"]["steps"] else []
-    used += config["refine"]["identity"] if config["refine"]["steps"] else []
-    used += [ENCODER] if config["attack"]["enabled"] else []
-    used += [CEILING] if config["fuse"].get("identity_ceiling") is not None else []
-    return tuple(sorted({trunk_of(config.get("encoder", EMBEDDED)) if name == ENCODER else name for name in used}))
+# ---- checking and listing --------------------------------------------------------------------------------------------
 
 
-def check_settings(recognisers: Sequence[str], distortions: Sequence[str], store: str | None = None) -> None:
+def check(options: Options) -> Settings:
+    """The settings of the measures.
+
+    Raises:
+        EvaluateError: BAD_SETTING. OutputError: OUT lies in a tree.
+    """
+    store = options.store
+    recognisers = recogniser_list.available(store) if options.recognisers is None else options.recognisers
+    check_settings(recognisers, options.distortions, store)
+    check_settings(dict.fromkeys([*recognisers, *(options.inside or ())]), (), store)
+    unprotected = (options.originals, *(() if options.gallery is None else (options.gallery,)))
+    for tree in (*unprotected, options.protected):
+        check_out(tree, options.folder)
+    for tree in unprotected:
+        if lies_inside(options.protected, tree):  # its photos would be taken for unprotected ones
+            raise EvaluateError("BAD_SETTING", f"{options.protected} lies inside {tree}; move it out")
+    return Settings(
+        tuple(recognisers),
+        tuple(options.distortions),
+        options.photo,
+        recogniser_list.lpips_name(store),
+        options.seed,
+        None if store is None else absolute(store),
+        options.device,
+    )
+
+
+def check_settings(recognisers: Collection[str], distortions: Sequence[str], store: str | None = None) -> None:
     """Raises EvaluateError BAD_SETTING."""
     known = recogniser_list.available(store)
     unknown = [name for name in recognisers if name not in known]
@@ -91,168 +216,39 @@ def check_settings(recognisers: Sequence[str], distortions: Sequence[str], store
         raise EvaluateError("BAD_SETTING", "the undistorted photos are always measured; leave out 'none'")
 
 
-def evaluate(
-    originals: str,
-    protected: str,
-    *,
-    out: str | None = None,
-    gallery: str | None = None,
-    people_from: str | None = None,
-    recognisers: Sequence[str] | None = None,
-    distortions: Sequence[str] = STANDARD,
-    inside: Sequence[str] | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-    references: int = REFERENCES,
-    drop: str = "",
-    photo: bool = True,
-    workers: int | None = None,
-    ray_address: str | None = None,
-    device: str = "auto",
-    work: str | None = None,
-    store: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
-    progress: Callable[[Progress], None] | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> Result:
-    """Measure a protected tree; see docs/evaluate.md.
+def _inside(options: Options) -> tuple[tuple[str, ...], str]:
+    """Recognisers that the method used, and who says so: `option`, `run`, or nobody (`unknown`)."""
+    if options.inside is not None:
+        return tuple(options.inside), "option"
+    found = recogniser_list.inside_of_run(options.stages or default_run(options.protected))
+    return ((), "unknown") if found is None else (found, "run")
 
-    Args:
-        originals, protected: trees as for `scol protect`: folders, globs, lists, tables; paths or fsspec URLs.
-        out: folder for the results; by default beside PROTECTED.
-        gallery, people_from, limit, seed, references, drop: see `pairs.Pairing`.
-        recognisers: names; None: all that are here. distortions, photo: see `measure.Settings`.
-        inside: recognisers that the method used; None: found out where `scol protect` made the tree, else not known,
-            which the page says.
-        workers: processes; None: as the machine has.
-        work: folder of what is finished, which several evaluations may share; by default OUT/work.
-        store: URL of the model store, whose recognisers and LPIPS take part; None for the default one.
-        say: takes messages, one line each. progress, stop: see `cluster.Engine`.
 
-    Returns:
-        the result, written to OUT: `faces.parquet`, `evaluation.json`, `evaluation.html`.
-
-    Raises:
-        EvaluateError, SourceError, OutputError: trees, people or settings that cannot be used.
-        WeightsError, ClusterError, RunInterrupted: see `cluster` and `scol_ops.models.weights`.
-    """
-    begin = time.monotonic()
-    recognisers = recogniser_list.available(store) if recognisers is None else recognisers
-    check_settings(recognisers, distortions, store)
-    out = absolute(out or default_out(protected))
-    for tree in (originals, protected, *(() if gallery is None else (gallery,))):
-        check_out(tree, out)
-    for tree in (originals, *(() if gallery is None else (gallery,))):
-        if lies_inside(protected, tree):  # its photos would be taken for unprotected ones
-            raise EvaluateError("BAD_SETTING", f"{protected} lies inside {tree}; move it out")
-    inside_from = "option"
-    if inside is None:
-        found = recognisers_inside(protected)
-        inside, inside_from = ((), "unknown") if found is None else (found, "run")
-    else:
-        check_settings([*recognisers, *(name for name in inside if name not in recognisers)], (), store)
-    settings = Settings(
-        tuple(recognisers),
-        tuple(distortions),
-        photo,
-        recogniser_list.lpips_name(store),
-        seed,
-        None if store is None else absolute(store),
-        device,
+def _pair(
+    options: Options, folder: Path, only: Collection[str] | None, stop: Callable[[], bool] | None
+) -> Pairing:
+    given = {name: getattr(options, name) for name in ("people_from", "limit", "seed", "references", "drop")}
+    return Pairing(
+        absolute(options.originals),
+        absolute(options.protected),
+        gallery=None if options.gallery is None else absolute(options.gallery),
+        folder=folder,
+        only=only,
+        stop=stop or (lambda: False),
+        **given,
     )
-    run, parts = Run(out), Run(absolute(work) if work is not None else f"{out.rstrip('/')}/work")
-    with tempfile.TemporaryDirectory(prefix="scol-evaluate-") as folder:
-        say("listing")
-        pairing = Pairing(
-            absolute(originals),
-            absolute(protected),
-            gallery=None if gallery is None else absolute(gallery),
-            people_from=people_from,
-            folder=Path(folder),
-            limit=limit,
-            seed=seed,
-            references=references,
-            drop=drop,
-            stop=stop or (lambda: False),
-        )
-        c = pairing.counts
-        say(f"{c.photos} photos of {c.people} people to measure; gallery of {len(pairing.references)} people")
-        engine = partial(_engine, workers=workers, address=ray_address, progress=progress, stop=stop)
-        where, people = embed_gallery(parts, pairing, settings, engine)
-        say(
-            f"gallery: {len(people.people)} people embedded, "
-            f"{len(pairing.references) - len(people.people)} have no usable photo"
-        )
-        rule = measure_rule(settings, where)
-        schema = face_schema(settings)
-        measured = PartStore(parts.path("faces"), schema_version=SCHEMA_VERSION)
-        stage = Stage(
-            name="measure",
-            version=measure.MEASURE_VERSION,
-            schema=schema,
-            factory=partial(measure.measure_operator, settings, schema, where),
-            error_rows=partial(measure.error_rows, schema),
-            row_id="face_id",
-            pool="eyes",
-            resources=Resources(num_gpus=0.2, threads=1, memory=_WORKER_BYTES),
-            item_seconds=_PHOTO_SECONDS,
-        )
-        engine(measured, [stage], c.photos).run(pairing.tables(), {"measure": rule})
-        return _collect(
-            run,
-            measured,
-            pairing,
-            rule,
-            settings,
-            people,
-            {
-                "version": SCHEMA_VERSION,
-                "written": utc(),
-                "originals": absolute(originals),
-                "protected": absolute(protected),
-                "gallery": gallery,
-                "gallery_embedded": where,
-                "people_from": people_from,
-                "limit": limit,
-                "seed": seed,
-                "references": references,
-                "settings": settings.to_dict(),
-                "inside": list(inside),
-                "inside_from": inside_from,
-                "versions": versions(),
-                "machine": machine(),
-            },
-            begin,
-        )
 
 
-def _engine(
-    store: PartStore,
-    stages: Sequence[Stage],
-    items: int,
-    *,
-    workers: int | None,
-    address: str | None,
-    progress: Callable[[Progress], None] | None,
-    stop: Callable[[], bool] | None,
-) -> Engine:
+# ---- the two chains --------------------------------------------------------------------------------------------------
+
+
+def _engine(store: PartStore, stages: Sequence[Stage], items: int, workers: int | None, **options: Any) -> Engine:
     pools = {} if workers is None else {stages[0].pool: Pool(actors=workers)}
-    # What is in hand is lost when a run is stopped, so parts of small trees are small; those of large ones are not
-    # many.
-    return Engine(
-        store,
-        stages,
-        pools=pools,
-        shard_items=max(1, min(128, items // 100)),
-        address=address,
-        progress=progress,
-        stop=stop,
-    )
+    # What is in hand is lost when a run is stopped, so parts of small trees are small; those of large ones are few.
+    return Engine(store, stages, pools=pools, shard_items=max(1, min(128, items // 100)), **options)
 
 
-def embed_gallery(
-    parts: Run, pairing: Pairing, settings: Settings, engine: Callable[..., Engine]
-) -> tuple[str, Gallery]:
+def embed_gallery(parts: Run, pairing: Pairing, settings: Settings, engine: Engines) -> tuple[str, Gallery]:
     """Embed the people of the gallery; returns where the result is, and the result."""
     dims = {name: recogniser_list.load(name, store=settings.store).dim for name in settings.recognisers}
     schema = reference_schema(settings.recognisers, dims)
@@ -275,11 +271,10 @@ def embed_gallery(
         version=measure.EMBED_VERSION,
         schema=schema,
         factory=partial(measure.embed_operator, settings, schema),
-        error_rows=partial(_no_reference, schema),
-        pool="eyes",
-        resources=Resources(num_gpus=0.2, threads=1, memory=_WORKER_BYTES),
+        error_rows=partial(measure.no_reference, schema),
         batch_items=1,
         item_seconds=_PHOTO_SECONDS,
+        **_EYES,
     )
     if rows:
         engine(store, [stage], len(rows)).run(source, {"embed": keys})
@@ -290,11 +285,31 @@ def embed_gallery(
     return parts.path(name), Gallery.read(parts.path(name), settings.recognisers)
 
 
-def _no_reference(schema: pa.Schema, table: pa.Table, reason: str) -> pa.Table:
-    rows = [
-        {"key": r["key"], "person_id": r["person_id"], "status": "error", "reason": reason} for r in table.to_pylist()
-    ]
-    return pa.Table.from_pylist(rows, schema)
+def measure_photos(
+    parts: Run, pairing: Pairing, settings: Settings, gallery: Gallery, gallery_url: str, engine: Engines
+) -> Measured:
+    """Measure the pairs against the gallery that lies at an URL, as far as it is not done."""
+    schema = face_schema(settings)
+    measured = Measured(
+        PartStore(parts.path("faces"), schema_version=SCHEMA_VERSION),
+        measure_rule(settings, gallery_url),
+        settings,
+        pairing,
+        gallery,
+        gallery_url,
+    )
+    stage = Stage(
+        name="measure",
+        version=measure.MEASURE_VERSION,
+        schema=schema,
+        factory=partial(measure.measure_operator, settings, schema, gallery_url),
+        error_rows=partial(measure.error_rows, schema),
+        row_id="face_id",
+        item_seconds=_PHOTO_SECONDS,
+        **_EYES,
+    )
+    engine(measured.store, [stage], pairing.counts.photos).run(pairing.tables(), {"measure": measured.rule})
+    return measured
 
 
 def _fingerprints(settings: Settings, lpips: bool = False) -> str:
@@ -315,13 +330,12 @@ def measure_rule(settings: Settings, gallery_url: str) -> KeyRule:
 # ---- adding up -------------------------------------------------------------------------------------------------------
 
 
-def scan_faces(
-    store: PartStore, pairing: Pairing, rule: KeyRule, schema: pa.Schema, columns: Sequence[str] | None = None
-) -> Iterator[pa.Table]:
+def scan_faces(measured: Measured, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The faces' rows in the source's order; those of a person never come in two tables."""
+    store, schema = measured.store, face_schema(measured.settings)
     index = store.key_index("measure")
-    for source in pairing.tables():
-        keys = rule(source["key"].to_pylist())
+    for source in measured.pairing.tables():
+        keys = measured.rule(source["key"].to_pylist())
         codes = index.find(pack(keys))
         pieces = []
         for first in range(0, len(keys), _WINDOW):
@@ -330,42 +344,70 @@ def scan_faces(
         yield pa.concat_tables(pieces)
 
 
-def _people(store: PartStore, pairing: Pairing, rule: KeyRule, schema: pa.Schema) -> int:
-    total = 0
-    for table in scan_faces(store, pairing, rule, schema, ["person_id", "face_id", "status"]):
-        total += len(set(clusters(table.filter(pc.equal(table["status"], OK)))))
-    return total
-
-
-def _collect(
-    run: Run,
-    store: PartStore,
-    pairing: Pairing,
-    rule: KeyRule,
-    settings: Settings,
-    people: Gallery,
-    about: dict[str, Any],
-    begin: float,
-) -> Result:
-    schema = face_schema(settings)
-    judges = []
-    for number, name in enumerate(settings.recognisers):
-        network = recogniser_list.load(name, store=settings.store)
-        found, pairs = thresholds(people.embeddings[number])
-        judges.append(Judge(name, network.fingerprint, network.threshold, found, pairs, name in about["inside"]))
-    collector = Collector(settings, judges, _people(store, pairing, rule, schema), len(people.people))
-    chooser = Examples(judges)
+def collect(run: Run, measured: Measured, judges: Sequence[Judge]) -> tuple[Summary, Examples]:
+    """Add up all faces, and write them to `faces.parquet`."""
+    people = 0
+    for table in scan_faces(measured, ["person_id", "face_id", "status"]):
+        people += len(set(clusters(table.filter(pc.equal(table["status"], OK)))))
+    collector = Collector(measured.settings, judges, people, len(measured.gallery.people))
+    examples = Examples(judges)
 
     def tables() -> Iterator[pa.Table]:
-        for table in scan_faces(store, pairing, rule, schema):
+        for table in scan_faces(measured):
             collector.add(table)
-            chooser.add(table)
+            examples.add(table)
             yield table
 
-    run.write_tables("faces.parquet", schema, tables())
-    summary = collector.summary()
-    c = pairing.counts
-    counts = {
+    run.write_tables("faces.parquet", face_schema(measured.settings), tables())
+    return collector.summary(), examples
+
+
+def _judges(measured: Measured, inside: Collection[str]) -> list[Judge]:
+    judges = []
+    for name, embeddings in zip(measured.settings.recognisers, measured.gallery.embeddings, strict=True):
+        network = recogniser_list.load(name, store=measured.settings.store)
+        judges.append(Judge(name, network.fingerprint, network.threshold, *thresholds(embeddings), name in inside))
+    return judges
+
+
+def _judge_words(judge: Judge) -> dict[str, Any]:
+    return {
+        "name": judge.name,
+        "fingerprint": judge.fingerprint,
+        "inside": judge.inside,
+        "card_threshold": judge.card_threshold,
+        "impostor_pairs": judge.pairs,
+        "thresholds": {far_word(far): judge.thresholds[far] for far in FARS},
+    }
+
+
+def _about(
+    options: Options, settings: Settings, inside: Sequence[str], inside_from: str, gallery_url: str
+) -> dict[str, Any]:
+    """What was measured, with what, and where."""
+    return {
+        "version": SCHEMA_VERSION,
+        "written": utc(),
+        "originals": absolute(options.originals),
+        "protected": absolute(options.protected),
+        "gallery": options.gallery,
+        "gallery_embedded": gallery_url,
+        "people_from": options.people_from,
+        "limit": options.limit,
+        "seed": options.seed,
+        "references": options.references,
+        "settings": settings.to_dict(),
+        "inside": list(inside),
+        "inside_from": inside_from,
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _counts(measured: Measured, summary: Summary) -> dict[str, Any]:
+    """Photos and faces by what became of them."""
+    c, people = measured.pairing.counts, len(measured.gallery.people)
+    return {
         "originals": c.originals,
         "protected": c.protected,
         "photos": c.photos,
@@ -377,29 +419,8 @@ def _collect(
         "gallery_photos": c.gallery_photos,
         "gallery_photos_unusable": c.gallery_unusable,
         "other_files": c.skipped,
-        "gallery_people": len(people.people),
-        "gallery_people_without_face": len(pairing.references) - len(people.people),
-    }
-    figures = about | {
-        "counts": counts,
-        "protected_without_original_examples": c.extra_examples,
-        "recognisers": [_judge_words(j) for j in judges],
-        **figures_of(summary),
-        "seconds": round(time.monotonic() - begin, 1),
-    }
-    run.write("evaluation.json", (to_json(figures) + "\n").encode())
-    write_page(run, figures, summary, judges, choose_examples(chooser, run.path("faces.parquet")))
-    return Result(run.url, figures)
-
-
-def _judge_words(judge: Judge) -> dict[str, Any]:
-    return {
-        "name": judge.name,
-        "fingerprint": judge.fingerprint,
-        "inside": judge.inside,
-        "card_threshold": judge.card_threshold,
-        "impostor_pairs": judge.pairs,
-        "thresholds": {f"{far:.0e}".replace("e-0", "e-"): judge.thresholds[far] for far in FARS},
+        "gallery_people": people,
+        "gallery_people_without_face": len(measured.pairing.references) - people,
     }
 
 

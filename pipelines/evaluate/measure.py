@@ -28,7 +28,7 @@ from cluster import Operator
 from pipelines.archive.paths import SourceError
 from pipelines.archive.reading import read_bytes
 from pipelines.evaluate import judges
-from pipelines.evaluate.pairs import OK
+from pipelines.evaluate.pairs import OK, UNREADABLE, text_fields
 from pipelines.networks import load as networks
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import Photo, PhotoError
@@ -114,21 +114,8 @@ WHOLE = ("photo_psnr", "photo_ssim", "photo_flip", "photo_mean_change", "photo_m
 def face_schema(settings: Settings) -> pa.Schema:
     """Columns of the faces' table; documented in docs/evaluate.md."""
     fields = [
-        pa.field("key", pa.string(), False),
-        pa.field("photo_id", pa.string(), False),
-        pa.field("face_id", pa.string()),
-        pa.field("path", pa.string(), False),
-        pa.field("url", pa.string(), False),
-        pa.field("protected_path", pa.string()),
-        pa.field("protected_url", pa.string()),
-        pa.field("person_id", pa.string()),
-        pa.field("status", pa.string(), False),
-        pa.field("reason", pa.string()),
-        pa.field("central", pa.bool_()),
-        pa.field("detected", pa.bool_()),
-        pa.field("has_mate", pa.bool_()),
-        pa.field("same_size", pa.bool_()),
-        pa.field("same_bytes", pa.bool_()),
+        *text_fields("key photo_id face_id? path url protected_path? protected_url? person_id? status reason?"),
+        *(pa.field(name, pa.bool_()) for name in ("central", "detected", "has_mate", "same_size", "same_bytes")),
         pa.field("box", pa.list_(pa.float32(), 4)),
         pa.field("landmarks", pa.list_(pa.float32(), 10)),
         pa.field("seconds", pa.float32()),
@@ -247,6 +234,16 @@ class Eyes:
                 out.append(network.embed_aligned(torch.cat(aligned)).float().cpu().numpy())
         return out
 
+    def embed_central(self, url: str, not_this: bytes = b"") -> tuple[list[NDArray[np.float32]] | None, str | None]:
+        """Each recogniser's unit embedding (dim,) of `central_window`'s face; else None and the reason."""
+        window, reason = central_window(self, url, not_this)
+        if window is None:
+            return None, reason
+        try:
+            return [e[0] for e in self.embed([window])], None
+        except GeometryError as error:
+            return None, f"GEOMETRY: {error}"
+
 
 @lru_cache(2)
 def _eyes(settings: Settings) -> Eyes:
@@ -257,28 +254,13 @@ def _eyes(settings: Settings) -> Eyes:
 
 
 def reference_source_schema() -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), False),
-            pa.field("person_id", pa.string(), False),
-            pa.field("photos", pa.list_(pa.string()), False),
-            pa.field("status", pa.string(), False),
-            pa.field("reason", pa.string()),
-        ]
-    )
+    photos = pa.field("photos", pa.list_(pa.string()), False)
+    return pa.schema([*text_fields("key person_id"), photos, *text_fields("status reason?")])
 
 
 def reference_schema(recognisers: Sequence[str], dims: Mapping[str, int]) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field("key", pa.string(), False),
-            pa.field("person_id", pa.string(), False),
-            pa.field("url", pa.string()),
-            pa.field("status", pa.string(), False),
-            pa.field("reason", pa.string()),
-            *(pa.field(f"embedding_{name}", pa.list_(pa.float32(), dims[name])) for name in recognisers),
-        ]
-    )
+    embeddings = (pa.field(f"embedding_{name}", pa.list_(pa.float32(), dims[name])) for name in recognisers)
+    return pa.schema([*text_fields("key person_id url? status reason?"), *embeddings])
 
 
 def central_window(eyes: Eyes, url: str, not_this: bytes = b"") -> tuple[Window | None, str | None]:
@@ -298,35 +280,26 @@ def central_window(eyes: Eyes, url: str, not_this: bytes = b"") -> tuple[Window 
 
 
 def embed_operator(settings: Settings, schema: pa.Schema) -> Operator:
-    """Rows of `reference_source_schema` to rows of `reference_schema`: of each person the first photo that shows a
-    face."""
+    """Rows of `reference_source_schema` to `reference_schema`: of each person the first photo that shows a face."""
     eyes = _eyes(settings)
 
-    def run(table: pa.Table) -> pa.Table:
-        rows = []
-        for row in table.to_pylist():
-            answer = {
-                "key": row["key"],
-                "person_id": row["person_id"],
-                "status": ERROR,
-                "reason": "NO_PHOTO: none was offered",
-            }
-            for url in row["photos"]:
-                window, answer["reason"] = central_window(eyes, url)
-                if window is not None:
-                    try:
-                        found = eyes.embed([window])
-                    except GeometryError as error:
-                        answer["reason"] = f"GEOMETRY: {error}"
-                        continue
-                    answer |= {"status": OK, "url": url} | {
-                        f"embedding_{name}": e[0] for name, e in zip(settings.recognisers, found, strict=True)
-                    }
-                    break
-            rows.append(answer)
-        return pa.Table.from_pylist(rows, schema)
+    def reference(row: Mapping[str, Any]) -> dict[str, Any]:
+        answer = {"key": row["key"], "person_id": row["person_id"]}
+        reason: str | None = "NO_PHOTO: none was offered"
+        for url in row["photos"]:
+            found, reason = eyes.embed_central(url)
+            if found is not None:
+                names = (f"embedding_{name}" for name in settings.recognisers)
+                return answer | {"status": OK, "url": url} | dict(zip(names, found, strict=True))
+        return answer | {"status": ERROR, "reason": reason}
 
-    return run
+    return lambda table: pa.Table.from_pylist([reference(row) for row in table.to_pylist()], schema)
+
+
+def no_reference(schema: pa.Schema, table: pa.Table, reason: str) -> pa.Table:
+    """What the engine writes where `embed_operator` could not."""
+    why = {"status": ERROR, "reason": reason}
+    return pa.Table.from_pylist([row | why for row in table.select(["key", "person_id"]).to_pylist()], schema)
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,97 +358,80 @@ class Measurer:
     def photo(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """One row for each face of the original, or one that says why there is none."""
         begin = time.monotonic()
+
+        def none(status: str, reason: str) -> list[dict[str, Any]]:
+            return [base(row) | {"status": status, "reason": reason, "seconds": time.monotonic() - begin}]
+
         if row["status"] != OK:
-            return [base(row) | {"seconds": 0.0}]
+            return none(row["status"], row["reason"])
         photos: list[Photo] = []
         for which, url in (("", row["url"]), (" (the protected photo)", row["protected_url"])):
             try:
                 photos.append(decode(read_bytes(url)))
             except (PhotoError, SourceError) as error:
-                return [base(row) | {"status": "unreadable", "reason": reason_of(error) + which, "seconds": 0.0}]
+                return none(UNREADABLE, reason_of(error) + which)
         original, protected = (photo.pixels for photo in photos)
         spots = self.eyes.faces(original)
         if not spots:
-            return [
-                base(row)
-                | {
-                    "status": NO_FACE,
-                    "reason": "NO_FACE: no face was found in the original",
-                    "seconds": time.monotonic() - begin,
-                }
-            ]
+            return none(NO_FACE, "NO_FACE: no face was found in the original")
         (height, width), (high, wide) = original.shape[:2], protected.shape[:2]
         if abs(high / height * width / wide - 1) > max(0.02, 1.5 / min(high, wide)):
-            reason = f"SHAPE_DIFFERS: {width} x {height} and {wide} x {high} are not the same picture"
-            return [base(row) | {"status": SHAPE, "reason": reason, "seconds": time.monotonic() - begin}]
-        common: dict[str, Any] = base(row) | {
-            "same_size": (high, wide) == (height, width),
-            "same_bytes": photos[0].source == photos[1].source,
-        }
-        if common["same_size"] and self.settings.photo and min(high, wide) >= 11:
-            difference = photo_difference(original, protected)
-            common |= {f"photo_{name}": value for name, value in vars(difference).items()}
-            if self.eyes.lpips is not None and height * width <= LPIPS_PIXELS and min(high, wide) >= LPIPS_SIDE:
-                common[f"photo_{LPIPS}"] = self.eyes.distance(original, protected)
+            return none(SHAPE, f"SHAPE_DIFFERS: {width} x {height} and {wide} x {high} are not the same picture")
+        common = base(row) | self._whole(original, protected) | {"same_bytes": photos[0].source == photos[1].source}
         middle = central(np.stack([s.box for s in spots]), width, height)
-        found = self.eyes.faces(protected)
+        found, mate = self.eyes.faces(protected), self.mate(row, photos[0].source)
         scale = np.array([wide / width, high / height])
         rows = []
-        mate = self._mate(row, photos[0].source)
         for index, spot in enumerate(spots):
-            name = face_id(row["photo_id"], index)
-            named = row["person_id"] if index == middle else None
+            named = index == middle
             answer = common | {
-                "face_id": name,
-                "central": index == middle,
-                "person_id": named,
+                "face_id": face_id(row["photo_id"], index),
+                "central": named,
+                "person_id": row["person_id"] if named else None,
                 "has_mate": False,
                 "box": spot.box.astype(np.float32),
                 "landmarks": spot.landmarks.reshape(-1).astype(np.float32),
             }
             expected = spot.moved(lambda p: (p + 0.5) * scale - 0.5)
             near = nearest(found, expected)
-            answer["detected"] = near is not None
+            own = mate if answer["person_id"] is not None else None
             try:
-                answer |= self._face(
-                    original,
-                    protected,
-                    spot,
-                    near or expected,
-                    expected,
-                    named,
-                    mate if named is not None else None,
-                    row_seed(self.settings.seed, name),
-                )
+                measures = self._face(original, protected, (spot, near or expected, expected), answer, own)
             except GeometryError as error:
-                answer |= {"status": ERROR, "reason": f"GEOMETRY: {error}"}
-            rows.append(answer)
+                measures = {"status": ERROR, "reason": f"GEOMETRY: {error}"}
+            rows.append(answer | {"detected": near is not None} | measures)
         seconds = (time.monotonic() - begin) / len(rows)
         return [answer | {"seconds": seconds} for answer in rows]
 
-    def _mate(self, row: Mapping[str, Any], original: bytes) -> list[NDArray[np.float32]] | None:
+    def _whole(self, original: Pixels, protected: Pixels) -> dict[str, Any]:
+        """Whether both photos have one size, and then the measures over all of them."""
+        height, width = original.shape[:2]
+        out: dict[str, Any] = {"same_size": original.shape == protected.shape}
+        if out["same_size"] and self.settings.photo and min(height, width) >= 11:
+            out |= {f"photo_{name}": value for name, value in vars(photo_difference(original, protected)).items()}
+            if self.eyes.lpips is not None and height * width <= LPIPS_PIXELS and min(height, width) >= LPIPS_SIDE:
+                out[f"photo_{LPIPS}"] = self.eyes.distance(original, protected)
+        return out
+
+    def mate(self, row: Mapping[str, Any], original: bytes) -> list[NDArray[np.float32]] | None:
         """Embeddings of the first other photo of the person that shows a face; a copy of the original is none."""
         for url in row["mates"] if row["mates"] is not None else ():
-            window, _ = central_window(self.eyes, url, original)
-            if window is None:
-                continue
-            try:
-                return [e[0] for e in self.eyes.embed([window])]
-            except GeometryError:
-                continue
+            found, _ = self.eyes.embed_central(url, original)
+            if found is not None:
+                return found
         return None
 
     def _face(
         self,
         original: Pixels,
         protected: Pixels,
-        spot: Spot,
-        seen: Spot,
-        expected: Spot,
-        person: str | None,
+        spots: tuple[Spot, Spot, Spot],
+        answer: Mapping[str, Any],
         mate: list[NDArray[np.float32]] | None,
-        seed: int,
     ) -> dict[str, Any]:
+        """`spots`: the face in the original; in the protected photo, as found; there, as expected."""
+        spot, seen, expected = spots
+        person, seed = answer["person_id"], row_seed(self.settings.seed, answer["face_id"])
         before, after = Window.about(original, spot), Window.about(protected, seen)
         # The picture's measures compare the same place of both, wherever the detector sees the face now.
         place = Window.about(protected, expected)
@@ -489,10 +445,11 @@ class Measurer:
             for i, variant in enumerate(self.settings.variants):
                 probes[UNPROTECTED, variant], probes["", variant] = found[2 * i], found[2 * i + 1]
             own = probes[UNPROTECTED, NONE]
-            out |= self._identity(number, recogniser, probes, own, person, None if mate is None else mate[number], seed)
+            other = None if mate is None else mate[number]
+            out |= self.identity(number, recogniser, probes, own, person, other, seed)
         return out
 
-    def _identity(
+    def identity(
         self,
         number: int,
         recogniser: str,
@@ -502,6 +459,13 @@ class Measurer:
         mate: NDArray[np.float32] | None,
         seed: int,
     ) -> dict[str, Any]:
+        """Cosines and ranks of a face's probes, named by `column`.
+
+        Args:
+            number, recogniser: its place among the settings', and its name.
+            probes: (subject, variant) -> unit embedding (dim,). own: of the original. mate: of another photo, or None.
+            person: who is no candidate to be mistaken for; None: nobody. seed: of the draw of somebody else.
+        """
         out: dict[str, Any] = {}
         gallery = self.gallery.embeddings[number]
         others = self.people != person

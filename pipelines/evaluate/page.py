@@ -262,14 +262,6 @@ def _recogniser_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-plain_table = markdown  # under this name for experiments and bench, until they name text_tables
-
-
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """For experiments.sheet, until it has a template."""
-    return html.part("table", rows)
-
-
 def table_words(figures: Mapping[str, Any]) -> str:
     """The result in a few lines for a terminal."""
     return aligned(count_rows(figures), "<", ">9") + "\n\n" + markdown(identity_rows(figures))

@@ -14,7 +14,7 @@ import heapq
 import os
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from cluster import hash_key
-from pipelines.archive.entry import SourceRow
 from pipelines.archive.paths import photo_id
 from pipelines.archive.source import list_photos
 from pipelines.evaluate.errors import EvaluateError
@@ -36,40 +35,22 @@ _BUCKETS = 64
 _ROWS_AT_ONCE = 100_000  # held before they are written to their files
 _ONE_PIECE = 10_000  # photos whose faces are added up at a time: a face may have a thousand columns
 
+
+def text_fields(names: str) -> list[pa.Field]:
+    """Columns of text, in order; one whose name is followed by `?` may be null."""
+    return [pa.field(name.removesuffix("?"), pa.string(), name.endswith("?")) for name in names.split()]
+
+
 PAIR_SCHEMA = pa.schema(
     [
-        pa.field("key", pa.string(), False),
-        pa.field("photo_id", pa.string(), False),
-        pa.field("path", pa.string(), False),
-        pa.field("url", pa.string(), False),
-        pa.field("protected_path", pa.string()),
-        pa.field("protected_url", pa.string()),
-        pa.field("person_id", pa.string()),
+        *text_fields("key photo_id path url protected_path? protected_url? person_id?"),
         pa.field("mates", pa.list_(pa.string())),
-        pa.field("status", pa.string(), False),
-        pa.field("reason", pa.string()),
+        *text_fields("status reason?"),
     ]
 )
-_LISTED = pa.schema(
-    [
-        ("stem", pa.string()),
-        ("path", pa.string()),
-        ("url", pa.string()),
-        ("version", pa.string()),
-        ("person", pa.string()),
-        ("error", pa.string()),
-    ]
-)
-_PAIRED = pa.schema(
-    [
-        *_LISTED,
-        ("protected_path", pa.string()),
-        ("protected_url", pa.string()),
-        ("protected_version", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-    ]
-)
+_LISTED = pa.schema(text_fields("stem? path? url? version? person? error?"))
+_PAIRED = pa.schema([*_LISTED, *text_fields("protected_path? protected_url? protected_version? status? reason?")])
+_NAMED = pa.schema(text_fields("stem? path? person?"))
 Row = dict[str, Any]
 
 
@@ -98,7 +79,6 @@ class Counts:
     people_rows_unused: int = 0
     gallery_photos: int = 0
     gallery_unusable: int = 0
-    gallery_people: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
 
 
@@ -172,29 +152,6 @@ class Spread:
             self._files[i].unlink()
 
 
-def _version(row: SourceRow) -> str:
-    return f"{row.size}/{row.modified}"
-
-
-def _listing(
-    url: str, people_from: str | None, counts: Counter[str], stop: Callable[[], bool], drop: str = ""
-) -> Iterator[Row]:
-    for row in list_photos(url, people_from=people_from):
-        if stop():
-            raise KeyboardInterrupt
-        if row.skipped:
-            counts[row.code] += 1
-            continue
-        yield {
-            "stem": stem(row.path, drop),
-            "path": row.path,
-            "url": row.url,
-            "version": _version(row),
-            "person": row.person_id,
-            "error": row.error,
-        }
-
-
 def _people(table: str) -> Iterator[Row]:
     """Rows of a CSV or Parquet table with columns `path` (relative to ORIGINALS, suffix optional) and `person_id`.
 
@@ -219,7 +176,7 @@ def _people(table: str) -> Iterator[Row]:
 
 
 class Pairing:
-    """Lists and joins the trees; `pairs` then gives the rows, `references` the people of the gallery.
+    """Lists and joins the trees; `tables` then gives the rows, `references` the people of the gallery.
 
     Args:
         originals, protected: folders, globs, lists or tables, as for `scol protect`.
@@ -230,6 +187,7 @@ class Pairing:
         limit: measure so many photos at most, drawn by `seed`; the gallery comes from all.
         references: people of the gallery at most. The probes' own people go first.
         drop: end of the protected files' names, before the suffix, that the originals' lack.
+        only: measure none but these paths; the gallery comes from all.
         stop: asked now and then; where it says true, it ends as by Ctrl-C.
 
     Raises:
@@ -249,108 +207,129 @@ class Pairing:
         seed: int = 0,
         references: int = 1000,
         drop: str = "",
+        only: Collection[str] | None = None,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.counts, self._seed, self._limit = Counts(), seed, limit
-        of_folder = "folder" if people_from == "folder" else None
-        skipped: Counter[str] = Counter()
-        one = Spread(folder, "originals", _LISTED, "stem")
-        two = Spread(folder, "protected", _LISTED, "stem")
-        named = (
-            None
-            if people_from in (None, "folder")
-            else Spread(
-                folder,
-                "people",
-                pa.schema([("stem", pa.string()), ("path", pa.string()), ("person", pa.string())]),
-                "stem",
-            )
-        )
-        chosen: list[int] = []  # the smallest hashes, negated: a heap
+        self.counts, self._folder, self._stop, self._drop = Counts(), folder, stop, drop
+        self._seed, self._limit, self._only = seed, limit, only
+        self._skipped: Counter[str] = Counter()
         same = drop != "" and originals.rstrip("/") == protected.rstrip("/")  # protected files beside their originals
-        for row in _listing(originals, of_folder, skipped, stop):
-            if same and _ends_in(row["path"], drop):
+        one = self._list_originals(originals, "folder" if people_from == "folder" else None, same)
+        two = Spread(folder, "protected", _LISTED, "stem")
+        for row in self._listing(protected, None, drop):
+            if not same or _ends_in(row["path"], drop):
+                two.add(row)
+        two.close()
+        self.counts.originals, self.counts.protected = one.rows, two.rows
+        joined = self._join(one, two, None if people_from in (None, "folder") else self._list_people(people_from))
+        if not self.paired:
+            raise EvaluateError(
+                "NO_PAIRS", f"no photo of {protected} has the path of one of {originals}, whatever the suffix"
+            )
+        others = None if gallery is None else self._list_gallery(gallery, gallery.rstrip("/") == protected.rstrip("/"))
+        self.counts.skipped = dict(self._skipped)
+        self._finish(joined, others, references)
+
+    def _listing(self, url: str, people_from: str | None, drop: str = "") -> Iterator[Row]:
+        for row in list_photos(url, people_from=people_from):
+            if self._stop():
+                raise KeyboardInterrupt
+            if row.skipped:
+                self._skipped[row.code] += 1
                 continue
-            one.add(row)
-            if limit is not None:
+            yield {"stem": stem(row.path, drop), "path": row.path, "url": row.url} | {
+                "version": f"{row.size}/{row.modified}",
+                "person": row.person_id,
+                "error": row.error,
+            }
+
+    def _list_originals(self, originals: str, people_from: str | None, same: bool) -> Spread:
+        """`same`: protected files lie beside them."""
+        found = Spread(self._folder, "originals", _LISTED, "stem")
+        chosen: list[int] = []  # the smallest hashes, negated: a heap
+        wanted = 0
+        for row in self._listing(originals, people_from):
+            if same and _ends_in(row["path"], self._drop):
+                continue
+            found.add(row)
+            if self._only is not None and row["path"] not in self._only:
+                continue
+            wanted += 1
+            if self._limit is not None:
                 number = -self._draw(row["path"])
-                if len(chosen) < limit:
+                if len(chosen) < self._limit:
                     heapq.heappush(chosen, number)
                 elif number > chosen[0]:
                     heapq.heapreplace(chosen, number)
         self._cut = -chosen[0] if chosen else None
-        if not one.rows:
+        if not found.rows:
             raise EvaluateError("EMPTY", f"no photo at {originals}")
-        for row in _listing(protected, None, skipped, stop, drop):
-            if not same or _ends_in(row["path"], drop):
-                two.add(row)
-        told = 0
-        if named is not None:
-            for row in _people(people_from):
-                told += 1
-                # Without a suffix it may be what looks like one: both are looked for.
-                for name in {stem(row["path"]), row["path"]}:
-                    named.add(row | {"stem": name})
-            named.close()
-        for spread in (one, two):
-            spread.close()
-        self.counts.originals, self.counts.protected = one.rows, two.rows
-        joined = Spread(folder, "joined", _PAIRED, "person")
-        paired = 0
+        if not wanted:
+            raise EvaluateError("EMPTY", f"none of the run's photos is below {originals}")
+        found.close()
+        return found
+
+    def _list_people(self, table: str) -> Spread:
+        found = Spread(self._folder, "people", _NAMED, "stem")
+        for row in _people(table):
+            self.counts.people_rows_unused += 1
+            # Without a suffix it may be what looks like one: both are looked for.
+            for name in {stem(row["path"]), row["path"]}:
+                found.add(row | {"stem": name})
+        found.close()
+        return found
+
+    def _join(self, one: Spread, two: Spread, named: Spread | None) -> Spread:
+        """Originals with their protected photos and their people; the listings' files go."""
+        joined = Spread(self._folder, "joined", _PAIRED, "person")
+        self.paired = used = 0
         for bucket in range(_BUCKETS):
-            if stop():
+            if self._stop():
                 raise KeyboardInterrupt
             rows, extra = pair_up(one.read(bucket), two.read(bucket))
             if named is not None:
-                told -= name_photos(rows, named.read(bucket))
+                used += name_photos(rows, named.read(bucket))
             for row in rows:
                 self.counts.unnamed += row["person"] is None
                 # Photos of nobody in particular are people of one photo.
                 row["person"] = _label(row["person"], row["path"])
-                paired += row["status"] == OK
+                self.paired += row["status"] == OK
                 joined.add(row)
             self.counts.extra += len(extra)
             self.counts.extra_examples = (self.counts.extra_examples + extra)[:5]
-        self.counts.people_rows_unused = max(0, told)
+        self.counts.people_rows_unused = max(0, self.counts.people_rows_unused - used)
         for spread in (one, two, *(() if named is None else (named,))):
             spread.drop()
-        if not paired:
-            raise EvaluateError(
-                "NO_PAIRS", f"no photo of {protected} has the path of one of {originals}, whatever the suffix"
-            )
         joined.close()
-        others = None
-        if gallery is not None:
-            others = Spread(folder, "gallery", _LISTED, "person")
-            for row in _listing(gallery, "folder", skipped, stop):
-                if gallery.rstrip("/") == protected.rstrip("/") and _ends_in(row["path"], drop):
-                    continue  # a protected photo
-                if row["error"] is None and row["person"] is not None:
-                    row["person"] = _label(row["person"], row["path"])
-                    others.add(row)
-                else:
-                    self.counts.gallery_unusable += 1
-            others.close()
-        self.counts.skipped = dict(skipped)
-        self._finish(joined, others, folder, references, stop)
-        joined.drop()
-        if others is not None:
-            others.drop()
+        return joined
+
+    def _list_gallery(self, gallery: str, same: bool) -> Spread:
+        """`same`: protected files lie in it."""
+        found = Spread(self._folder, "gallery", _LISTED, "person")
+        for row in self._listing(gallery, "folder"):
+            if same and _ends_in(row["path"], self._drop):
+                continue
+            if row["error"] is None and row["person"] is not None:
+                row["person"] = _label(row["person"], row["path"])
+                found.add(row)
+            else:
+                self.counts.gallery_unusable += 1
+        found.close()
+        return found
 
     def _draw(self, path: str) -> int:
         return _number("sample", str(self._seed), path)
 
     def _measured(self, path: str) -> bool:
-        return self._limit is None or self._draw(path) <= self._cut
+        wanted = self._only is None or path in self._only
+        return wanted and (self._limit is None or self._draw(path) <= self._cut)
 
-    def _finish(
-        self, joined: Spread, others: Spread | None, folder: Path, references: int, stop: Callable[[], bool]
-    ) -> None:
-        """Choose mates and references, person by person."""
+    def _finish(self, joined: Spread, others: Spread | None, references: int) -> None:
+        """Choose mates and references, person by person; the files of the joins go."""
         best: list[tuple[tuple[int, int], str, tuple]] = []  # a heap of the people that are wanted least
         self._final: list[Path] = []
         for bucket in range(_BUCKETS):
-            if stop():
+            if self._stop():
                 raise KeyboardInterrupt
             rows = joined.read(bucket)
             pool: dict[str, list[Row]] = {}
@@ -360,14 +339,13 @@ class Pairing:
             for photos in pool.values():
                 photos.sort(key=lambda r: _number(str(self._seed), r["path"]))
                 self.counts.gallery_photos += len(photos)
-            self.counts.gallery_people += len(pool)
             probes = [row for row in rows if self._measured(row["path"])]
             own = {row["person"] for row in probes}
             self.counts.people += len(own)
             out = [self._pair(row, pool.get(row["person"], []), others is None) for row in probes]
             out.sort(key=lambda r: r["path"])
             self.counts.photos += len(out)
-            self._write(folder, bucket, out)
+            self._write(bucket, out)
             for person, photos in pool.items():
                 rank = (0 if person in own else 1, _number("reference", str(self._seed), person))
                 offered = tuple((p["url"], p["version"]) for p in photos[:MATES])
@@ -377,10 +355,12 @@ class Pairing:
                 elif entry > best[0]:
                     heapq.heapreplace(best, entry)
         self.references = sorted((Reference(person, photos) for _, person, photos in best), key=lambda r: r.person)
+        for spread in (joined, *(() if others is None else (others,))):
+            spread.drop()
 
-    def _write(self, folder: Path, bucket: int, rows: list[Row]) -> None:
+    def _write(self, bucket: int, rows: list[Row]) -> None:
         if rows:
-            path = folder / f"source-{bucket:02d}.parquet"
+            path = self._folder / f"source-{bucket:02d}.parquet"
             pq.write_table(pa.Table.from_pylist(rows, PAIR_SCHEMA), path, compression="zstd")
             self._final.append(path)
 
@@ -408,18 +388,9 @@ class Pairing:
             row["reason"] or "",
             *(f for p in mates for f in (p["url"], p["version"])),
         )
-        return {
-            "key": hash_key("pair", *fields),
-            "photo_id": photo_id(row["path"]),
-            "path": row["path"],
-            "url": row["url"],
-            "protected_path": row["protected_path"],
-            "protected_url": row["protected_url"],
-            "person_id": person,
-            "mates": [p["url"] for p in mates],
-            "status": row["status"],
-            "reason": row["reason"],
-        }
+        kept = {name: row[name] for name in ("path", "url", "protected_path", "protected_url", "status", "reason")}
+        key, mates_urls = hash_key("pair", *fields), [p["url"] for p in mates]
+        return kept | {"key": key, "photo_id": photo_id(row["path"]), "person_id": person, "mates": mates_urls}
 
     def tables(self) -> Iterator[pa.Table]:
         """The source table in pieces (`PAIR_SCHEMA`): all photos of a person are in one, each piece is sorted by
@@ -428,6 +399,10 @@ class Pairing:
             yield pa.concat_tables([self._read(path) for path in self._final]).sort_by("path")
         else:
             yield from map(self._read, self._final)
+
+    def rows(self) -> Iterator[Row]:
+        """Of `tables`."""
+        return (row for table in self.tables() for row in table.to_pylist())
 
     @staticmethod
     def _read(path: Path) -> pa.Table:
@@ -505,17 +480,8 @@ def pair_up(originals: list[Row], protected: list[Row]) -> tuple[list[Row], list
                 status, reason = UNREADABLE, row["error"]
             elif partner is not None and partner["error"] is not None:
                 status, reason = UNREADABLE, f"{partner['error']} (the protected photo)"
-            found = partner or {}
-            out.append(
-                row
-                | {
-                    "protected_path": found.get("path"),
-                    "protected_url": found.get("url"),
-                    "protected_version": found.get("version"),
-                    "status": status,
-                    "reason": reason,
-                }
-            )
+            protected_fields = {f"protected_{name}": (partner or {}).get(name) for name in ("path", "url", "version")}
+            out.append(row | protected_fields | {"status": status, "reason": reason})
         if not rest:  # else what is left is paired, or told of as ambiguous
             candidates[name] = list(left.values())
     extra += [row["path"] for rows in candidates.values() for row in rows]

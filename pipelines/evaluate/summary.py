@@ -35,7 +35,12 @@ _RANGES = {
 
 def far_name(measure: str, far: float) -> str:
     """`verified_own_1e-2`."""
-    return f"verified_{measure}_{far:.0e}".replace("e-0", "e-")
+    return f"verified_{measure}_{far_word(far)}"
+
+
+def far_word(far: float) -> str:
+    """`1e-2`."""
+    return f"{far:.0e}".replace("e-0", "e-")
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from pipelines.config.load import ConfigError, load_config
 from pipelines.config.names import ALL_RECOGNISERS
 from pipelines.config.sections import Config
 from pipelines.evaluate import judges
-from pipelines.evaluate.job import inside_of
+from pipelines.evaluate.judges import inside_of
 from pipelines.evaluate.measure import column
-from pipelines.evaluate.page import plain_table
-from pipelines.experiments.comparison import compare, number
+from pipelines.experiments.comparison import compare
 from pipelines.experiments.datasets import read_dataset
 from pipelines.experiments.faces import SEEN, Faces, estimates, less, mean, read_faces
 from pipelines.experiments.methods import Method, identity_sets, without
@@ -31,6 +30,7 @@ from pipelines.experiments.protocol import develop, lay_out, reported
 from pipelines.experiments.tables import Options, write
 from pipelines.experiments.variants import COMMON, Variant, VariantError
 from pipelines.run.environment import machine
+from pipelines.run.text_tables import estimate, markdown, number
 from scol_ops.distortions import NONE
 
 NAME = "ablation"
@@ -135,46 +135,32 @@ def table(found: Sequence[Measured], people: int) -> str:
         people: how many were protected.
     """
     chosen = common_judges(found)
+    lines: list[tuple[str, str, Faces, Faces | None, float | None]] = []  # name, judge, faces, the base's, seconds
+    for one in found:
+        first = one is found[0]
+        if chosen:
+            known = [one.seconds[judge] for judge in chosen if one.seconds[judge] is not None]
+            base = None if first else found[0].mean(chosen)
+            seconds = sum(known) / len(known) if known else None
+            lines.append((one.variant.name, f"mean of {len(chosen)}", one.mean(chosen), base, seconds))
+        for judge, faces in one.faces.items():
+            base = None if first else found[0].faces.get(judge, {})
+            lines.append((one.variant.name, judge, faces, base, one.seconds[judge]))
     parts = []
     for seen in SEEN:
         rows = [("variant", "judged by", "faces", "Rank-1-U, %", "ISM", "ISM less the base's", *_PICTURES, "s a face")]
-        for one in found:
-            if chosen:
-                average, base = one.mean(chosen), found[0].mean(chosen)
-                known = [one.seconds[judge] for judge in chosen if one.seconds[judge] is not None]
-                seconds = sum(known) / len(known) if known else None
-                rows.append(_row(one, f"mean of {len(chosen)}", average, base, seconds, people, seen, one is found[0]))
-            for judge, faces in one.faces.items():
-                base = found[0].faces.get(judge, {})
-                rows.append(_row(one, judge, faces, base, one.seconds[judge], people, seen, one is found[0]))
-        parts.append(f"{'As saved' if seen == NONE else f'After {seen}'}:\n\n{plain_table(rows)}")
+        for name, judge, faces, base, seconds in lines:
+            own, change = estimates(faces), {} if base is None else estimates(less(faces, base))
+            cells = (estimate(own[column(m, "", seen)], d) for m, d in (("psnr", 2), ("ssim", 3), ("flip", 3)))
+            identity = estimate(own[column("rank1_u", "", seen)], 1, 100), estimate(own[column("ism", "", seen)])
+            moved = estimate(change.get(column("ism", "", seen)))
+            rows.append((name, judge, f"{len(faces)} of {people}", *identity, moved, *cells, number(seconds, 1)))
+        parts.append(f"{'As saved' if seen == NONE else f'After {seen}'}:\n\n{markdown(rows)}")
     means = f"Means are over {', '.join(chosen)}." if chosen else "No recogniser judges all variants: no means."
     return "\n\n".join([*parts, means])
 
 
 _PICTURES = ("PSNR, dB", "SSIM", "FLIP")
-
-
-def _row(
-    one: Measured, judge: str, faces: Faces, base: Faces, seconds: float | None, people: int, seen: str, first: bool
-) -> tuple[str, ...]:
-    own, change = estimates(faces), None if first else estimates(less(faces, base))
-
-    def cell(name: str, scale: float = 1, digits: int = 3) -> str:
-        return number(own[column(name, "", seen)], scale, digits, True)
-
-    return (
-        one.variant.name,
-        judge,
-        f"{len(faces)} of {people}",
-        cell("rank1_u", 100, 1),
-        cell("ism"),
-        "-" if change is None else number(change[column("ism", "", seen)], 1, 3, True),
-        cell("psnr", 1, 2),
-        cell("ssim"),
-        cell("flip"),
-        "-" if seconds is None else f"{seconds:.1f}",
-    )
 
 
 def record(found: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -6,22 +6,23 @@ Everything is resumable: trees, parts and galleries lie in one folder, and what 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster import Progress
 from pipelines.evaluate import job, judges
-from pipelines.evaluate.page import plain_table
 from pipelines.evaluate.summary import AVERAGE, LOST, PROTECTED
 from pipelines.experiments.methods import Made, Method, make
 from pipelines.run.environment import machine
+from pipelines.run.text_tables import estimate, markdown, number
 from scol_ops.distortions import NONE
 
 Say = Callable[[str], None]
 UNPROTECTED = Method("unprotected", "folder")
 DISTORTION = "jpeg75+half"  # after which every table shows the photos again
+_PICTURES = (("psnr", 2), ("ssim", 3), ("flip", 3))  # measure, decimals
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def compare(
                 method, originals, folder / "trees", workers=workers, say=say, progress=progress(), run_url=run_url
             )
         say(f"{method.name}: evaluating")
-        figures = job.evaluate(
+        options = job.Options(
             str(originals),
             made.tree,
             out=str(folder / "evaluations" / method.name),
@@ -109,30 +110,14 @@ def compare(
             workers=workers,
             seed=seed,
             work=str(folder / "work"),
-            say=say,
-            progress=progress(),
-        ).figures
+        )
+        figures = job.evaluate(options, say, progress()).figures
         lines.append(Line(method, made, figures))
         say(f"{method.name}: done in {time.monotonic() - begin:.0f} s")
     return lines
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------
-
-
-def percent(estimate: Mapping[str, Any] | None, interval: bool = True) -> str:
-    """`97.9 [93.2, 100.0]`."""
-    return number(estimate, 100, 1, interval)
-
-
-def number(estimate: Mapping[str, Any] | None, scale: float = 1, digits: int = 3, interval: bool = False) -> str:
-    """A mean, with its interval if wanted; a dash for none."""
-    if estimate is None:
-        return "-"
-    text = f"{estimate['value'] * scale:.{digits}f}"
-    if interval and estimate["low"] is not None:
-        text += f" [{estimate['low'] * scale:.{digits}f}, {estimate['high'] * scale:.{digits}f}]"
-    return text
 
 
 def lost_faces(lines: Sequence[Line]) -> str:
@@ -142,52 +127,38 @@ def lost_faces(lines: Sequence[Line]) -> str:
         counts = line.figures["counts"]
         lost = {name.removeprefix("photos_"): counts.get(name, 0) for name in LOST}
         lost["faces that failed"] = counts.get("faces_error", 0)
-        told = [f"{number} {key.replace('_', ' ')}" for key, number in lost.items() if number]
+        told = [f"{count} {key.replace('_', ' ')}" for key, count in lost.items() if count]
         told += [f"{code}: {why}" for code, why in sorted(line.made.failed.items())[:3]] if told else []
         if told:
             words.append(f"{line.method.name}: {counts.get('photos_measured', 0)} photos ({', '.join(told)})")
-    return "" if not words else f"\n\nMeasured less than all {lines[0].figures['counts']['photos']} photos: {'; '.join(words)}."
+    photos = lines[0].figures["counts"].get("photos") if words else 0
+    return f"\n\nMeasured less than all {photos} photos: {'; '.join(words)}." if words else ""
 
 
 def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants: Sequence[str]) -> str:
     """Markdown: Rank-1-U by recogniser before and after distortions, ISM, what it cost, and of ours the share of faces
     that its own judge calls weak and how many faces the closed loop sent back."""
-    head = ["method", "photos as"]
-    head += [f"Rank-1-U {name}, %" for name in recognisers] + [
-        "Rank-1-U average, % [95 %]",
-        "ISM",
-        "accepted as original, %",
-    ]
-    head += ["PSNR, dB", "SSIM", "FLIP", "weak, %", "went back", "s a face"]
-    rows = [head]
+    head = ["method", "photos as", *(f"Rank-1-U {name}, %" for name in recognisers), "Rank-1-U average, % [95 %]"]
+    rows = [[*head, "ISM", "accepted as original, %", "PSNR, dB", "SSIM", "FLIP", "weak, %", "went back", "s a face"]]
     for line in lines:
+        made = line.made
+        own = number(made.weak, 1, 100), number(made.strengthened, 0), number(made.seconds_per_face, 1)
         for variant in variants:
-            cells = [line.cell(name, variant) for name in recognisers]
-            average = line.cell(AVERAGE, variant)
-            first = variant == NONE
+            cells, average = [line.cell(name, variant) for name in recognisers], line.cell(AVERAGE, variant) or {}
+            pictures = (estimate(line.picture(m, variant), d, interval=False) for m, d in _PICTURES)
             rows.append(
                 [
                     line.method.name,
-                    "saved" if first else variant,
-                    *("inside" if cell is None else percent(cell["rank1_u"], False) for cell in cells),
-                    *(
-                        ("-", "-", "-")
-                        if average is None
-                        else (
-                            percent(average["rank1_u"]),
-                            number(average["ism"], 1, 3, True),
-                            percent(average["verified_own_1e-2"], False),
-                        )
-                    ),
-                    number(line.picture("psnr", variant), 1, 2),
-                    number(line.picture("ssim", variant)),
-                    number(line.picture("flip", variant)),
-                    "-" if not first or line.made.weak is None else f"{100 * line.made.weak:.1f}",
-                    "-" if not first or line.made.strengthened is None else str(line.made.strengthened),
-                    "-" if not first or line.made.seconds_per_face is None else f"{line.made.seconds_per_face:.1f}",
+                    "saved" if variant == NONE else variant,
+                    *("inside" if cell is None else estimate(cell["rank1_u"], 1, 100, False) for cell in cells),
+                    estimate(average.get("rank1_u"), 1, 100),
+                    estimate(average.get("ism")),
+                    estimate(average.get("verified_own_1e-2"), 1, 100, False),
+                    *pictures,
+                    *(own if variant == NONE else ("-", "-", "-")),
                 ]
             )
-    return plain_table(rows)
+    return markdown(rows)
 
 
 def record(lines: Sequence[Line], **about: Any) -> dict[str, Any]:

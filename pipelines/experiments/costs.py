@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from cluster import Operator
 from pipelines.archive.listing import list_source, source_table
 from pipelines.config.load import load_config
+from pipelines.config.sections import Config
 from pipelines.jobs.demo import draw_person
 from pipelines.networks import load as networks
 from pipelines.networks import resolve as resolving
@@ -27,18 +27,7 @@ from pipelines.stages.declaration import load
 
 
 def _convolution_backward(
-    gradient,
-    x,
-    weight,
-    _bias,
-    _stride,
-    _padding,
-    _dilation,
-    transposed,
-    _output_padding,
-    _groups,
-    wanted,
-    out_shape=None,
+    gradient, x, weight, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted, **_
 ) -> int:
     """Each of the two gradients costs what the forward pass did.
 
@@ -92,6 +81,14 @@ class _Meter:
             self.parameters[id(parameter)] = parameter.numel()
 
 
+def _aligned(config: Config) -> pa.Table:
+    """The row of a generated face's photo after the first stage."""
+    with tempfile.TemporaryDirectory() as folder:
+        face = Image.fromarray(draw_person(15, 0, 256)).resize((512, 512), Image.Resampling.BICUBIC)
+        face.save(Path(folder) / "face.png")
+        return load("align", config, "")(source_table(list_source(folder).photos))
+
+
 def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
     """Cost of one generated face, from inversion to attack, by the stages' own operators.
 
@@ -103,26 +100,17 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
         WeightsError: the profile needs a model that is not in the model store.
     """
 
-    def configured(**values: float):
+    def configured(**values: float) -> Config:
         steps = (f"{k.replace('__', '.')}={v}" for k, v in values.items())
-        found = load_config(profile, sets=(*sets, "strengthen.rounds=0", *steps))
-        return resolving.resolve(found)
+        return resolving.resolve(load_config(profile, sets=(*sets, "strengthen.rounds=0", *steps)))
 
-    config = configured()
-    meter = _Meter()
-    with tempfile.TemporaryDirectory() as folder:
-        face = Image.fromarray(draw_person(15, 0, 256)).resize((512, 512), Image.Resampling.BICUBIC)
-        out = io.BytesIO()
-        face.save(out, "PNG")
-        (Path(folder) / "face.png").write_bytes(out.getvalue())
-        source = source_table(list_source(folder).photos)
-        aligned = load("align", config, "")(source)
-    geometry = {f"align.{name}": aligned[name] for name in _GEOMETRY}
+    config, meter = configured(), _Meter()
+    aligned = _aligned(config)
     common = aligned.select(["key", "photo_id", "face_id", "status", "reason", "failed_stage", "seed"])
 
     def columns(**more) -> pa.Table:
         table = common
-        for name, column in {**geometry, **more}.items():
+        for name, column in {**{f"align__{name}": aligned[name] for name in _GEOMETRY}, **more}.items():
             table = table.append_column(name.replace("__", "."), column)
         return table
 
@@ -134,9 +122,8 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
     ready = columns(fused=inverted["code"])
 
     def tuning(tune_steps: int, refine_steps: int) -> np.ndarray:
-        work: Operator = load(
-            "tune", configured(tune__steps=tune_steps, refine__steps=refine_steps, tune__target_psnr=100), ""
-        )
+        few = configured(tune__steps=tune_steps, refine__steps=refine_steps, tune__target_psnr=100)
+        work: Operator = load("tune", few, "")
         return meter(lambda: work(ready))
 
     first = tuning(1, 0)
@@ -144,10 +131,8 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
     parts["refine"] = (tuning(0, 3) - tuning(0, 1)) / 2 * config.refine.steps if config.refines else np.zeros(2)
     parts["attack"] = np.zeros(2)
     if config.attack.enabled:
-        std = np.ones((len(inverted["code"][0]) // 512, 512), np.float32)
-        done = columns(
-            tuned=aligned["crop"], refined=aligned["crop"], invert__code=inverted["code"], fuse__target=inverted["code"]
-        )
+        std, code, crop = np.ones((config.num_codes, 512), np.float32), inverted["code"], aligned["crop"]
+        done = columns(tuned=crop, refined=crop, invert__code=code, fuse__target=code)
 
         def attacking(steps: int) -> np.ndarray:
             work = load("attack", configured(attack__steps=steps), "", std)

@@ -9,8 +9,8 @@ figures with one OUT share it.  Photos of people are written to OUT alone.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ from pipelines.archive.reading import read_bytes
 from pipelines.config.load import load_config
 from pipelines.config.sections import Config
 from pipelines.evaluate import judges
-from pipelines.evaluate.measure import CROP, UNPROTECTED, Eyes, Gallery, Spot, Window, central_window, nearest
-from pipelines.evaluate.page import plain_table
+from pipelines.evaluate.measure import CROP, UNPROTECTED, Eyes, Gallery, Window, central, central_window, nearest
+from pipelines.evaluate.stages import Probe, stage_pictures
 from pipelines.experiments import conditions
 from pipelines.experiments.comparison import DISTORTION
 from pipelines.experiments.datasets import DatasetPhoto, read_dataset
-from pipelines.experiments.probes import Probe, central, stage_pictures
 from pipelines.experiments.protocol import Protocol, choose, lay_out
-from pipelines.experiments.sheet import AMPLIFICATION, Cell, Figure, Pixels, Rows, Strip, difference, to_html, write_png
+from pipelines.experiments.sheet import AMPLIFICATION, Cell, Figure, Pixels, Strip, difference, to_html, write_png
 from pipelines.experiments.subjects import (
     ATTACKED,
     HEAD,
@@ -55,7 +54,7 @@ from pipelines.experiments.subjects import (
     protect,
     saved_crop,
     summary,
-)
+)  # fmt: skip
 from pipelines.experiments.tables import ExperimentError, Options, write
 from pipelines.jobs.chain import execute
 from pipelines.jobs.run_gallery import RunGallery
@@ -66,6 +65,7 @@ from pipelines.run.environment import machine
 from pipelines.run.folder import Run
 from pipelines.run.schemas import OK
 from pipelines.run.tables import read_stage
+from pipelines.run.text_tables import markdown, number
 from pipelines.stages.crops import as_codes, decode_png, geometry_in_crop, to_tensor
 from scol_ops.alignment import align_crops
 from scol_ops.attack import attack_loss
@@ -80,22 +80,12 @@ POOL = 200  # people of whom the hard conditions are picked
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """What becomes a `sheet.Figure`, and the numbers behind it."""
-
-    notes: tuple[str, ...]
-    tables: tuple[tuple[str, Rows], ...]
-    strips: tuple[Strip, ...]
-    numbers: dict[str, Any]
-
-
 # ---- retrievals ------------------------------------------------------------------------------------------------------
 
 SUBJECTS = ("original", "fused", "protected")
 
 
-def figure_retrieval(place: Place) -> Drawn:
+def figure_retrieval(place: Place) -> Figure:
     """The gallery's faces that are most similar to the original, the fused and the protected face."""
     subject = protect(place, as_configured(place.options))
     names, config = outside(subject), configuration(subject)
@@ -115,45 +105,37 @@ def figure_retrieval(place: Place) -> Drawn:
                 answer = retrieve(cosines, gallery.people, person)
                 found.append({"path": path, "judge": judge, "subject": name, **answer})
                 if count < SHOWN:
-                    cells = [
-                        Cell(
-                            face_of(gallery.urls[gallery.people.index(one["person"])]),
-                            (f"{one['cosine']:.3f}", "the person" if one["person"] == person else "another"),
-                            one["person"] == person,
-                        )
-                        for one in answer["first"]
-                    ]
-                    strips.append(Strip(person, (Cell(pictures[name], (name,)), *cells), f"{name}, by {judge}"))
+                    cells = [Cell(pictures[name], (name,))]
+                    for one in answer["first"]:
+                        face = face_of(gallery.urls[gallery.people.index(one["person"])])
+                        right = one["person"] == person
+                        words = (f"{one['cosine']:.3f}", "the person" if right else "another")
+                        cells.append(Cell(face, words, right))
+                    strips.append(Strip(person, tuple(cells), f"{name}, by {judge}"))
     head = ("", "faces", "the person is first, %", f"among the first {TOP}, %", "cosine to the person", "to the first")
     rows = [head]
     for judge in names:
         for name in SUBJECTS:
             some = [f for f in found if f["judge"] == judge and f["subject"] == name]
-            rows.append(
-                (
-                    f"{name}, by {judge}",
-                    str(len(some)),
-                    *(f"{100 * np.mean([f['rank'] <= k for f in some]):.1f}" for k in (1, TOP)),
-                    f"{np.mean([f['cosine_to_person'] for f in some]):.3f}",
-                    f"{np.mean([f['first'][0]['cosine'] for f in some]):.3f}",
-                )
-            )
+            ranks = (number(np.mean([f["rank"] <= k for f in some]), 1, 100) for k in (1, TOP))
+            own = number(np.mean([f["cosine_to_person"] for f in some]), 3)
+            first = number(np.mean([f["first"][0]["cosine"] for f in some]), 3)
+            rows.append((f"{name}, by {judge}", str(len(some)), *ranks, own, first))
     notes = (
         f"The {TOP} faces of a gallery of {len(gallery.people)} people that are most similar to a query, by "
         "recognisers that were not used inside; framed and named by whether they are the person. "
         + lost(place, paths, subject),
         "The fused face is what the pristine generator draws from the fused code, before the tuning.",
     )
-    return Drawn(
-        notes, (("Retrievals", rows),), tuple(strips), {"gallery_people": len(gallery.people), "retrievals": found}
-    )
+    numbers = {"gallery_people": len(gallery.people), "retrievals": found}
+    return Figure(place.name, TITLES[place.name], notes, (("Retrievals", rows),), tuple(strips), numbers)
 
 
 def retrieval_queries(
     probe: Probe, eyes: Eyes, generator: Callable[[Tensor], Tensor], size: int
 ) -> tuple[dict[str, list[NDArray[np.float32]]], dict[str, Pixels]]:
     """By subject: each recogniser's unit embedding (D,), and the picture."""
-    spot = Spot.of(probe.spot)
+    spot = probe.spot
     windows = []
     for url in (probe.source_url, probe.saved_url):
         pixels = decode(read_bytes(url)).pixels
@@ -164,10 +146,8 @@ def retrieval_queries(
     with torch.no_grad():
         drawn = [network.embed_crops(fused, landmarks, box)[0].numpy() for network in eyes.networks]
     embedded = {"original": [e[0] for e in both], "fused": drawn, "protected": [e[1] for e in both]}
-    pictures = {
-        "original": original_crop(probe), "fused": to_uint8(fused[0]), "protected": saved_crop(probe, size)
-    }  # fmt: skip
-    return embedded, pictures
+    shown = (original_crop(probe), to_uint8(fused[0]), saved_crop(probe, size))
+    return embedded, dict(zip(SUBJECTS, shown, strict=True))
 
 
 def retrieve(cosines: NDArray, people: Sequence[str], person: str) -> dict[str, Any]:
@@ -196,22 +176,16 @@ def gallery_face(eyes: Eyes, url: str) -> Pixels | None:
 # ---- fused against random code ---------------------------------------------------------------------------------------
 
 
+_CODES = {"fused": PLAIN, "random": RANDOM}
 # Before saving: stage, measure, its name, digits.
 _STAGES = {"fused": "code's picture", "tuned": "tuned"}
-_EARLY = (
-    ("fused", "ism", "ISM", 3),
-    ("fused", "psnr", "PSNR, dB", 2),
-    ("tuned", "ism", "ISM", 3),
-    ("tuned", "psnr", "PSNR, dB", 2),
-    ("tuned", "ssim", "SSIM", 3),
-)
+_MEASURES = (("ism", "ISM", 3), ("psnr", "PSNR, dB", 2), ("ssim", "SSIM", 3))
+_EARLY = tuple((stage, *measure) for stage, few in (("fused", 2), ("tuned", 3)) for measure in _MEASURES[:few])
 
 
-def figure_random_code(place: Place) -> Drawn:
+def figure_random_code(place: Place) -> Figure:
     """Tuning from the fused code against tuning from a code drawn at random."""
-    subjects = {
-        name: protect(place, ours(line, place.options)) for name, line in (("fused", PLAIN), ("random", RANDOM))
-    }
+    subjects = {name: protect(place, ours(line, place.options)) for name, line in _CODES.items()}
     names, paths = outside(*subjects.values()), common(*subjects.values())
     config = configuration(subjects["fused"])
     generator = networks.generator(config.generator, CPU, config.engine.models)
@@ -224,15 +198,12 @@ def figure_random_code(place: Place) -> Drawn:
             probe = subject.probes[path]
             pictures = stage_pictures(probe, generator)
             crops = {stage: to_uint8(picture[0]) for stage, picture in pictures.items()}
-            by_stage = {
-                stage: crop_measures(probe, crops["original"], crops[stage], recognisers) for stage in ("fused", "tuned")
-            }
-            tuned[name].append(by_stage)
-            numbers[name] = {"code": by_stage["fused"], "tuned": by_stage["tuned"]}
-            numbers[name]["saved"] = one_face(faces[name], path)
+            code, own = (crop_measures(probe, crops["original"], crops[s], recognisers) for s in ("fused", "tuned"))
+            tuned[name].append({"fused": code, "tuned": own})
+            numbers[name] = {"code": code, "tuned": own, "saved": one_face(faces[name], path)}
             saved = saved_crop(probe, len(crops["original"]))
             cells += [
-                Cell(crops["fused"], (f"{name} code", f"ISM {by_stage['fused']['ism']:.3f}")),
+                Cell(crops["fused"], (f"{name} code", f"ISM {code['ism']:.3f}")),
                 Cell(saved, ("protected", *face_words(faces[name], path))),
                 Cell(difference(crops["original"], saved), (f"change x {AMPLIFICATION}",)),
             ]
@@ -241,7 +212,7 @@ def figure_random_code(place: Place) -> Drawn:
             strips.append(Strip(person_of(path), tuple(cells)))
     rows = [("", "faces", *(f"{_STAGES[stage]}: {name}" for stage, _, name, _ in _EARLY))]
     for name, some in tuned.items():
-        means = (f"{np.mean([s[stage][measure] for s in some]):.{digits}f}" for stage, measure, _, digits in _EARLY)
+        means = (number(np.mean([s[stage][m] for s in some]), digits) for stage, m, _, digits in _EARLY)
         rows.append((f"{name} code", str(len(some)), *means))
     saved_rows = [HEAD, *(summary(f"{name} code", faces[name], paths) for name in subjects)]
     notes = (
@@ -251,7 +222,7 @@ def figure_random_code(place: Place) -> Drawn:
         f"ISM: cosine to the original, mean over {', '.join(names)}, which were not used inside.",
     )
     tables = (("Before saving, over the crop", rows), ("The saved photo", saved_rows))
-    return Drawn(notes, tables, tuple(strips), {"judges": names, "faces": found})
+    return Figure(place.name, TITLES[place.name], notes, tables, tuple(strips), {"judges": names, "faces": found})
 
 
 def crop_measures(probe: Probe, original: Pixels, picture: Pixels, networks: Sequence[Any]) -> dict[str, float]:
@@ -268,11 +239,12 @@ def crop_measures(probe: Probe, original: Pixels, picture: Pixels, networks: Seq
 # ---- with and without the attack -------------------------------------------------------------------------------------
 
 
-def figure_attack(place: Place) -> Drawn:
+_ATTACKS = {"without": PLAIN, "with": ATTACKED}
+
+
+def figure_attack(place: Place) -> Figure:
     """The protected face without and with the identity inversion attack."""
-    subjects = {
-        name: protect(place, ours(line, place.options)) for name, line in (("without", PLAIN), ("with", ATTACKED))
-    }
+    subjects = {name: protect(place, ours(line, place.options)) for name, line in _ATTACKS.items()}
     names, paths = outside(*subjects.values()), common(*subjects.values())
     config = configuration(subjects["with"])
     encoder = networks.encoder(CPU, config.encoder, config.engine.models)
@@ -298,7 +270,8 @@ def figure_attack(place: Place) -> Drawn:
     rows = [("", "faces", "distance to the attack's target")]
     for name in ("original", *subjects):
         values = [f["distance_to_target"][name] for f in found.values()]
-        rows.append((name if name == "original" else f"{name} attack", str(len(values)), f"{np.mean(values):.4f}"))
+        words = name if name == "original" else f"{name} attack"
+        rows.append((words, str(len(values)), number(np.mean(values), 4)))
     saved_rows = [HEAD, *(summary(f"{name} attack", faces[name], paths) for name in subjects)]
     notes = (
         "Distance: root mean square, over the components that the inspection found to carry identity, between the "
@@ -308,7 +281,7 @@ def figure_attack(place: Place) -> Drawn:
         "through the encoder, and so through the features of its trunk.",
     )
     tables = (("In the code's space", rows), ("The saved photo", saved_rows))
-    return Drawn(notes, tables, tuple(strips), {"judges": names, "faces": found})
+    return Figure(place.name, TITLES[place.name], notes, tables, tuple(strips), {"judges": names, "faces": found})
 
 
 def component_scale(config: Config, run: Run, say: Say) -> Tensor | None:
@@ -336,7 +309,7 @@ def distance(encoder: Callable[[Tensor], Tensor], picture: Pixels, inspection: I
 # ---- hard conditions -------------------------------------------------------------------------------------------------
 
 
-def figure_hard(place: Place) -> Drawn:
+def figure_hard(place: Place) -> Figure:
     """Faces that are turned, dark, flat, lit from a side or covered, beside easy ones."""
     subject = protect(place, as_configured(place.options))
     names, paths = outside(subject), common(subject)
@@ -357,14 +330,9 @@ def figure_hard(place: Place) -> Drawn:
                 continue
             original, landmarks = original_crop(probe), probe.row["align.landmarks"]
             how = conditions.hardness(np.asarray(landmarks), original)
-            found[path] = {
-                "condition": condition,
-                "hardness": asdict(how),
-                "protected": one_face(faces, path),
-                "unprotected": {
-                    name: value for name, value in one_face(before, path).items() if name.startswith(("ism", "rank1_u"))
-                },
-            }
+            own = {m: value for m, value in one_face(before, path).items() if m.startswith(("ism", "rank1_u"))}
+            measured = {"hardness": asdict(how), "protected": one_face(faces, path), "unprotected": own}
+            found[path] = {"condition": condition} | measured
             if count < SHOWN // 2:
                 saved = saved_crop(probe, len(original))
                 words = f"yaw {how.yaw:+.2f}\nlight {how.luminance:.2f}"
@@ -378,11 +346,9 @@ def figure_hard(place: Place) -> Drawn:
     criteria = [("", "photos", "yaw to either side", "roll, degrees", "luminance", "contrast", "halves")]
     for condition in conditions.CONDITIONS:
         some = [f["hardness"] for f in found.values() if f["condition"] == condition and "hardness" in f]
-        cells_ = (
-            f"{np.mean([abs(h[m]) for h in some]):.3f}" if some else "-"
-            for m in ("yaw", "roll", "luminance", "contrast", "side")
-        )
-        criteria.append((f"{condition}: {conditions.WORDS[condition]}", str(len(some)), *cells_))
+        measures = ("yaw", "roll", "luminance", "contrast", "side")
+        means = (number(np.mean([abs(h[m]) for h in some]) if some else None, 3) for m in measures)
+        criteria.append((f"{condition}: {conditions.WORDS[condition]}", str(len(some)), *means))
     notes = (
         "Photos picked by what was measured of their faces: yaw is where the nose lies between the eyes, in distances "
         "of the eyes; luminance and contrast are the mean and the standard deviation of the luma of the face's middle, "
@@ -393,7 +359,7 @@ def figure_hard(place: Place) -> Drawn:
         f"recognise is not one that is protected. {lost(place, paths, subject)}",
     )
     tables = (("How the conditions were picked", criteria), ("What became of them", rows))
-    return Drawn(notes, tables, tuple(strips), {"judges": names, "photos": found})
+    return Figure(place.name, TITLES[place.name], notes, tables, tuple(strips), {"judges": names, "photos": found})
 
 
 def lay_out_conditions(photos: Sequence[DatasetPhoto], place: Place) -> Place:
@@ -424,7 +390,7 @@ def lay_out_conditions(photos: Sequence[DatasetPhoto], place: Place) -> Place:
             by_photo.setdefault(paths[row["photo_id"]], []).append(row)
     landmarks, found = {}, {}
     for path, rows in by_photo.items():
-        face = rows[central([r["box"] for r in rows], rows[0]["width"], rows[0]["height"])]
+        face = rows[central(np.array([r["box"] for r in rows]), rows[0]["width"], rows[0]["height"])]
         person = person_of(path)
         landmarks[person] = np.asarray(face["landmarks"], np.float64).reshape(5, 2)
         found[person] = conditions.hardness(landmarks[person], to_uint8(decode_png(face["crop"])[0]))
@@ -435,9 +401,10 @@ def lay_out_conditions(photos: Sequence[DatasetPhoto], place: Place) -> Place:
     for index, person in enumerate(picked[conditions.COVERED]):
         source = Path(options.data) / pool.probes[person]
         photo = decode(source.read_bytes())
-        drawn[f"{conditions.COVERED}/{person}"] = encode(photo, conditions.cover(photo.pixels, landmarks[person], index))
+        covered = conditions.cover(photo.pixels, landmarks[person], index)
+        drawn[f"{conditions.COVERED}/{person}"] = encode(photo, covered)
     hard, _ = lay_out(Protocol(probes, {}, {}), options.data, out / "photos", drawn)
-    return Place(out, hard, gallery, people + options.distractors, options, place.say, place.progress)
+    return replace(place, out=out, originals=hard, gallery=gallery, references=people + options.distractors)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -448,12 +415,7 @@ TITLES = {
     "figure-attack": "With and without the identity inversion attack",
     "figure-hard": "Hard conditions: pose, light, covered faces",
 }
-_DRAW: Mapping[str, Callable[[Place], Drawn]] = {
-    "figure-retrieval": figure_retrieval,
-    "figure-random-code": figure_random_code,
-    "figure-attack": figure_attack,
-    "figure-hard": figure_hard,
-}
+_DRAW = dict(zip(TITLES, (figure_retrieval, figure_random_code, figure_attack, figure_hard), strict=True))
 
 
 def run(name: str, options: Options, say: Say = lambda text: None, progress: Reporting = lambda: None) -> str:
@@ -473,18 +435,18 @@ def run(name: str, options: Options, say: Say = lambda text: None, progress: Rep
     photos = list(read_dataset(options.dataset, options.data))
     with ray_session():
         if name == "figure-hard":
-            place = lay_out_conditions(photos, Place(out, out, out, 0, options, say, progress))
+            place = lay_out_conditions(photos, Place(name, out, out, out, 0, options, say, progress))
         else:
             protocol = choose(photos, options.people, options.distractors, options.seed)
             originals, gallery = lay_out(protocol, options.data, out / "photos")
-            place = Place(out, originals, gallery, options.people + options.distractors, options, say, progress)
-        drawn = _DRAW[name](place)
-    figure = Figure(name, TITLES[name], drawn.notes, drawn.tables, drawn.strips)
-    text = "\n\n".join([f"{TITLES[name]}. {drawn.notes[0]}", *drawn.notes[1:]])
-    text += "".join(f"\n\n{caption}:\n\n{plain_table(rows)}" for caption, rows in drawn.tables)
+            people = options.people + options.distractors
+            place = Place(name, out, originals, gallery, people, options, say, progress)
+        figure = _DRAW[name](place)
+    text = "\n\n".join([f"{figure.title}. {figure.notes[0]}", *figure.notes[1:]])
+    text += "".join(f"\n\n{caption}:\n\n{markdown(rows)}" for caption, rows in figure.tables)
     about = {"experiment": name, "options": asdict(options), "machine": machine()}
-    tables = {caption: [dict(zip(rows[0], row, strict=True)) for row in rows[1:]] for caption, rows in drawn.tables}
-    write(out, name, text, about | {"tables": tables} | drawn.numbers)
+    tables = {caption: [dict(zip(rows[0], row, strict=True)) for row in rows[1:]] for caption, rows in figure.tables}
+    write(out, name, text, about | {"tables": tables} | figure.numbers)
     (out / f"{name}.html").write_text(to_html(figure), encoding="utf-8")
     write_png(figure, out / f"{name}.png")
     say(f"written: {out / name}.html, .png, .md and .json")

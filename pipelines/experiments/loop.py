@@ -1,4 +1,4 @@
-"""What the closed loop did to a run's faces, by what became of them: how much shows, and how far they are recognised."""
+"""What the closed loop did to a run's faces, by what became of them: how much shows, how far they are recognised."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from pipelines.evaluate.page import plain_table
+from pipelines.config.sections import StrengthenConfig
 from pipelines.run.folder import Run
 from pipelines.run.schemas import WEAK
 from pipelines.run.tables import read_stage
+from pipelines.run.text_tables import markdown, number
 from pipelines.stages.strengthen import PASSED
-from scol_ops.strengthening import StrengthenSettings
 
 MEASURES = ("psnr", "ssim", "flip", "ism", "ism_worst")  # of `publish`
 OUTCOMES = ("passed at once", "went back, stronger", "went back, as before", "known, but too much changed to go back")
-LEAST_PSNR = StrengthenSettings.min_psnr  # dB over the crop: the stated quality, a face below it is counted
+LEAST_PSNR = StrengthenConfig().min_psnr  # dB over the crop: the stated quality, a face below it is counted
 
 
 def outcome(row: Mapping[str, Any]) -> str:
@@ -29,12 +29,12 @@ def by_outcome(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Figures of all faces and of each outcome that occurs.
 
     Args:
-        rows: one a face that was judged, columns of ``strengthen`` (`rounds`, `kept`, `ended`) and of ``publish`` (`status` and
-            ``MEASURES``).
+        rows: one a face that was judged, columns of ``strengthen`` (`rounds`, `kept`, `ended`) and of ``publish``
+            (`status` and ``MEASURES``).
 
     Returns:
-        `faces` (a name of ``OUTCOMES`` or "all"), `number`, means of the measures, and `weak`, `below`: shares, 0..1, of
-        faces whose verdict is weak, and whose PSNR is below ``LEAST_PSNR``.
+        `faces` (a name of ``OUTCOMES`` or "all"), `number`, means of the measures, and `weak`, `below`: shares, 0..1,
+        of faces whose verdict is weak, and whose PSNR is below ``LEAST_PSNR``.
     """
     rows = list(rows)
     groups = {name: [row for row in rows if outcome(row) == name] for name in OUTCOMES} | {"all": rows}
@@ -69,13 +69,7 @@ def table(figures: Sequence[Mapping[str, Any]]) -> str:
     head = ["faces that", "number", "PSNR, dB", "SSIM", "FLIP of the face", "cosine", "worst, as saved or after"]
     rows = [[*head, "weak, %", f"below {LEAST_PSNR:g} dB, %"]]
     for line in figures:
-        rows.append(
-            [
-                line["faces"],
-                str(line["number"]),
-                f"{line['psnr']:.2f}",
-                *(f"{line[name]:.3f}" for name in MEASURES[1:]),
-                *(f"{100 * line[name]:.0f}" for name in ("weak", "below")),
-            ]
-        )
-    return plain_table(rows)
+        measures = (number(line[name], 2 if name == "psnr" else 3) for name in MEASURES)
+        shares = (number(line[name], 0, 100) for name in ("weak", "below"))
+        rows.append([line["faces"], str(line["number"]), *measures, *shares])
+    return markdown(rows)

@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -28,8 +29,9 @@ from pipelines.archive.reading import read_bytes
 from pipelines.config.load import load_config
 from pipelines.config.sections import Config
 from pipelines.evaluate import judges
-from pipelines.evaluate.job import inside_of
+from pipelines.evaluate.judges import inside_of
 from pipelines.evaluate.measure import Eyes, Window
+from pipelines.evaluate.pairs import text_fields
 from pipelines.jobs.protect import protect
 from pipelines.photos.codec import decode, encode
 from pipelines.photos.photo import PhotoError
@@ -39,7 +41,7 @@ from pipelines.stages.rows import reason_of
 from scol_ops.attacks import MIFGSMSettings, TIDIMSettings, TIPIMSettings, mi_fgsm, ti_dim, tip_im
 from scol_ops.metrics import to_uint8
 from scol_ops.models.embedded import load_mobilestylegan
-from scol_ops.models.recognisers import ffhq_mean_geometry
+from scol_ops.models.recognisers import Recogniser, ffhq_mean_geometry
 
 ATTACKS = {"mi-fgsm": MIFGSMSettings, "ti-dim": TIDIMSettings, "tip-im": TIPIMSettings}
 VERSION = "1"
@@ -112,7 +114,7 @@ def identity_sets(config: Config, features: Mapping[str, Sequence[str]]) -> list
 @dataclass
 class Made:
     """A tree that a method made: where it is, seconds of one core a face (None where nobody knows), photos that
-    failed; of ours the share of faces that its own judge calls weak, and how many of them went back in the closed loop."""
+    failed; of ours the share of faces that its own judge calls weak, and how many went back in the closed loop."""
 
     tree: str
     seconds_per_face: float | None
@@ -156,14 +158,9 @@ def make(
 
 _SCHEMA = pa.schema(
     [
-        pa.field("key", pa.string(), False),
-        pa.field("path", pa.string(), False),
-        pa.field("status", pa.string(), False),
-        pa.field("reason", pa.string()),
+        *text_fields("key path status reason?"),
         pa.field("faces", pa.int32()),
-        pa.field("seconds", pa.float32()),
-        pa.field("loss_before", pa.float32()),
-        pa.field("loss_after", pa.float32()),
+        *(pa.field(name, pa.float32()) for name in ("seconds", "loss_before", "loss_after")),
     ]
 )
 
@@ -172,12 +169,8 @@ def _attack(
     method: Method, originals: Path, out: Path, workers: int | None, progress: Callable[[Progress], None] | None
 ) -> Made:
     source = source_table(list_source(str(originals)).photos)
-    settings = {
-        "method": asdict(method),
-        "version": VERSION,
-        "weights": [judges.fingerprint(name) for name in method.surrogates],
-    }
-    text = json.dumps(settings, sort_keys=True)
+    weights = [judges.fingerprint(name) for name in method.surrogates]
+    text = json.dumps({"method": asdict(method), "version": VERSION, "weights": weights}, sort_keys=True)
     rule = partial(hash_keys, ("attack", text, str(out)))
     keys = rule(source["key"].to_pylist())
     record = Path(f"{out}.json")
@@ -185,7 +178,6 @@ def _attack(
         _forget(out)
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(text, encoding="utf-8")
-    store = PartStore(f"{out}.run", schema_version=1)
     stage = Stage(
         name="attack",
         version=VERSION,
@@ -199,14 +191,15 @@ def _attack(
     )
     pools = {} if workers is None else {"attack": Pool(actors=workers)}
 
-    def rows_of(store: PartStore) -> pa.Table:
+    def made() -> pa.Table:
+        store = PartStore(f"{out}.run", schema_version=1)
         Engine(store, [stage], pools=pools, shard_items=4, progress=progress).run(source, {"attack": rule})
         return store.read_rows("attack", keys, schema=_SCHEMA)
 
-    rows = rows_of(store)
+    rows = made()
     if any(row["status"] == "ok" and not (out / row["path"]).exists() for row in rows.to_pylist()):
         _forget(out)  # somebody took files away: rows are final, so all are made anew
-        rows = rows_of(PartStore(f"{out}.run", schema_version=1))
+        rows = made()
     failed = {r["path"]: r["reason"] for r in rows.to_pylist() if r["status"] == "error"}
     faces = pc.sum(rows["faces"]).as_py() or 0
     return Made(str(out), (pc.sum(rows["seconds"]).as_py() or 0.0) / faces if faces else None, failed)
@@ -234,14 +227,7 @@ def _operator(method: Method, out: str) -> Operator:
 
 
 def _photo(row: Mapping[str, Any], method: Method, eyes: Eyes, targets: Sequence[Tensor], out: str) -> dict[str, Any]:
-    answer: dict[str, Any] = {
-        "key": row["key"],
-        "path": row["path"],
-        "status": "ok",
-        "reason": None,
-        "faces": 0,
-        "seconds": 0.0,
-    }
+    answer = {"key": row["key"], "path": row["path"], "faces": 0, "seconds": 0.0}
     if row["status"] != "ok":
         return answer | {"status": "error", "reason": row["reason"]}
     try:
@@ -252,19 +238,8 @@ def _photo(row: Mapping[str, Any], method: Method, eyes: Eyes, targets: Sequence
         for index, spot in enumerate(eyes.faces(pixels)):
             window = Window.about(pixels, spot)
             left, top = (int(round(v)) for v in spot.box[:2] - window.spot.box[:2])
-            picture = to_tensor(window.pixels, eyes.device)
-            landmarks, box = (
-                torch.from_numpy(v)[None].float().to(eyes.device) for v in (window.spot.landmarks, window.spot.box)
-            )
-            identity = [lambda x, n=n, lm=landmarks, b=box: n.embed_photo(x, lm, b) for n in eyes.networks]
-            result = run_attack(
-                method,
-                picture,
-                identity,
-                targets,
-                box_mask(box, *picture.shape[-2:]),
-                row_seed(0, f"{row['photo_id'] if 'photo_id' in row else row['path']}/{index}"),
-            )
+            seed = row_seed(0, f"{row['photo_id'] if 'photo_id' in row else row['path']}/{index}")
+            result = _attack_window(method, window, eyes, targets, seed)
             height, width = window.pixels.shape[:2]
             pixels[top : top + height, left : left + width] = to_uint8(result.picture[0])
             losses.append((float(result.loss_before), float(result.loss_after)))
@@ -272,30 +247,27 @@ def _photo(row: Mapping[str, Any], method: Method, eyes: Eyes, targets: Sequence
         write_output(out, row["path"], encode(photo, pixels))
     except (PhotoError, SourceError) as error:
         return answer | {"status": "error", "reason": reason_of(error)}
-    answer |= {"faces": len(losses), "seconds": seconds}
-    if losses:
-        answer |= {
-            "loss_before": sum(a for a, _ in losses) / len(losses),
-            "loss_after": sum(b for _, b in losses) / len(losses),
-        }
-    return answer
+    answer |= {"status": "ok", "faces": len(losses), "seconds": seconds}
+    before, after = np.mean(losses, 0).tolist() if losses else (None, None)
+    return answer | {"loss_before": before, "loss_after": after}
 
 
-def run_attack(
-    method: Method,
-    picture: Tensor,
-    identity: Sequence[Callable[[Tensor], Tensor]],
-    targets: Sequence[Tensor],
-    mask: Tensor,
-    seed: int,
-):
-    """One face; see `scol_ops.attacks`."""
-    settings = ATTACKS[method.attack](eps=method.eps)
+def _attack_window(method: Method, window: Window, eyes: Eyes, targets: Sequence[Tensor], seed: int):
+    """One face, in the picture about it; see `scol_ops.attacks`."""
+    picture = to_tensor(window.pixels, eyes.device)
+    spot = window.spot
+    landmarks, box = (torch.from_numpy(v)[None].float().to(eyes.device) for v in (spot.landmarks, spot.box))
+    identity = [partial(_look, network, landmarks, box) for network in eyes.networks]
+    mask, settings = box_mask(box, *picture.shape[-2:]), ATTACKS[method.attack](eps=method.eps)
     if method.attack == "mi-fgsm":
         return mi_fgsm(picture, identity, settings, mask)
     if method.attack == "ti-dim":
         return ti_dim(picture, identity, settings, mask, seed)
     return tip_im(picture, identity, targets, settings, mask, seed)
+
+
+def _look(network: Recogniser, landmarks: Tensor, box: Tensor, picture: Tensor) -> Tensor:
+    return network.embed_photo(picture, landmarks, box)
 
 
 def box_mask(box: Tensor, height: int, width: int) -> Tensor:

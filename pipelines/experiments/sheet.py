@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pipelines.evaluate.page import html_table
-from pipelines.report.html import document, escape, name_html
+from pipelines.report import html
 from pipelines.report.pictures import Budget, data_url
 
 Pixels = NDArray[np.uint8]
@@ -29,6 +29,11 @@ class Cell:
     pixels: Pixels | None
     words: tuple[str, ...]
     right: bool | None = None
+
+    @property
+    def side(self) -> int:
+        """Of the picture on the page, px."""
+        return min(256, max(self.pixels.shape[:2]))
 
     def framed(self, side: int) -> Image.Image:
         """The picture at `side` px, its frame drawn inside."""
@@ -51,13 +56,15 @@ class Strip:
 
 @dataclass(frozen=True)
 class Figure:
-    """What a figure shows. `notes`: paragraphs of plain text; `tables`: a caption and rows each."""
+    """What a figure shows. `notes`: paragraphs of plain text; `tables`: a caption and rows each; `numbers`: of its JSON
+    file."""
 
     name: str
     title: str
     notes: tuple[str, ...]
     tables: tuple[tuple[str, Rows], ...]
     strips: tuple[Strip, ...] = field(repr=False)
+    numbers: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 def difference(a: Pixels, b: Pixels) -> Pixels:
@@ -98,26 +105,11 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 def to_html(figure: Figure) -> str:
-    """The page, which needs no other file."""
-    budget, shown = Budget(_PAGE_CHARACTERS), []
+    """The page, which needs no other file (template: sheet.html)."""
+    budget, strips = Budget(_PAGE_CHARACTERS), []
     for strip in figure.strips:
-        cells = [_cell(cell, strip.name) for cell in strip.cells]
-        if not budget.take(cells):
-            shown.append("<p class=soft>Further pictures are left out: the page would be too large.</p>")
+        urls = ["" if c.pixels is None else data_url(np.asarray(c.framed(c.side))) for c in strip.cells]
+        if not budget.take(urls):
             break
-        words = f' <span class=soft>{escape(strip.words)}</span>' if strip.words else ""
-        shown.append(f"<h3>{name_html(strip.name)}{words}</h3><div class=strip>{''.join(cells)}</div>")
-    tables = "".join(f"<h3>{escape(caption)}</h3>{html_table(rows)}" for caption, rows in figure.tables)
-    notes = "".join(f"<p>{escape(note)}</p>" for note in figure.notes)
-    sections = [("numbers", "Numbers", tables), ("pictures", "Pictures", "".join(shown))]
-    return document(f"SCOL: {figure.title}", figure.title, notes, sections, f"by scol experiment run {figure.name}")
-
-
-def _cell(cell: Cell, name: str) -> str:
-    words = "<br>".join(map(escape, cell.words))
-    if cell.pixels is None:
-        return f"<div><span>{words}</span></div>"
-    side = min(256, max(cell.pixels.shape[:2]))
-    url = data_url(np.asarray(cell.framed(side)))
-    alt = escape(f"{', '.join(cell.words)}: {name}")
-    return f'<div><img loading=lazy width={side} height={side} alt="{alt}" src="{url}"><span>{words}</span></div>'
+        strips.append((strip, urls))
+    return html.render("experiments/sheet.html", figure=figure, strips=strips)

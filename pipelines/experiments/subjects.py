@@ -15,18 +15,20 @@ from pipelines.archive.reading import read_bytes
 from pipelines.config.load import load_config
 from pipelines.config.sections import Config
 from pipelines.evaluate import judges
+from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import column
-from pipelines.experiments.comparison import DISTORTION, Line, compare, number, percent
+from pipelines.evaluate.stages import Probe, read_probes
+from pipelines.experiments.comparison import DISTORTION, Line, compare
 from pipelines.experiments.faces import COLUMNS, Faces, estimates, mean, read_faces
 from pipelines.experiments.methods import Method
-from pipelines.experiments.probes import ExperimentError as NothingProtected
-from pipelines.experiments.probes import Probe, read_probes
 from pipelines.experiments.sheet import Pixels
 from pipelines.experiments.tables import ExperimentError, Options
 from pipelines.photos.codec import decode
 from pipelines.run.folder import Run
+from pipelines.run.text_tables import estimate, number
 from pipelines.stages.crops import decode_png
 from scol_ops.alignment import align_crops
+from scol_ops.distortions import NONE
 from scol_ops.metrics import to_uint8
 
 Say = Callable[[str], None]
@@ -35,8 +37,9 @@ Reporting = Callable[[], Callable[[Progress], None] | None]
 
 @dataclass(frozen=True)
 class Place:
-    """Where an experiment works, and on what. `references`: people of the gallery at most."""
+    """Where an experiment works, and on what. `name`: of the figure; `references`: people of the gallery at most."""
 
+    name: str
     out: Path
     originals: Path
     gallery: Path
@@ -76,11 +79,10 @@ def protect(place: Place, method: Method) -> Subject:
         run_url=str(run),
     )
     try:
-        probes, _ = read_probes(Run(str(run)), stages=True)
-    except NothingProtected as error:
+        probes = {probe.path: probe for probe in read_probes(Run(str(run)))}
+    except EvaluateError as error:
         raise ExperimentError(f"{method.name}: {error}; {line.made.failed}") from error
-    by_path = {Path(probe.source_url).relative_to(place.originals).as_posix(): probe for probe in probes}
-    return Subject(line, by_path, Run(str(run)), place.out / "evaluations" / method.name / "faces.parquet")
+    return Subject(line, probes, Run(str(run)), place.out / "evaluations" / method.name / "faces.parquet")
 
 
 def outside(*subjects: Subject) -> list[str]:
@@ -150,18 +152,14 @@ HEAD = ("", "faces", "Rank-1-U, %", "ISM", "PSNR, dB", "SSIM", "FLIP", *_LATER)
 
 def summary(name: str, faces: Faces, paths: Sequence[str], pictures: bool = True) -> tuple[str, ...]:
     """A line of a table with the columns of `HEAD`."""
-    found = estimates({path: faces[path] for path in paths if path in faces})
-    later = {measure: found[column(measure, "", DISTORTION)] for measure in ("rank1_u", "ism")}
-    seen = [number(found[m], 1, d, True) if pictures else "-" for m, d in (("psnr", 2), ("ssim", 3), ("flip", 3))]
-    return (
-        name,
-        str(sum(path in faces for path in paths)),
-        percent(found["rank1_u"]),
-        number(found["ism"], 1, 3, True),
-        *seen,
-        percent(later["rank1_u"]),
-        number(later["ism"], 1, 3, True),
-    )
+    some = {path: faces[path] for path in paths if path in faces}
+    found = estimates(some)
+
+    def identity(seen: str) -> tuple[str, str]:
+        return estimate(found[column("rank1_u", "", seen)], 1, 100), estimate(found[column("ism", "", seen)])
+
+    cells = [estimate(found[m], d) if pictures else "-" for m, d in (("psnr", 2), ("ssim", 3), ("flip", 3))]
+    return (name, str(len(some)), *identity(NONE), *cells, *identity(DISTORTION))
 
 
 def one_face(faces: Faces, path: str) -> dict[str, float | None]:
@@ -192,5 +190,4 @@ def configuration(subject: Subject) -> Config:
 def face_words(faces: Faces, path: str) -> tuple[str, str]:
     """Below a protected face."""
     found = one_face(faces, path)
-    words = [(name, found.get(measure), digits) for name, measure, digits in (("ISM", "ism", 3), ("PSNR", "psnr", 1))]
-    return tuple(f"{name} {'-' if value is None else f'{value:.{digits}f}'}" for name, value, digits in words)
+    return f"ISM {number(found.get('ism'), 3)}", f"PSNR {number(found.get('psnr'), 1)}"

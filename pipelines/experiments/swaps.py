@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.archive.paths import SourceError
 from pipelines.archive.reading import read_bytes
@@ -74,9 +75,11 @@ def measure_swaps(
         if name not in trees[1] or name not in trees[2]:
             missing += 1
             continue
+        swaps = [tree[name] for tree in trees[1:]]
         try:
-            source, _ = central_window(eyes, url)
-            pictures = [decode(read_bytes(tree[name])).pixels for tree in trees[1:]]
+            pictures = [decode(read_bytes(swap)).pixels for swap in swaps]
+            source, _ = eyes.embed_central(url)
+            found = [_embed(eyes, swap) for swap in swaps]
         except (PhotoError, SourceError, GeometryError):
             unreadable += 1
             continue
@@ -85,18 +88,11 @@ def measure_swaps(
             continue
         if pictures[0].shape == pictures[1].shape:
             quality.append(psnr(*pictures))
-        try:
-            windows = [source, *(central_window(eyes, tree[name])[0] for tree in trees[1:])]
-            no_face += windows[2] is None
-            found = [None if w is None else [e[0] for e in eyes.embed([w])] for w in windows]
-        except GeometryError:
-            unreadable += 1
-            continue
+        no_face += found[1] is None
         for number, network in enumerate(eyes.networks):
-            for swap, table in ((found[1], before), (found[2], known)):
-                table[network.name].append(
-                    swap is not None and float(found[0][number] @ swap[number]) > network.threshold
-                )
+            for swap, table in zip(found, (before, known), strict=True):
+                same = swap is not None and float(source[number] @ swap[number]) > network.threshold
+                table[network.name].append(same)
     sources = len(known[recognisers[0]])
     if not sources:
         raise ValueError(f"no original of {originals} has a swap in both {of_originals} and {of_protected}")
@@ -112,6 +108,12 @@ def measure_swaps(
         {name: 1 - sum(flags) / len(flags) for name in recognisers if (flags := _where(known[name], before[name]))},
         swapper,
     )
+
+
+def _embed(eyes: Eyes, url: str) -> list[NDArray[np.float32]] | None:
+    """The middle face's embeddings; None where a photo shows no face. Raises GeometryError."""
+    window, _ = central_window(eyes, url)
+    return None if window is None else [e[0] for e in eyes.embed([window])]
 
 
 def _where(values: Sequence[bool], chosen: Sequence[bool]) -> list[bool]:

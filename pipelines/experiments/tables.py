@@ -15,24 +15,17 @@ from typing import Any
 from cluster import Progress, ray_session
 from pipelines.config.load import load_config
 from pipelines.evaluate import judges
-from pipelines.evaluate.page import plain_table
 from pipelines.evaluate.summary import AVERAGE
 from pipelines.experiments import costs
-from pipelines.experiments.comparison import (
-    DISTORTION,
-    UNPROTECTED,
-    Line,
-    compare,
-    lost_faces,
-    number,
-    percent,
-    record,
-)  # fmt: skip
+from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, Line, compare, lost_faces, record
 from pipelines.experiments.datasets import read_dataset
 from pipelines.experiments.methods import ATTACKS, Method, identity_sets, without
+from pipelines.experiments.oracle import Oracle, make_swaps
 from pipelines.experiments.protocol import choose, lay_out
 from pipelines.experiments.swaps import SwapFigures, measure_swaps
 from pipelines.run.text import to_json
+from pipelines.run.text_tables import estimate, markdown, number
+from scol_ops.distortions import NONE
 from scol_ops.models.files import WeightsError
 from scol_ops.models.swapper import EMBEDDER
 
@@ -119,37 +112,22 @@ def leave_one_out(options: Options) -> list[Method]:
     lines = [UNPROTECTED]
     for attack in ATTACKS:
         lines.append(Method(attack, "attack", attack=attack, surrogates=base))
-        lines += [
-            Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=features)
-            for judge, features in replaced(base, names).items()
-        ]
-    lines.append(Method(_SCOL, "ours", profile=options.profile, sets=(*sets, "attack.enabled=false")))
+        for judge, features in replaced(base, names).items():
+            lines.append(Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=features))
+
+    def ours(name: str, *more: str, attacked: bool = False) -> Method:
+        attack = f"attack.enabled={str(attacked).lower()}"
+        return Method(name, "ours", profile=options.profile, sets=(*sets, *more, attack))
+
+    lines.append(ours(_SCOL))
     for judge in own:
-        lines.append(
-            Method(
-                f"{_SCOL}{_WITHOUT}{judge}",
-                "ours",
-                profile=options.profile,
-                sets=(
-                    *sets,
-                    *identity_sets(config, without(judge, config, names)),
-                    f"publish.judge={judge}",
-                    "attack.enabled=false",
-                ),
-            )
-        )
-    lines.append(
-        Method(f"{_SCOL}-attacked", "ours", profile=options.profile, sets=(*sets, "attack.enabled=true"))
-    )
-    return [
-        *lines,
-        *(
-            Method(
-                name, "folder", folder=str(Path(folder).resolve()), inside=tuple((options.inside or {}).get(name, ()))
-            )
-            for name, folder in (options.others or {}).items()
-        ),
-    ]
+        features = identity_sets(config, without(judge, config, names))
+        lines.append(ours(f"{_SCOL}{_WITHOUT}{judge}", *features, f"publish.judge={judge}"))
+    lines.append(ours(f"{_SCOL}-attacked", attacked=True))
+    for name, folder in (options.others or {}).items():
+        inside = tuple((options.inside or {}).get(name, ()))
+        lines.append(Method(name, "folder", folder=str(Path(folder).resolve()), inside=inside))
+    return lines
 
 
 def replaced(inside: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -161,56 +139,31 @@ def replaced(inside: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str
 
 def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
     names = judges.available()
-    rows = [
-        (
-            "method",
-            *(f"{n}, Rank-1-U %" for n in names),
-            "average",
-            *(f"paper: {n}" for n in _COLUMNS),
-            "PSNR, dB",
-            "SSIM",
-            "FLIP",
-            "average after " + DISTORTION,
-        )
-    ]
+    head = ("method", *(f"{n}, Rank-1-U %" for n in names), "average", *(f"paper: {n}" for n in _COLUMNS))
+    rows = [(*head, "PSNR, dB", "SSIM", "FLIP", "average after " + DISTORTION)]
     groups: dict[str, dict[str, Line]] = {}
     for line in lines:
         method, _, judge = line.method.name.partition(_WITHOUT)
         groups.setdefault(method, {})[judge] = line
     for method, found in groups.items():
         own = [found.get(n) or found[""] for n in names]
-        cells = [line.cell(n) for line, n in zip(own, names, strict=True)]
-        later = [line.cell(n, DISTORTION) for line, n in zip(own, names, strict=True)]
-        paper = PAPER_1.get(method, (None,) * len(_COLUMNS))
-        quality = [
-            _mean([line.picture(m) for line in {id(line): line for line in own}.values()])
-            for m in ("psnr", "ssim", "flip")
-        ]
-        rows.append(
-            (
-                method,
-                *(percent(c and c["rank1_u"]) for c in cells),
-                _plain(_mean_rank(cells), 1),
-                *("-" if p is None else f"{p:.1f}" for p in paper),
-                *(_plain(q, d) for q, d in zip(quality, (2, 3, 3), strict=True)),
-                _plain(_mean_rank(later), 1),
-            )
+        ranks, later = (
+            [cell and cell["rank1_u"] for cell in (line.cell(n, v) for line, n in zip(own, names, strict=True))]
+            for v in (NONE, DISTORTION)
         )
-    return plain_table(rows)
-
-
-def _mean_rank(cells: Sequence[Mapping[str, Any] | None]) -> float | None:
-    value = _mean([c and c["rank1_u"] for c in cells])
-    return None if value is None else 100 * value
+        paper = PAPER_1.get(method, (None,) * len(_COLUMNS))
+        each = {id(line): line for line in own}.values()
+        psnr, ssim, flip = (_mean([line.picture(m) for line in each]) for m in ("psnr", "ssim", "flip"))
+        average, after = (number(_mean(found), 1, 100) for found in (ranks, later))
+        quality = number(psnr, 2), number(ssim, 3), number(flip, 3)
+        cells = (estimate(rank, 1, 100) for rank in ranks)
+        rows.append((method, *cells, average, *(number(p, 1) for p in paper), *quality, after))
+    return markdown(rows)
 
 
 def _mean(estimates: Sequence[Mapping[str, Any] | None]) -> float | None:
     values = [e["value"] for e in estimates if e is not None]
     return sum(values) / len(values) if values else None
-
-
-def _plain(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 # ---- tables 2 to 4 ---------------------------------------------------------------------------------------------------
@@ -236,18 +189,8 @@ def sweep(name: str, key: str, values: Sequence[float], *fixed: str) -> Callable
         return (_NO_LOOP, f"attack.step_size={value / 4 / 255}", *sets, *fixed, f"{key}={value / 255}")
 
     def methods(options: Options) -> list[Method]:
-        return [
-            UNPROTECTED,
-            *(
-                Method(
-                    f"{name}-{value:g}",
-                    "ours",
-                    profile=options.profile,
-                    sets=settings(value, options.sets),
-                )
-                for value in values
-            ),
-        ]
+        named = ((f"{name}-{value:g}", settings(value, options.sets)) for value in values)
+        return [UNPROTECTED, *(Method(name, "ours", profile=options.profile, sets=sets) for name, sets in named)]
 
     return methods
 
@@ -256,70 +199,39 @@ def _value(line: Line) -> float | None:
     return float(line.method.name.rsplit("-", 1)[1]) if line.method.kind == "ours" else None
 
 
-def _identity(line: Line) -> tuple[str, str]:
-    average = line.cell(AVERAGE)
-    return ("-", "-") if average is None else (number(average["ism"], 1, 3, True), percent(average["rank1_u"]))
+def _head_and_identity(line: Line) -> tuple[str, ...]:
+    """The varied value (or the line's name), ISM, Rank-1-U, PSNR."""
+    value, cell = _value(line), line.cell(AVERAGE) or {}
+    identity = estimate(cell.get("ism")), estimate(cell.get("rank1_u"), 1, 100)
+    psnr = estimate(line.picture("psnr"), 2, interval=False)
+    return (line.method.name if value is None else f"{value:g}", *identity, psnr)
 
 
 def table2(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
     rows = [("lambda", "ISM", "Rank-1-U, %", "PSNR, dB", "SSIM", "FLIP", "paper: ISM", "paper: PSNR, dB")]
     for line in lines:
-        value = _value(line)
-        paper = PAPER_2.get(value, (None, None))
-        rows.append(
-            (
-                line.method.name if value is None else f"{value:g}",
-                *_identity(line),
-                number(line.picture("psnr"), 1, 2),
-                number(line.picture("ssim")),
-                number(line.picture("flip")),
-                _plain(paper[0], 3),
-                _plain(paper[1], 2),
-            )
-        )
-    return plain_table(rows)
+        pictures = (estimate(line.picture(m), interval=False) for m in ("ssim", "flip"))
+        ism, psnr = PAPER_2.get(_value(line), (None, None))
+        rows.append((*_head_and_identity(line), *pictures, number(ism, 3), number(psnr, 2)))
+    return markdown(rows)
 
 
 def _swap_cells(found: SwapFigures | None) -> tuple[str, ...]:
     if found is None:
         return "-", "-", "-", "-"
-    shares = (_share(values) for values in (found.dsr, found.without, found.of_recognised))
-    return (*shares, _plain(found.deepfake_psnr, 2))
-
-
-def _share(by_judge: Mapping[str, float]) -> str:
-    return f"{100 * sum(by_judge.values()) / len(by_judge):.1f}" if by_judge else "-"
+    shares = (list(by_judge.values()) for by_judge in (found.dsr, found.without, found.of_recognised))
+    return (*(number(sum(s) / len(s) if s else None, 1, 100) for s in shares), number(found.deepfake_psnr))
 
 
 def _swap_table(head: str, paper: Mapping[float, tuple[float, float]], names: tuple[str, str]):
     def table(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
         by = f" ({ORACLE})" if any(found.swapper == ORACLE for found in swaps.values()) else ""
-        rows = [
-            (
-                head,
-                "ISM",
-                "Rank-1-U, %",
-                "PSNR, dB",
-                f"DSR{by}, %",
-                "of unprotected, %",
-                "of recognised swaps, %",
-                f"deepfake PSNR{by}, dB",
-                *(f"paper: {n}" for n in names),
-            )
-        ]
+        columns = (f"DSR{by}, %", "of unprotected, %", "of recognised swaps, %", f"deepfake PSNR{by}, dB")
+        rows = [(head, "ISM", "Rank-1-U, %", "PSNR, dB", *columns, *(f"paper: {n}" for n in names))]
         for line in lines:
-            value = _value(line)
-            theirs = paper.get(value, (None, None))
-            rows.append(
-                (
-                    line.method.name if value is None else f"{value:g}",
-                    *_identity(line),
-                    number(line.picture("psnr"), 1, 2),
-                    *_swap_cells(swaps.get(line.method.name)),
-                    *(_plain(t, 2) for t in theirs),
-                )
-            )
-        return plain_table(rows)
+            theirs = (number(value) for value in paper.get(_value(line), (None, None)))
+            rows.append((*_head_and_identity(line), *_swap_cells(swaps.get(line.method.name)), *theirs))
+        return markdown(rows)
 
     return table
 
@@ -346,50 +258,27 @@ def table5(options: Options, say: Say = lambda text: None) -> tuple[str, dict[st
             say(f"{profile}: {error}")
             rows.append((f"ours, {profile} (models missing)", "-", "-", "-", "-"))
             continue
-        rows.append(
-            (f"ours, {profile}", f"{found.gflops:.0f}", f"{found.mparams:.1f}", f"{found.seconds:.1f}", found.device)
-        )
-    rows += [(f"{name} (paper)", f"{a}", f"{b}", f"{c}", "RTX 3090") for name, (a, b, c) in PAPER_5.items()]
-    return plain_table(rows), {name: asdict(found) for name, found in figures.items()}
+        counted = number(found.gflops, 0), number(found.mparams, 1), number(found.seconds, 1)
+        rows.append((f"ours, {profile}", *counted, found.device))
+    rows += [(f"{name} (paper)", *map(str, paper), "RTX 3090") for name, paper in PAPER_5.items()]
+    return markdown(rows), {name: asdict(found) for name, found in figures.items()}
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 
-EXPERIMENTS = {
-    e.name: e
-    for e in (
-        Experiment(
-            "table1",
-            "Dodging: Rank-1-U of attacks and ours, each judged by a recogniser that it did not use",
-            "lfw",
-            leave_one_out,
-            table1,
-        ),
-        Experiment(
-            "table2",
-            "Weight of the id-lock, without the attack",
-            "vggface2-hq",
-            sweep("lambda", "tune.id_lock", (0, 0.1, 0.5, 1, 5), "attack.enabled=false"),
-            table2,
-        ),
-        Experiment(
-            "table3",
-            "Threshold of the component inspection",
-            "vggface2-hq",
-            sweep("tau", "inspect.tau", (1, 2, 3, 4, 5), "attack.enabled=true"),
-            _swap_table("tau", PAPER_3, ("DSR, %", "deepfake PSNR, dB")),
-            swaps=True,
-        ),
-        Experiment(
-            "table4",
-            "Bound of the attack",
-            "vggface2-hq",
-            sweep("eps", "attack.eps", (4, 8, 16), "attack.enabled=true"),
-            _swap_table("eps, of 255", PAPER_4, ("source PSNR, dB", "deepfake PSNR, dB")),
-            swaps=True,
-        ),
-    )
-}
+_LOCKS = sweep("lambda", "tune.id_lock", (0, 0.1, 0.5, 1, 5), "attack.enabled=false")
+_TAUS = sweep("tau", "inspect.tau", (1, 2, 3, 4, 5), "attack.enabled=true")
+_BOUNDS = sweep("eps", "attack.eps", (4, 8, 16), "attack.enabled=true")
+_TABLE_3 = _swap_table("tau", PAPER_3, ("DSR, %", "deepfake PSNR, dB"))
+_TABLE_4 = _swap_table("eps, of 255", PAPER_4, ("source PSNR, dB", "deepfake PSNR, dB"))
+_TITLE_1 = "Dodging: Rank-1-U of attacks and ours, each judged by a recogniser that it did not use"
+_ALL = (
+    Experiment("table1", _TITLE_1, "lfw", leave_one_out, table1),
+    Experiment("table2", "Weight of the id-lock, without the attack", "vggface2-hq", _LOCKS, table2),
+    Experiment("table3", "Threshold of the component inspection", "vggface2-hq", _TAUS, _TABLE_3, swaps=True),
+    Experiment("table4", "Bound of the attack", "vggface2-hq", _BOUNDS, _TABLE_4, swaps=True),
+)
+EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 COST = "table5"
 NAMES = (*EXPERIMENTS, COST)
 
@@ -403,8 +292,8 @@ def run(
     """Run an experiment, or go on with it; returns its table (Markdown), which OUT/NAME.md holds, with OUT/NAME.json.
 
     Raises:
-        ExperimentError: an unknown name, or `inside` of a defence that `others` lacks. DatasetError: the data set is not
-            there. Others as `comparison.compare`.
+        ExperimentError: an unknown name, or `inside` of a defence that `others` lacks. DatasetError: the data set is
+            not there. Others as `comparison.compare`.
     """
     if name not in NAMES:
         raise ExperimentError(f"no experiment {name!r}; there are {', '.join(NAMES)}")
@@ -417,12 +306,8 @@ def run(
         text, about["costs"] = table5(options, say)
         return write(out, name, text, about | {"machine": record([])["machine"]})
     experiment = EXPERIMENTS[name]
-    protocol = choose(
-        read_dataset(options.dataset or experiment.dataset, options.data),
-        options.people,
-        options.distractors,
-        options.seed,
-    )
+    photos = read_dataset(options.dataset or experiment.dataset, options.data)
+    protocol = choose(photos, options.people, options.distractors, options.seed)
     originals, gallery = lay_out(protocol, options.data, out / "photos")
     with ray_session():
         lines = compare(
@@ -438,7 +323,7 @@ def run(
         )
     swaps = {}
     if options.swaps is not None:
-        swaps = swaps_of(lines, originals, options.swaps, say)
+        swaps = swaps_of(lines, originals, Path(options.swaps), say)
     elif experiment.swaps:
         swaps = swaps_by_oracle(lines, originals, out / "swaps", options.seed, say)
     about_swaps = "" if not swaps else " " + _about_swaps(swaps)
@@ -448,28 +333,19 @@ def run(
 
 
 def swaps_of(
-    lines: Sequence[Line],
-    originals: Path,
-    folder: str | Path,
-    say: Say,
-    swapper: str = "folder",
-    *,
-    blind: Sequence[str] = (),
+    lines: Sequence[Line], originals: Path, folder: Path, say: Say, swapper: str = "folder", blind: Sequence[str] = ()
 ) -> dict[str, SwapFigures]:
     """Of each line of ours whose name has a folder in `folder`, beside `original`. `blind`: they do not judge."""
     found = {}
     for line in lines:
-        place = Path(folder) / line.method.name
-        if line.method.kind == "ours" and place.is_dir():
+        place = folder / line.method.name
+        names = [n for n in judges.available() if n not in (*line.method.used, *blind)]
+        if line.method.kind == "ours" and place.is_dir() and names:
             say(f"{line.method.name}: swaps")
-            names = [n for n in judges.available() if n not in (*line.method.used, *blind)]
-            if names:
-                try:
-                    swaps = measure_swaps(originals, Path(folder) / "original", place, names, swapper)
-                except ValueError as error:  # no swap there: the line has dashes
-                    say(f"{line.method.name}: {error}")
-                else:
-                    found[line.method.name] = swaps
+            try:
+                found[line.method.name] = measure_swaps(originals, folder / "original", place, names, swapper)
+            except ValueError as error:  # no swap there: the line has dashes
+                say(f"{line.method.name}: {error}")
     return found
 
 
@@ -477,22 +353,20 @@ def swaps_by_oracle(
     lines: Sequence[Line], originals: Path, folder: Path, seed: int, say: Say
 ) -> dict[str, SwapFigures]:
     """As `swaps_of`, of swaps that the embedded oracle makes into `folder`; those that are there are not made again."""
-    from pipelines.experiments.oracle import Oracle, make_swaps  # networks
-
     oracle = Oracle(seed)
     ours = [(line.method.name, line.made.tree) for line in lines if line.method.kind == "ours"]
     for name, tree in (("original", originals), *ours):
         made = make_swaps(oracle, tree, folder / name)
         say(f"{name}: {made.swaps} swaps, {made.made} made now, {len(made.failed)} sources cannot be swapped")
-    return swaps_of(lines, originals, folder, say, ORACLE, blind=(EMBEDDER,))
+    return swaps_of(lines, originals, folder, say, ORACLE, (EMBEDDER,))
 
 
 def _about_swaps(swaps: Mapping[str, SwapFigures]) -> str:
     judged = sorted({name for found in swaps.values() for name in found.dsr})
     text = (
         "DSR: swaps of protected sources at or below the threshold (false accepts 1 % over LFW's pairs) of "
-        f"{', '.join(judged)}; beside it the same share of the originals' swaps, and DSR of the sources whose original's "
-        "swap is recognised."
+        f"{', '.join(judged)}; beside it the same share of the originals' swaps, and DSR of the sources whose "
+        "original's swap is recognised."
     )
     if any(found.swapper == ORACLE for found in swaps.values()):
         text += f" The swapper is the embedded oracle, which looks at sources through {EMBEDDER}."

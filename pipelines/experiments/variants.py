@@ -47,115 +47,40 @@ BASE = Variant("base", (), "base")
 COMMON = ("attack.enabled=false", "strengthen.rounds=0")
 
 
-def _values(key: str, *values: Any) -> dict[str, tuple[str, ...]]:
-    return {f"{key}={value}": (f"{key}={value}",) for value in values}
+def _group(about: str, group: str, **named: str) -> tuple[str, tuple[Variant, ...]]:
+    return about, tuple(Variant(name, tuple(sets.split()), group) for name, sets in named.items())
 
 
-def _features(*names: str) -> tuple[str, ...]:
-    joined = ",".join(names)
-    return f"tune.identity={joined}", f"refine.identity={joined}"
+def _attack(levels: int) -> str:  # steps of a quarter of the bound, as the profiles have them
+    return f"attack.enabled=true attack.eps={levels / 255} attack.step_size={levels / 4 / 255}"
 
 
-def _attack(levels: int, *more: str) -> tuple[str, ...]:
-    # Steps of a quarter of the bound, as the profiles have them.
-    return "attack.enabled=true", f"attack.eps={levels / 255}", f"attack.step_size={levels / 4 / 255}", *more
-
-
-_EOT = ("attack.diversity=1", "attack.blur=true", "attack.jpeg_quality=50,95")
-
-# Group -> what is asked, and its variants. Those that are the profile's own setting are among them: what a profile has
-# may change, and work that settings have in common is done once.
-_GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
-    "layers": (
-        "which layers take the fused code",
-        {
-            "fuse.layers=0-3": ("fuse.layers=0,1,2,3",),
-            "fuse.layers=4-7": ("fuse.layers=4,5,6,7",),
-            "fuse.layers=8-15": ("fuse.layers=" + ",".join(map(str, range(8, 16))),),
-            "fuse.layers=all": ("fuse.layers=none",),
-        },
-    ),
-    "k": ("how many codes are fused", _values("fuse.k", 1, 10, 50)),
-    "gallery": (
-        "how similar codes are found, and among which",
-        {
-            **_values("gallery.similarity", "centred", "cosine", "raw"),
-            **_values("gallery.synthetic", 2000, 20000),
-            **_values("gallery.truncation", 0.7),
-        },
-    ),
-    "parameters": ("which generator weights are tuned", _values("tune.parameters", "all", "convolutions", "late")),
-    "identity": (
-        "what the identity is measured by; a feature that judges is replaced by a recogniser that is not inside",
-        {
-            "identity=one": _features("mobilefacenet"),
-            "identity=two": _features("mobilefacenet", "dlib_resnet"),
-            "identity=encoder": _features("encoder"),
-            "identity=two+encoder": _features("mobilefacenet", "dlib_resnet", "encoder"),
-        },
-    ),
-    "weighting": (
-        "hinge on the original's identity against the lock to the fused one",
-        {
-            "hinge": ("tune.id_lock=0", "tune.hinge=0.3", "refine.id_lock=0", "refine.hinge=0.35"),
-            "lock": ("tune.id_lock=0.3", "tune.hinge=0", "refine.id_lock=0.35", "refine.hinge=0"),
-            "hinge+lock": ("tune.id_lock=0.3", "tune.hinge=0.3", "refine.id_lock=0.35", "refine.hinge=0.35"),
-            "neither": ("tune.id_lock=0", "tune.hinge=0", "refine.steps=0"),
-        },
-    ),
-    "refine": (
-        "refinement in pixels: whether, from where, how smooth, and how much of it may be seen",
-        {
-            "refine=off": ("refine.steps=0",),
-            "tune=off": ("tune.steps=0", "refine.start=0"),
-            **_values("refine.start", 0, 0.3, 0.8),
-            **_values("refine.residual_sigma", 0, 1, 3),
-            **_values("refine.chroma", 0, 1),
-            **_values("refine.flip_target", 0.05, 0.08),
-            "fine": (  # a setting before: finer change, in colours too, and less of it
-                "refine.residual_sigma=1", "refine.chroma=1", "refine.flip_target=0.065", "refine.visible_weight=200",
-            ),
-            "few-places": (  # the one before that: stronger changes of fewer places
-                "refine.residual_sigma=1", "refine.chroma=1", "refine.start=0.8", "refine.flip_weight=2",
-                "refine.flip_target=0.05", "refine.visible_weight=100",
-            ),
-            "visible=flip": ("refine.visible_weight=0", "refine.flip_weight=2"),
-            "visible=squared": ("refine.flip_weight=0", "refine.visible_weight=300"),
-        },
-    ),
-    "robust": (
-        "expectation over transformations in the refinement, and in the tuning",
-        {
-            **_values("refine.diversity", 0, 1),
-            **_values("refine.photo_scale", "false"),
-            **_values("refine.blur", "false"),
-            "refine.jpeg=off": ("refine.jpeg_quality=none",),
-            "tune=eot": ("tune.blur=true", "tune.jpeg_quality=60,95"),
-            "eot=off": ("refine.photo_scale=false", "refine.blur=false", "refine.jpeg_quality=none"),
-        },
-    ),
-    "attack": (
-        "identity inversion attack, of 255; the encoder's trunk is inside and does not judge these",
-        {
-            "attack=off": ("attack.enabled=false",),
-            "attack.eps=2": _attack(2),
-            "attack.eps=4": _attack(4),
-            "attack.eps=8": _attack(8),
-            "attack.eps=2+eot": _attack(2, *_EOT),
-            "attack.eps=8+eot": _attack(8, *_EOT),
-            "attack.eps=8+momentum": _attack(8, "attack.momentum=1"),
-            "attack.eps=8+ti": _attack(8, "attack.translation_sigma=3"),
-            "attack.eps=8+target": _attack(8, "fuse.target=random"),  # another one than the least similar
-            "attack.eps=8+tau": _attack(8, "inspect.tau=1"),  # fewer components
-        },
-    ),
-}
+# Group -> what is asked, and its variants: parts of the method that are left out, or done otherwise. Settings that are
+# the profile's own are among them: what a profile has may change, and what settings have in common is made once.
 GROUPS = {
-    group: (about, tuple(Variant(name, sets, group) for name, sets in found.items()))
-    for group, (about, found) in _GROUPS.items()
+    "start": _group(
+        "where the search in pixels starts: the photo, or so much of the tuned change",
+        "start",
+        **{f"refine.start={share}": f"refine.start={share}" for share in (0, 0.3, 0.8)},
+    ),
+    "tune": _group(
+        "generator tuning: none; by the lock to the fused identity in place of the hinge, beside it; by neither",
+        "tune",
+        **{
+            "tune=off": "tune.steps=0 refine.start=0",
+            "lock": "tune.id_lock=0.3 tune.hinge=0 refine.id_lock=0.35 refine.hinge=0",
+            "hinge+lock": "tune.id_lock=0.3 tune.hinge=0.3 refine.id_lock=0.35 refine.hinge=0.35",
+            "neither": "tune.id_lock=0 tune.hinge=0 refine.steps=0",
+        },
+    ),
+    "refine": _group("refinement in pixels: none", "refine", **{"refine=off": "refine.steps=0"}),
+    "attack": _group(
+        "identity inversion attack, of 255; the encoder's trunk is inside and does not judge these",
+        "attack",
+        **{"attack=off": "attack.enabled=false"} | {f"attack.eps={levels}": _attack(levels) for levels in (2, 4, 8)},
+    ),
 }
-# Asked for by default: one question each about codes, features, weights of the losses, and refinement.
-DEFAULT = ("fuse.k=1", "identity=one", "lock", "refine=off", "visible=squared", "eot=off")
+DEFAULT = ("refine.start=0", "tune=off", "lock", "refine=off")  # where nothing is asked for
 
 
 def built_in() -> dict[str, Variant]:

@@ -12,12 +12,10 @@ import base64
 import datetime
 import functools
 import hashlib
-from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
 import jinja2
-import markupsafe
 from markupsafe import Markup
 
 from pipelines.report.charts import number
@@ -68,23 +66,3 @@ def render(template: str, **values: Any) -> str:
 def part(macro: str, *values: Any) -> str:
     """What a macro of `report/parts.html` makes of some values."""
     return str(getattr(_environment().get_template("report/parts.html").module, macro)(*values))
-
-
-# ---- for experiments.sheet, until it has a template ------------------------------------------------------------------
-
-
-def escape(text: object) -> str:
-    return str(markupsafe.escape(_spelled(text)))
-
-
-def name_html(text: object) -> str:
-    return part("name", text)
-
-
-def document(title: str, heading: str, header: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
-    blocks = "".join(f"{{% block {key} %}}{{{{ content.{key} }}}}{{% endblock %}}" for key, _, _ in sections)
-    template = '{% extends "report/base.html" %}{% block header %}{{ header }}{% endblock %}' + blocks
-    return _environment().from_string(template).render(
-        title=title, heading=heading, by=footer, header=Markup(header), now="", sections=[s[:2] for s in sections],
-        content={key: Markup(content) for key, _, content in sections},
-    )  # fmt: skip

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cluster.files import replacing
 from pipelines.training.loop import Loop, scheduled
+from pipelines.config.sections import InvertConfig
 from pipelines.training.train_head import draw_codes, psnr
 from scol_ops.diversity import jpeg
 from scol_ops.filters import low_pass
@@ -287,7 +288,7 @@ def measure(
     refine_steps: int = 0,
 ) -> dict[str, np.ndarray]:
     """PSNR (dB, 256 px) and recognisers' cosine of G(E(x)) against x, one number a face; code error where codes are known."""
-    settings = InvertSettings(refine_steps=refine_steps)
+    settings = InvertSettings(**InvertConfig(refine_steps=refine_steps).model_dump())
     recognisers = {name: load_recogniser(name) for name in ("mobilefacenet", "dlib_resnet", "faceres")}
     values: dict[str, list[np.ndarray]] = {}
     for i in range(0, len(clean), 8):

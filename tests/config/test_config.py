@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import pytest
@@ -122,6 +122,7 @@ def test_keys_of_stages_follow_their_own_settings_only() -> None:
 
 
 def test_sections_have_all_fields_of_the_operators_settings() -> None:
+    """And are their only source of values: the operators' own have no defaults that could differ."""
     from scol_ops.attack import AttackSettings
     from scol_ops.inversion import InvertSettings
     from scol_ops.models.embedded import RECOGNISERS
@@ -137,6 +138,8 @@ def test_sections_have_all_fields_of_the_operators_settings() -> None:
         (sections.StrengthenConfig, StrengthenSettings, set()),
     ):
         assert set(section.model_fields) == {f.name for f in fields(kind)} | extra
+        assert all(f.default is f.default_factory is MISSING for f in fields(kind)), kind
+        assert asdict(kind(**section().model_dump(exclude=extra))) == section().model_dump(exclude=extra)
     assert names.RECOGNISERS == RECOGNISERS
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from cluster import ray_session
 from pipelines.archive.paths import OutputError
 from pipelines.cli.main import main
-from pipelines.evaluate import job, measure
+from pipelines.evaluate import job, judges, measure
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Eyes, Gallery, Measurer, Settings, Spot, Window, column
 from pipelines.evaluate.page import Example, write_page
@@ -74,7 +74,8 @@ def ray():
 
 def evaluate(trees: Path, two: Path | str = "two", out: str = "out", **options) -> dict:
     options = {"people_from": "folder", "recognisers": JUDGES, "distortions": ("jpeg75+half",), "workers": 1} | options
-    return job.evaluate(str(trees / "one"), str(trees / two), out=str(trees / out), **options).figures
+    given = job.Options(str(trees / "one"), str(trees / two), out=str(trees / out), **options)
+    return job.evaluate(given).figures
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,7 @@ def test_protected_files_beside_their_originals(trees):
     for person in SEEDS:  # of another size, so none of them is the probe itself
         write(trees / f"enrolled/{person}/1.jpg", np.asarray(Image.fromarray(face(person, 1)).resize((300, 300))))
     write(trees / "enrolled/nobody.jpg", face("Dan"))
-    got = job.evaluate(
+    given = job.Options(
         str(folder),
         str(folder),
         out=str(trees / "out-beside"),
@@ -237,7 +238,8 @@ def test_protected_files_beside_their_originals(trees):
         distortions=(),
         drop="_cloaked",
         workers=1,
-    ).figures
+    )
+    got = job.evaluate(given).figures
     c = got["counts"]
     assert (c["originals"], c["protected"], c["photos_measured"], c["protected_without_original"]) == (2, 2, 2, 0)
     assert (c["gallery_people"], c["gallery_photos_unusable"], c["faces_with_mate"]) == (6, 1, 2)
@@ -319,16 +321,17 @@ def test_recognisers_used_inside_are_found(trees):
 
     config = load_config().model_dump(mode="json")
     (run / "run.json").write_text(json.dumps({"config": config}))
-    assert job.recognisers_inside(str(trees / "two")) == ("dlib_resnet", "mobilefacenet")
+    given = job.Options(str(trees / "one"), str(trees / "two"))
+    assert job._inside(given) == (("dlib_resnet", "mobilefacenet"), "run")
     shutil.rmtree(run)
-    assert job.recognisers_inside(str(trees / "two")) is None
+    assert judges.inside_of_run(str(run)) is None and job._inside(given) == ((), "unknown")
     only = load_config(sets=["tune.identity=", "refine.steps=0"]).model_dump(mode="json")
-    assert job.inside_of(only) == ("mobilefacenet",)  # the attack works through the encoder, which reads its features
-    assert job.inside_of(load_config("paper").model_dump(mode="json")) == ("irse50",)  # what e4e was made from
+    assert judges.inside_of(only) == ("mobilefacenet",)  # the attack works through the encoder, which reads its features
+    assert judges.inside_of(load_config("paper").model_dump(mode="json")) == ("irse50",)  # what e4e was made from
     assert load_config("paper").encoder_trunk == "irse50"
     choosing = ["tune.identity=", "refine.identity=", "attack.enabled=false", "strengthen.rounds=0"]
     choosing += ["fuse.identity_ceiling=0.3"]
-    assert job.inside_of(load_config(sets=choosing).model_dump(mode="json")) == ("mobilefacenet",)
+    assert judges.inside_of(load_config(sets=choosing).model_dump(mode="json")) == ("mobilefacenet",)
     with pytest.raises(ConfigError, match="identity_ceiling chooses by"):
         load_config(sets=[*choosing, "publish.judge=mobilefacenet"])
     with pytest.raises(OutputError):

@@ -140,7 +140,7 @@ def test_names_of_a_gallery_begin_anew(tmp_path):
     (others / "Ada/1.jpg").write_bytes(b"another picture, of another size")
     found = pairing(tmp_path, one, one, gallery=str(others), people_from="folder")
     assert [len(r["mates"]) for r in rows(found).values()] == [1, 1]
-    assert (found.counts.gallery_people, found.counts.gallery_photos, found.counts.gallery_unusable) == (1, 1, 1)
+    assert (len(found.references), found.counts.gallery_photos, found.counts.gallery_unusable) == (1, 1, 1)
     (tmp_path / "again").mkdir()
     again = pairing(tmp_path / "again", one, one, people_from="folder")  # there it is one photo in two formats
     assert [r["mates"] for r in rows(again).values()] == [[], []]
@@ -177,7 +177,7 @@ def test_a_gallery_gives_mates_and_people_to_be_mistaken_for(tmp_path):
 def test_a_sample_is_of_the_size_asked_for_and_keeps_the_gallery(tmp_path):
     one = tree(tmp_path / "one", *(f"p{i}/{n}.jpg" for i in range(20) for n in range(2)))
     found = pairing(tmp_path, one, one, people_from="folder", limit=7)
-    assert len(rows(found)) == 7 and found.counts.originals == 40 and found.counts.gallery_people == 20
+    assert len(rows(found)) == 7 and found.counts.originals == 40 and len(found.references) == 20
     assert all(len(r["mates"]) == 1 for r in rows(found).values())
 
 

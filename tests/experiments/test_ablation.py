@@ -32,6 +32,10 @@ def options(**changes) -> tables.Options:
     return tables.Options(**({"data": "", "dataset": "lfw", "out": "", "profile": "standard"} | changes))
 
 
+def features(*names: str) -> tuple[str, ...]:
+    return tuple(f"{section}.identity={','.join(names)}" for section in ("tune", "refine"))
+
+
 def split(variant: Variant, **changes):
     return ablation.splits(variant, options(**changes))
 
@@ -65,24 +69,29 @@ def test_built_in_variants_can_all_be_used():
         for judge, method in split(variant).items():
             assert judge not in method.used and method.profile == "standard"
         key, _, value = variant.name.partition("=")
-        if key in ("fuse.k", "refine.start", "refine.residual_sigma", "refine.chroma", "refine.flip_target"):
+        if key in ("refine.start", "attack.eps"):
             section, name = key.split(".")
-            assert getattr(getattr(load_config(sets=method.sets), section), name) == float(value)
+            wanted = float(value) / (255 if name == "eps" else 1)
+            assert getattr(getattr(load_config(sets=method.sets), section), name) == pytest.approx(wanted)
     assert set(variants.DEFAULT) <= set(variants.built_in()) and len(variants.DEFAULT) <= 6
-    robust = load_config(sets=split(variants.built_in()["attack.eps=8+eot"])["faceres"].sets)
-    assert robust.attack.enabled and robust.attack.eps == pytest.approx(8 / 255) and robust.attack.jpeg_quality
+    attacked = load_config(sets=split(variants.built_in()["attack.eps=8"])["faceres"].sets)
+    assert attacked.attack.enabled and attacked.attack.step_size == pytest.approx(2 / 255)
+    lock = load_config(sets=split(variants.built_in()["lock"])["faceres"].sets)
+    assert (lock.tune.hinge, lock.refine.hinge) == (0, 0) and lock.tune.id_lock == 0.3 and lock.refine.id_lock == 0.35
+    untuned = load_config(sets=split(variants.built_in()["tune=off"])["faceres"].sets)
+    assert (untuned.tune.steps, untuned.refine.start) == (0, 0) and untuned.refine.steps
     off = load_config(sets=split(variants.built_in()["refine=off"])["faceres"].sets)
     assert off.refine.steps == 0 and not off.attack.enabled
 
 
 def test_selection_begins_with_the_base():
     assert [v.name for v in variants.select()] == ["base", *variants.DEFAULT]
-    got = variants.select(["fuse.k=1"], ["k", "layers"])
-    assert [v.name for v in got][:4] == ["base", "fuse.k=1", "fuse.k=10", "fuse.k=50"] and len(got) == 8
+    got = variants.select(["refine.start=0"], ["start", "attack"])
+    assert [v.name for v in got][:4] == ["base", "refine.start=0", "refine.start=0.3", "refine.start=0.8"] and len(got) == 8
     with pytest.raises(VariantError) as error:
-        variants.select(["fuse.k=2", "refine=of"], ["robst"])
+        variants.select(["fuse.k=2", "refine=of"], ["atack"])
     assert len(error.value.problems) == 3 and "did you mean 'refine=off'" in str(error.value)
-    assert "did you mean 'robust'" in str(error.value)
+    assert "did you mean 'attack'" in str(error.value)
 
 
 def test_variants_of_a_file(tmp_path):
@@ -133,13 +142,14 @@ def test_every_recogniser_judges_and_none_that_is_inside():
         "faceres": ("dlib_resnet", "mobilefacenet"),
     }
     assert found["faceres"].name == "base" and found["dlib_resnet"].name == "base-judged-by-dlib_resnet"
-    one = split(variants.built_in()["identity=one"])
+    one = split(Variant("identity=one", features("mobilefacenet")))
     assert one["dlib_resnet"].name == one["faceres"].name == "identity=one"
     assert one["mobilefacenet"].used == ("dlib_resnet",)
     # What works through the encoder works through its trunk's features: that recogniser has nothing to judge.
     assert set(split(variants.built_in()["attack.eps=8"])) == {"dlib_resnet", "faceres"}
-    assert set(split(variants.built_in()["identity=two+encoder"])) == {"dlib_resnet", "faceres"}
-    three = Variant("three", tuple(f"{s}.identity={','.join(NAMES)}" for s in ("tune", "refine")))
+    mixed = Variant("two+encoder", features("mobilefacenet", "dlib_resnet", "encoder"))
+    assert set(split(mixed)) == {"dlib_resnet", "faceres"}
+    three = Variant("three", features(*NAMES))
     assert {j: len(m.used) for j, m in split(three).items()} == dict.fromkeys(NAMES, 2)
 
 
@@ -239,9 +249,9 @@ def is_work(path: Path) -> bool:
 
 
 def test_the_ablations_options_are_its_own():
-    got = CliRunner().invoke(main, ["experiment", "run", "table1", "--group", "k"])
+    got = CliRunner().invoke(main, ["experiment", "run", "table1", "--group", "tune"])
     assert got.exit_code == 2 and "of the ablation, not of table1" in got.output
     got = CliRunner().invoke(main, ["experiment", "run", "ablation", "--variants", "fuse.k=3"])
     assert got.exit_code == 2 and got.output.startswith("error: unknown variant 'fuse.k=3'")
     got = CliRunner().invoke(main, ["experiment", "list"])
-    assert all(name in got.output for name in ("table5", "ablation", "refine.flip_target=0.08"))
+    assert all(name in got.output for name in ("table5", "ablation", "refine.start=0.8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -176,7 +177,8 @@ def test_lpips_is_the_tuning_loss_where_it_is_there(tmp_path: Path, monkeypatch)
 
     # It steers: with LPIPS the tuning's reconstruction loss is L2 and LPIPS, and no SSIM.
     from scol_ops.models.embedded import load_mobilestylegan
-    from scol_ops.tuning import TuneSettings, tune
+    from scol_ops.tuning import tune
+    from tests.helpers.operator_settings import TUNE
 
     generator = load_mobilestylegan(256)
     code = generator.mean_code.expand(1, 16, -1).contiguous()
@@ -184,7 +186,7 @@ def test_lpips_is_the_tuning_loss_where_it_is_there(tmp_path: Path, monkeypatch)
         face = generator(code + 0.2).clamp(-1, 1)
         first = generator(code)
     stored = networks.perceptual("lpips-alex", torch.device("cpu"), settled.engine.models)
-    options = TuneSettings(steps=1, parameters="late", lpips_weight=3.0, target_psnr=1000.0)
+    options = replace(TUNE, steps=1, parameters="late", lpips_weight=3.0, target_psnr=1000.0)
     done = tune(generator, code, face, torch.ones(1, 1, 256, 256), [], [], options, perceptual=stored)
     with torch.no_grad():
         expected = reconstruction_loss(first, face, options.l2_weight, 0.0) + 3.0 * stored(face, first).mean()

@@ -1,20 +1,21 @@
 """Inversion, tuning, refinement and attack on the embedded generator (few steps: their rules, not their quality)."""
 
 import copy
-import dataclasses
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 from cluster import ItemTimeout
-from scol_ops.attack import AttackSettings, attack, attack_loss
+from scol_ops.attack import attack, attack_loss
 from scol_ops.filters import damp_chroma, low_pass
 from scol_ops.inversion import InvertSettings, invert
 from scol_ops.models.embedded import load_mobilestylegan, load_recogniser
 from scol_ops.models.recognisers import ffhq_mean_geometry
-from scol_ops.refinement import RefineSettings, refine
-from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, select_parameters, tune
+from scol_ops.refinement import refine
+from scol_ops.tuning import DeadlineExceeded, confine, select_parameters, tune
+from tests.helpers.operator_settings import ATTACK, REFINE, TUNE
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def thumbnail(x):
     return torch.nn.functional.normalize(small - small.mean(1, keepdim=True), dim=1)
 
 
-SHORT = TuneSettings(steps=3, lr=1e-3, ssim_weight=1.0)
+SHORT = replace(TUNE, steps=3, lr=1e-3, ssim_weight=1.0)
 
 
 def run(generator, faces, mask, i, seed=0):
@@ -61,7 +62,7 @@ def test_faces_do_not_depend_on_their_order(generator, faces, mask):
 
 def test_tuning_reconstructs_and_stays_inside_the_mask(generator, faces, mask):
     codes, pictures = faces
-    settings = TuneSettings(steps=8, lr=1e-3, hinge=0, id_lock=0)
+    settings = replace(TUNE, steps=8, lr=1e-3, hinge=0, id_lock=0)
     result = tune(generator, codes[1:2], pictures[:1], mask, [], [], settings)
     assert result.history[-1]["reconstruction"] < 0.8 * result.history[0]["reconstruction"]
     outside = (mask == 0).expand_as(result.picture)
@@ -96,7 +97,7 @@ def test_a_time_limit_while_a_face_is_left_changes_no_generator(generator, faces
         raise ItemTimeout
 
     with pytest.raises(ItemTimeout):
-        tune(generator, faces[0][:1], faces[1][:1], mask, [], [], dataclasses.replace(SHORT, parameters="all"), on_step=step)
+        tune(generator, faces[0][:1], faces[1][:1], mask, [], [], replace(SHORT, parameters="all"), on_step=step)
     monkeypatch.undo()
     assert all(torch.equal(before[k], v) for k, v in generator.state_dict().items())
     assert not any(p.requires_grad for p in generator.parameters())
@@ -116,13 +117,13 @@ def test_refinement_lowers_similarity_and_returns_to_the_photo(faces, mask):
     start = confine(other, original, mask)
     similarity = {}
     for hinge in (0.0, 5.0):
-        settings = RefineSettings(steps=30, lr=0.03, diversity=0.0, hinge=hinge)
-        result = refine(start, original, mask, [thumbnail], [0.5], settings=settings)
+        settings = replace(REFINE, steps=30, lr=0.03, diversity=0.0, hinge=hinge)
+        result = refine(start, original, mask, [thumbnail], [0.5], None, settings)
         assert result.history[-1]["psnr"] > result.history[0]["psnr"] + 1
         similarity[hinge] = float((thumbnail(result.picture) * thumbnail(original)).sum())
     assert similarity[5.0] < similarity[0.0] - 0.02
-    assert torch.equal(refine(start, original, mask, [thumbnail], [0.9], settings=RefineSettings(steps=0)).picture, start)
-    limited = refine(start, original, mask, [thumbnail], [0.5], settings=RefineSettings(steps=5, limit=0.05))
+    assert torch.equal(refine(start, original, mask, [thumbnail], [0.9], None, replace(REFINE, steps=0)).picture, start)
+    limited = refine(start, original, mask, [thumbnail], [0.5], None, replace(REFINE, steps=5, limit=0.05))
     assert float((limited.picture - original).abs().max()) <= 0.05 + 1e-6
 
 
@@ -130,9 +131,9 @@ def test_refinement_with_flip_changes_fewer_places(faces, mask):
     original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
     pictures = {}
     for name, weight in (("flip_weight", 0.5), ("visible_weight", 100.0)):
-        settings = RefineSettings(steps=30, lr=0.03, diversity=0.0, hinge=1.0, l2_weight=0.0, ssim_weight=0.0)
+        settings = replace(REFINE, steps=30, lr=0.03, diversity=0.0, hinge=1.0, l2_weight=0.0, ssim_weight=0.0)
         pictures[name] = refine(
-            start, original, mask, [thumbnail], [0.5], settings=dataclasses.replace(settings, **{name: weight})
+            start, original, mask, [thumbnail], [0.5], None, replace(settings, **{name: weight})
         )
     flip, squared = (pictures[n].picture - original for n in ("flip_weight", "visible_weight"))
     assert pictures["flip_weight"].history[-1]["flip"] < 0.5 * pictures["flip_weight"].history[0]["flip"]
@@ -150,12 +151,12 @@ def test_refinement_steers_to_the_flip_asked_for(faces, mask):
     reached = {}
     for weight in (0.6, 5.0):
         for target in (0.0, 0.06):
-            settings = RefineSettings(
-                steps=60, start=0.5, diversity=0.0, hinge=0.35, l2_weight=0.0, ssim_weight=0.5, residual_sigma=1.0,
+            settings = replace(
+                REFINE, steps=60, start=0.5, diversity=0.0, hinge=0.35, l2_weight=0.0, ssim_weight=0.5, residual_sigma=1.0,
                 flip_weight=weight, flip_target=target,
             )  # fmt: skip
             found = refine(
-                start, original, mask, [lambda x: network.embed_crops(x, *geometry)], [-0.5], settings=settings
+                start, original, mask, [lambda x: network.embed_crops(x, *geometry)], [-0.5], None, settings
             )
             reached[weight, target] = found.history[-1]["flip"]
     assert reached[0.6, 0.0] > 1.5 * reached[5.0, 0.0]
@@ -171,10 +172,10 @@ def test_refinement_at_the_photo_s_scale_works_on_what_is_left_there(faces, mask
     def fine(x):
         return torch.nn.functional.normalize((x - low_pass(x, 2.0)).flatten(1), dim=1)
 
-    settings = RefineSettings(steps=1, lr=0.03, diversity=0.0, photo_scale=True)
+    settings = replace(REFINE, steps=1, lr=0.03, diversity=0.0, photo_scale=True)
     hinge = {}
     for side in (None, 256.0, 20.0):
-        hinge[side] = refine(start, original, mask, [fine], [-1.0], settings=settings, photo_side=side).history[0]["hinge"]
+        hinge[side] = refine(start, original, mask, [fine], [-1.0], None, settings, photo_side=side).history[0]["hinge"]
     assert hinge[None] == hinge[256.0] and abs(hinge[20.0] - hinge[None]) > 0.05
 
 
@@ -182,8 +183,8 @@ def test_refinement_without_chroma_changes_lightness_alone(faces, mask):
     original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
     change = {}
     for chroma in (0.0, 0.25, 1.0):
-        settings = RefineSettings(steps=5, diversity=0.0, residual_sigma=2.0, chroma=chroma)
-        change[chroma] = refine(start, original, mask, [thumbnail], [0.5], settings=settings).picture - original
+        settings = replace(REFINE, steps=5, diversity=0.0, residual_sigma=2.0, chroma=chroma)
+        change[chroma] = refine(start, original, mask, [thumbnail], [0.5], None, settings).picture - original
     colour = {chroma: float((c - c.mean(dim=1, keepdim=True)).abs().mean()) for chroma, c in change.items()}
     inside = ((change[0.0] + original).abs() < 1).all(dim=1)  # not clamped
     grey = change[0.0].movedim(1, -1)[inside]
@@ -213,7 +214,7 @@ def linear_encoder(x):
     return (torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) @ weights).unflatten(1, (2, 512))
 
 
-@pytest.mark.parametrize("settings", [AttackSettings(), AttackSettings(eps=4 / 255, diversity=1.0, blur=True), AttackSettings(momentum=1, translation_sigma=3)])
+@pytest.mark.parametrize("settings", [ATTACK, replace(ATTACK, eps=4 / 255, diversity=1.0, blur=True), replace(ATTACK, momentum=1, translation_sigma=3)])
 def test_attack_improves_its_loss_within_its_bound(faces, mask, settings):
     pictures = faces[1][:2]
     target = linear_encoder(faces[1][[2, 2]])
@@ -233,13 +234,13 @@ def test_attack_without_components_or_steps_changes_nothing(faces):
     pictures = faces[1][:1]
     target = linear_encoder(faces[1][1:2])
     none = torch.zeros_like(target, dtype=torch.bool)
-    assert torch.equal(attack(linear_encoder, pictures, target, none).picture, pictures)
+    assert torch.equal(attack(linear_encoder, pictures, target, none, None, ATTACK).picture, pictures)
     every = torch.ones_like(none)
-    assert torch.equal(attack(linear_encoder, pictures, target, every, settings=AttackSettings(steps=0)).picture, pictures)
+    assert torch.equal(attack(linear_encoder, pictures, target, every, None, replace(ATTACK, steps=0)).picture, pictures)
     with pytest.raises(ValueError):
-        attack(linear_encoder, pictures, target, every, settings=AttackSettings(eps=-1))
+        attack(linear_encoder, pictures, target, every, None, replace(ATTACK, eps=-1))
     with pytest.raises(ValueError, match="momentum"):
-        attack(linear_encoder, pictures, target, every, settings=AttackSettings(momentum=-0.5))
+        attack(linear_encoder, pictures, target, every, None, replace(ATTACK, momentum=-0.5))
 
 
 def test_momentum_and_smoothing_change_the_attack_s_steps(faces):
@@ -248,8 +249,8 @@ def test_momentum_and_smoothing_change_the_attack_s_steps(faces):
     every = torch.ones_like(target, dtype=torch.bool)
 
     def steps(number, **settings):
-        settings = AttackSettings(steps=number, step_size=1 / 255, random_start=0.0, **settings)
-        return attack(linear_encoder, picture, target, every, settings=settings).picture - picture
+        settings = replace(ATTACK, steps=number, step_size=1 / 255, random_start=0.0, **settings)
+        return attack(linear_encoder, picture, target, every, None, settings).picture - picture
 
     moved = picture.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(attack_loss(linear_encoder, moved, target, every).sum(), moved)
@@ -271,7 +272,7 @@ def test_tuning_s_features_see_what_transformations_leave(generator, faces, mask
             found.append(x.detach())
             return thumbnail(x)
 
-        settings = TuneSettings(steps=5, diversity=0.0, id_lock=0.0, hinge=1.0, **more)
+        settings = replace(TUNE, steps=5, diversity=0.0, id_lock=0.0, hinge=1.0, **more)
         pictures.append(tune(generator, faces[0][1:2], faces[1][:1], mask, [feature], [1.0], settings, seed=4).picture)
         seen.append(found)
     assert torch.equal(*pictures)
@@ -287,7 +288,7 @@ def test_inversion_refinement_comes_closer(generator, faces):
         return generator.mean_code.expand(x.shape[0], 16, -1)
 
     plain = invert(mean_encoder, pictures[:1], generator)
-    refined = invert(mean_encoder, pictures[:1], generator, InvertSettings(refine_steps=6, lr=0.05))
+    refined = invert(mean_encoder, pictures[:1], generator, InvertSettings(refine_steps=6, lr=0.05, stay=0.1))
     assert float(refined.psnr) > float(plain.psnr) + 0.5
     assert refined.codes.shape == (1, 16, 512)
     with pytest.raises(ValueError, match="faces"):

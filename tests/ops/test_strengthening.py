@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
-from scol_ops.refinement import RefineSettings
 from scol_ops.strengthening import (
     Bars,
     Seen,
@@ -24,11 +22,14 @@ from scol_ops.strengthening import (
     unconfined,
 )  # fmt: skip
 from scol_ops.tuning import confine
+from tests.helpers import operator_settings
+from tests.helpers.operator_settings import ATTACK
 
 SETTINGS = StrengthenSettings(
-    rounds=3, steps=50, hinge_factor=2.0, margin_step=0.2, visible_factor=4.0, eps_factor=2.0, max_eps=0.05
+    rounds=3, steps=50, hinge_factor=2.0, margin_step=0.2, visible_factor=4.0, eps_factor=2.0, max_eps=0.05, min_psnr=34.0
 )
-REFINE = RefineSettings(
+REFINE = replace(
+    operator_settings.REFINE,
     steps=80, lr=0.02, start=0.4, l2_weight=8.0, ssim_weight=4.0, visible_weight=16.0, flip_weight=8.0, flip_target=0.01,
     hinge=0.5, blur=True, limit=0.3,
 )  # fmt: skip
@@ -49,12 +50,12 @@ def test_a_round_is_stronger_by_its_factors_and_otherwise_the_same() -> None:
 
 
 def test_the_bound_of_the_attack_grows_up_to_its_limit_and_never_falls() -> None:
-    base = AttackSettings(eps=0.01, step_size=0.002, steps=7)
+    base = replace(ATTACK, eps=0.01, step_size=0.002, steps=7)
     found = [attack_of(SETTINGS, base, n) for n in (1, 2, 3)]
     assert [s.eps for s in found] == pytest.approx([0.02, 0.04, 0.05]) and {s.steps for s in found} == {7}
     assert [s.step_size for s in found] == pytest.approx([0.004, 0.008, 0.01]), "it still reaches the bound"
-    assert attack_of(SETTINGS, AttackSettings(eps=0.2), 1).eps == 0.2, "the attack's own bound is above the limit"
-    assert attack_of(SETTINGS, AttackSettings(eps=0.0), 2).eps == 0.0
+    assert attack_of(SETTINGS, replace(ATTACK, eps=0.2), 1).eps == 0.2, "the attack's own bound is above the limit"
+    assert attack_of(SETTINGS, replace(ATTACK, eps=0.0), 2).eps == 0.0
 
 
 def test_refining_again_does_not_fade_the_change_out_twice() -> None:

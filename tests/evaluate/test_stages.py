@@ -1,21 +1,23 @@
-"""The LFW experiment on a tree of six generated people, where the right answers are known."""
+"""Rank-1-U of a run and what its stages contribute, on a tree of six generated people, where the answers are known."""
 
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from cluster import ray_session
 from pipelines.archive.paths import photo_id
+from pipelines.cli.main import main
 from pipelines.config.load import load_config
 from pipelines.config.names import STAGES
-from pipelines.experiments import lfw, probes
+from pipelines.evaluate import job, measure, stages
 from pipelines.jobs.demo import draw_person
 from pipelines.run.folder import Run
 from pipelines.run.schemas import PLAN_SCHEMA, SCHEMAS, SOURCE
@@ -104,33 +106,45 @@ def run(tree) -> Run:
     return run
 
 
+JUDGES = ("mobilefacenet", "faceres")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray():
+    with ray_session(num_cpus=2):
+        yield
+
+
+def evaluate(tree: Path, run: Run, **options) -> dict:
+    given = {"people_from": "folder", "recognisers": JUDGES, "distortions": (), "stages": run.url, "workers": 1}
+    given |= {"out": str(tree / "out")} | options
+    return job.evaluate(job.Options(str(tree / "photos"), str(tree / "protected"), **given)).figures
+
+
 @pytest.fixture(scope="module")
 def result(run, tree) -> dict:
-    said = []
-    out = lfw.run_experiment(run.url, distractors=1000, judges=["mobilefacenet", "faceres"], stages=True,
-                             cache=tree / "cache", say=said.append)
-    assert any("6 photos embedded anew" in line or "5 photos embedded anew" in line for line in said)
-    return out
+    return evaluate(tree, run)
 
 
-def test_counts(result):
+def test_the_runs_photos_alone_are_measured(result):
     c = result["counts"]
-    assert (c["photos"], c["protected"], c["probes"], c["people"], c["failed"], c["no_face"]) == (3, 3, 3, 3, 0, 0)
-    assert c["people_without_another_photo"] == 1  # Zoe
-    assert (c["distractors"], c["gallery"]) == (3, 5)
-    assert c["face_not_detected_in_saved"] == 0
+    assert (c["photos"], c["photos_measured"], c["people"], c["originals"]) == (3, 3, 3, 9)
+    assert "photos_missing" not in c and c["faces_without_mate"] == 1  # Zoe
+    assert c["gallery_people"] == 6 and c["face_not_found_in_protected"] == 0
+    # The run says through whom it was made.
+    assert (result["inside"], result["inside_from"]) == (["mobilefacenet"], "run")
 
 
 def test_rank1_u_is_what_was_built(result):
-    for entry in result["judges"]:
-        before, after = entry["unprotected"], entry["protected"]
-        assert before["probes"] == 3 and before["with_mate"] == 2
-        assert before["rank1_u"] == 0 and after["rank1_u"] == 0.5, entry
-        assert before["own"] == pytest.approx(1, abs=1e-5) and before["own_accepted"] == 1
-        assert after["own_accepted"] == pytest.approx(2 / 3) and after["mate_accepted"] == 0.5
-        assert after["mate"] < before["mate"] - 0.1
-    assert [e["inside_method"] for e in result["judges"]] == [True, False]
-    assert result["quality"]["psnr"] == {"mean": 31.0, "min": 30.0, "max": 32.0}
+    for judge in JUDGES:
+        before, after = (result["identity"][judge][subject]["none"] for subject in ("unprotected", "protected"))
+        assert before["ism"]["n"] == 3 and before["rank1_u"]["n"] == 2
+        assert before["rank1_u"]["value"] == 0 and after["rank1_u"]["value"] == 0.5, judge
+        assert before["ism"]["value"] == pytest.approx(1, abs=1e-5) and before["accepted_own"]["value"] == 1
+        assert after["accepted_own"]["value"] == pytest.approx(2 / 3) and after["accepted_mate"]["value"] == 0.5
+        assert after["mate"]["value"] < before["mate"]["value"] - 0.1
+    # The average is over those that the method did not use.
+    assert result["identity"]["average"] == result["identity"]["faceres"]
 
 
 def test_stages(result):
@@ -139,38 +153,51 @@ def test_stages(result):
     faces = {name: line["faces"] for name, line in lines.items()}
     assert faces == {"original": 3, "inverted": 1, "tuned": 3, "attacked": 3, "strengthened": 3}
     assert lines["original"]["psnr"] is None and lines["original"]["judges"]["faceres"]["rank1_u"] == 0
+    assert lines["original"]["faces_with_mate"] == 2 and lines["inverted"]["faces_with_mate"] == 1
     assert lines["attacked"]["judges"]["mobilefacenet"]["rank1_u"] == 0.5
     assert lines["inverted"]["judges"]["mobilefacenet"]["rank1_u"] == 1  # Hugo's code
     assert lines["inverted"]["psnr"] < 25
     assert lines["strengthened"]["judges"]["mobilefacenet"]["rank1_u"] == 1  # Ada as attacked, and Ben
+    for judge in JUDGES:  # before saving as in the saved file, in which JPEG changes little
+        crop, saved = lines["attacked"]["judges"][judge], result["identity"][judge]["protected"]["none"]
+        assert crop["accepted_own"] == pytest.approx(2 / 3) and crop["accepted_mate"] == 0.5
+        assert crop["ism"] == pytest.approx(saved["ism"]["value"], abs=0.05)
+        assert crop["mate"] == pytest.approx(saved["mate"]["value"], abs=0.05)
 
 
-def test_second_run_takes_the_gallery_from_the_cache(run, tree, result):
-    said = []
-    again = lfw.run_experiment(run.url, str(tree / "photos"), judges=["mobilefacenet"], cache=tree / "cache",
-                               say=said.append)
-    assert "gallery of 5 people, 0 photos embedded anew" in said
-    assert again["judges"][0] == result["judges"][0]
-    assert "stages" not in again
-    # By default the judges are those that the method did not use.
-    default = lfw.run_experiment(run.url, distractors=1, cache=tree / "cache")
-    assert [e["judge"] for e in default["judges"]] == ["dlib_resnet", "faceres"]
-    assert default["counts"]["distractors"] == 1
+def test_probes(run):
+    found = stages.read_probes(run)
+    assert [probe.path for probe in found] == list(PROTECTED) and found[0].spot.landmarks.shape == (5, 2)
+    assert [Path(probe.saved_url).parent.name for probe in found] == ["Ada", "Ben", "Zoe"]
 
 
-def test_command(run, tree, tmp_path, capsys):
-    threads = torch.get_num_threads()
-    path = tmp_path / "bench" / "lfw.json"
-    status = lfw.main([run.url, "--judge", "faceres", "--cache", str(tree / "cache"), "--json", str(path),
-                       "--threads", str(threads)])
-    out = capsys.readouterr().out
-    assert status == 0 and json.loads(path.read_text())["experiment"] == "lfw"
-    assert path.with_suffix(".md").read_text() in out
-    assert "| faceres | protected |" in out and "| 50.0 |" in out
-    assert lfw.main([str(tmp_path), "--json", str(path)]) == 2
-    assert lfw.main([run.url, "--photos", str(tree / "photos/Finn"), "--json", str(path)]) == 2
-    assert "none of the run's photos" in capsys.readouterr().err
+def test_a_second_time_nothing_is_embedded_again(run, tree, result):
+    def parts() -> dict[str, int]:
+        found = (tree / "out/work").rglob("*.parquet")
+        return {p.name: p.stat().st_mtime_ns for p in found if not p.name.startswith("gallery-")}
+
+    before = parts()
+    again = evaluate(tree, run)
+    assert parts() == before and again["identity"] == result["identity"] and again["stages"] == result["stages"]
+    plain = evaluate(tree, run, stages=None, inside=(), out=str(tree / "plain"), work=str(tree / "out/work"))
+    assert "stages" not in plain and plain["counts"]["photos"] == 9
+
+
+def test_command(run, tree):
+    command = ["evaluate", str(tree / "photos"), str(tree / "protected"), "--people-from", "folder", "--stages", run.url]
+    command += ["--recogniser", "faceres", "--no-distortions", "--workers", "1", "--out", str(tree / "command")]
+    got = CliRunner().invoke(main, command)
+    assert got.exit_code == 0, got.output
+    assert "| faceres | protected | 50.0 [" in got.output and "By stage, judged by faceres" in got.output
+    rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in got.output.splitlines()]
+    (attacked,) = (row for row in rows if row[0] == "attacked")
+    assert attacked[1] == "3" and attacked[-1] == "50.0" and len(attacked) == 10
+    got = CliRunner().invoke(main, [*command[:5], "--stages", str(tree / "photos"), *command[7:]])
+    assert got.exit_code == 2 and got.output.startswith("error: "), got.output
+    got = CliRunner().invoke(main, ["evaluate", str(tree / "photos/Finn"), *command[2:]])
+    assert got.exit_code == 2 and "none of the run's photos" in got.output
 
 
 def test_central():
-    assert probes.central([[0, 0, 10, 10], [40, 40, 60, 60], [90, 90, 99, 99]], 100, 100) == 1
+    boxes = np.array([[0, 0, 10, 10], [40, 40, 60, 60], [90, 90, 99, 99]])
+    assert measure.central(boxes, 100, 100) == 1
