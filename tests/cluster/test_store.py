@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster import PartStore, SchemaVersionError, StoreError, UnsafeStoreError, hash_key, part_key
+from cluster.files import Files
 from cluster.keys import pack
 from cluster.store import INDEX
 from tests.helpers.arithmetic import race
@@ -134,7 +135,7 @@ def test_a_full_device_is_told_by_the_real_system_call(tmp_path, monkeypatch):
     (tmp_path / "s").mkdir()
     temp = str(tmp_path / "s" / "full")
     os.symlink("/dev/full", temp)
-    monkeypatch.setattr(PartStore, "_temp", staticmethod(lambda path: temp))
+    monkeypatch.setattr(Files, "_temporary", lambda self, path: temp)
     monkeypatch.setattr("builtins.open", lambda path, mode: os.fdopen(os.open(path, os.O_WRONLY), "wb"))
     with pytest.raises(StoreError, match="disk full"):
         PartStore(tmp_path).write_part("s", None, rows([A], [1]))
