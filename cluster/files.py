@@ -50,7 +50,9 @@ _MEMORY_LOCK = threading.Lock()
 
 
 class Files:
-    """Files below one URL. Picklable; safe to use from several threads. Names are relative, with `/`; "" is the URL itself.
+    """Files below one URL. Picklable; safe to use from several threads.
+
+    Names are relative, with `/`; "" is the URL itself.
 
     All methods raise OSError, or what the store's client raises, as it comes: whoever calls gives it his own type.
 

@@ -395,8 +395,8 @@ class PartStore:
             schema: columns, in any order, that it has to have, without nulls or with.
 
         Returns:
-            the file, whose columns are not read yet and may turn out damaged (`tell_damaged`); None where there is none,
-            it cannot be opened, or it has other columns.
+            the file, whose columns are not read yet and may turn out damaged (`tell_damaged`); None where there is
+            none, it cannot be opened, or it has other columns.
         """
         try:
             if self._local:
@@ -409,12 +409,14 @@ class PartStore:
         except Exception as error:
             self.tell_damaged(stage, name, error)
             return None
-        found = {field.name: field.type for field in file.schema_arrow}
-        return file if found == {field.name: field.type for field in schema} else None
+        if {field.name: field.type for field in file.schema_arrow} == {field.name: field.type for field in schema}:
+            return file
+        self.tell_damaged(stage, name, "it has other columns")
+        return None
 
-    def tell_damaged(self, stage: str, name: str, error: Exception) -> None:
+    def tell_damaged(self, stage: str, name: str, why: Exception | str) -> None:
         """Say that one of these tables cannot be read, so that parts that it knows are opened instead."""
-        log.warning("%s/%s cannot be read, parts are opened instead: %s", self._dir(stage), name, error)
+        log.warning("%s/%s cannot be read, parts are opened instead: %s", self._dir(stage), name, why)
 
     def save_table(self, stage: str, name: str, tables: Iterable[pa.Table], compression: str = "zstd") -> None:
         """Write one of these tables, whole or not at all; it comes in pieces of one schema, at least one, each of which

@@ -64,7 +64,7 @@ def execute(
     url, described, std = "", {}, None
     if STAGES.index(until) >= STAGES.index("fuse"):
         heard = stop or (lambda: False)
-        url, info = run_gallery.patiently(lambda: run_gallery.ensure_gallery(config, run, say, heard))
+        url, info = run_gallery.ensure_gallery(config, run, say, heard)
         described = run_gallery.described_for_run(url, info)
         if config.attack.enabled and config.inspect.unit == "std":
             std = run_gallery.gallery_std(run, url, info, config.num_codes)

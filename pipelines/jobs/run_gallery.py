@@ -7,17 +7,15 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from cluster.retries import is_transient, with_retries
 from gallery_index import (
     CodeBatch,
     Expectation,
     Gallery,
-    GalleryError,
     GalleryExistsError,
     GalleryInfo,
     GalleryMismatchError,
@@ -38,7 +36,6 @@ from pipelines.run.schemas import CODE_DIM, CODE_LAYERS, IDENTITY_DIM
 from scol_ops.models import catalogue as public_models
 from scol_ops.models.embedded import load_mobilestylegan
 
-T = TypeVar("T")
 
 
 def expectation(config: Config) -> Expectation:
@@ -135,11 +132,6 @@ def _version_for(config: Config, run: Run) -> str:
     return store.version(current if wanted == "current" else wanted).url
 
 
-def patiently(action: Callable[[], T]) -> T:
-    """What `action` does with a gallery, begun again where the store below it failed in a way that may pass."""
-    return with_retries(action, transient=lambda e: not isinstance(e, GalleryError) and is_transient(e))
-
-
 def reading(url: str) -> AbstractContextManager[None]:
     """While the block lasts, a version of a store is not pruned (on local disks)."""
     found = store_of(url)
@@ -206,7 +198,7 @@ def gallery_std(run: Run, url: str, info: GalleryInfo, layers: int = CODE_LAYERS
     try:
         return np.load(io.BytesIO(run.read(name)), allow_pickle=False)
     except ValueError:
-        std = np.ascontiguousarray(patiently(lambda: Gallery.load(url, layers=layers)).component_std())
+        std = np.ascontiguousarray(Gallery.load(url, layers=layers).component_std())
         buffer = io.BytesIO()
         np.save(buffer, std)
         run.write(name, buffer.getvalue())
