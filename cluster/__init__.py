@@ -2,6 +2,7 @@
 
 from cluster.engine import Engine, Progress, RunSummary, StageSummary
 from cluster.errors import (
+    BadUrlError,
     ClusterError,
     ContractError,
     EngineError,
@@ -11,6 +12,7 @@ from cluster.errors import (
     StoreError,
     UnsafeStoreError,
 )
+from cluster.files import Files
 from cluster.keys import KeyRule, hash_key, hash_keys, part_key
 from cluster.local import LocalChain
 from cluster.plan import Plan
@@ -20,10 +22,12 @@ from cluster.stage import ItemTimeout, Operator, Pool, Resources, Stage, WorkerU
 from cluster.store import PartStore
 
 __all__ = [
+    "BadUrlError",
     "ClusterError",
     "ContractError",
     "Engine",
     "EngineError",
+    "Files",
     "ItemTimeout",
     "KeyRule",
     "LocalChain",

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from cluster.retries import with_retries
 from cluster.store import DIGEST, PartStore
@@ -60,46 +59,61 @@ def read_digest(
 def _scan(store: PartStore, stage: str, columns: Sequence[str], light: pa.Schema, save: bool) -> Iterator[pa.Table]:
     """As `scan_digest`, with the parts' names."""
     names = store.parts(stage)
-    file = _saved(store, stage, light)
-    new = _unknown(file, names)
+    saved = _Saved(store, stage, light)
+    new = saved.unknown(names)
     if save and len(new) >= _PAYS:
-        with_retries(lambda: store.save_table(stage, DIGEST, _pieces(store, stage, light.names, names, file, new, light)))
-        file, new = _saved(store, stage, light), []
-    yield from _pieces(store, stage, columns, names, file, new, light)
+        with_retries(lambda: store.save_table(stage, DIGEST, _pieces(saved, light.names, names)))
+        saved = _Saved(store, stage, light)
+    yield from _pieces(saved, columns, names)
+    if save and saved.damaged:
+        # What is left is of use, but each run would open the parts of the rest again.
+        saved.groups = []
+        with_retries(lambda: store.save_table(stage, DIGEST, _pieces(saved, light.names, names)))
 
 
-def _saved(store: PartStore, stage: str, light: pa.Schema) -> pq.ParquetFile | None:
-    file = store.open_table(stage, DIGEST)
-    return file if file is not None and set(file.schema_arrow.names) == {_PART, *light.names} else None
+class _Saved:
+    """The saved file. Each of its row groups holds the rows of some parts, all of them (`PartStore.save_table`).
+
+    Attributes:
+        groups: for each row group its position and the names of its parts.
+        damaged: whether columns could not be read.
+    """
+
+    def __init__(self, store: PartStore, stage: str, light: pa.Schema) -> None:
+        self.store, self.stage, self.light = store, stage, light
+        self.damaged, self.groups = False, []
+        self.file = store.open_table(stage, DIGEST, light.append(pa.field(_PART, pa.string())))
+        for group in range(self.file.num_row_groups if self.file is not None else 0):
+            table = self.read(group, [_PART])
+            if table is not None:
+                self.groups.append((group, pc.unique(table[_PART]).to_pylist()))
+
+    def unknown(self, names: list[str]) -> list[str]:
+        """Those of the parts that the file does not have."""
+        known = {name for _, some in self.groups for name in some}
+        return [name for name in names if name not in known]
+
+    def read(self, group: int, columns: list[str]) -> pa.Table | None:
+        """Columns of a row group; None, which is told, where they are damaged."""
+        try:
+            return self.file.read_row_group(group, columns, use_threads=False).select(columns)
+        except Exception as error:  # Arrow's are many
+            self.store.tell_damaged(self.stage, DIGEST, error)
+            self.damaged = True
+            return None
 
 
-def _unknown(file: pq.ParquetFile | None, names: list[str]) -> list[str]:
-    """Those of the parts that the file does not have."""
-    if file is None:
-        return names
-    known: set[str] = set()
-    for group in range(file.num_row_groups):
-        known.update(pc.unique(file.read_row_group(group, [_PART])[_PART]).to_pylist())
-    return [name for name in names if name not in known]
-
-
-def _pieces(
-    store: PartStore,
-    stage: str,
-    columns: Sequence[str],
-    names: list[str],
-    file: pq.ParquetFile | None,
-    new: list[str],
-    light: pa.Schema,
-) -> Iterator[pa.Table]:
+def _pieces(saved: _Saved, columns: Sequence[str], names: list[str]) -> Iterator[pa.Table]:
     columns = [*columns, _PART]
-    if file is not None:
-        there = pa.array(names, pa.string())
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group, columns, use_threads=False).select(columns)
+    there, new = pa.array(names, pa.string()), saved.unknown(names)
+    for group, parts in saved.groups:
+        table = saved.read(group, columns)
+        if table is None:
+            new += sorted({*names} & {*parts})
+        else:
             yield table.filter(pc.is_in(table[_PART], value_set=there))
     some, rows = [], 0
-    for name, table in zip(new, store.each_part(stage, columns[:-1], new, light), strict=True):
+    for name, table in zip(new, saved.store.each_part(saved.stage, columns[:-1], new, saved.light), strict=True):
         some.append(table.select(columns[:-1]).append_column(_PART, pa.array([name] * len(table), pa.string())))
         rows += len(table)
         if rows >= _ROWS:

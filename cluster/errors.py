@@ -31,6 +31,10 @@ class UnsafeStoreError(StoreError):
     """The back end does not promise create-if-absent, so two writers could overwrite each other's parts."""
 
 
+class BadUrlError(StoreError):
+    """A URL that cannot be opened: its scheme is unknown, or the package that reads it is not installed."""
+
+
 class SchemaVersionError(StoreError):
     """The part was written by a newer version than this one can read."""
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import fsspec
+
+from cluster.errors import BadUrlError
 
 # Back ends that put an object as a whole or not at all, know conditional puts, and have no folders to be made.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
+PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")  # what a URL begins with; anything else is a local path
 
 
 def protocols(fs: fsspec.AbstractFileSystem) -> set[str]:
@@ -21,12 +26,23 @@ def open_fs(url: str, **options) -> tuple[fsspec.AbstractFileSystem, str]:
     that dies at this moment hangs its process: seen against a server that stayed silent, and reported in
     https://github.com/marin-community/marin/issues/6719. Sessions that are made after this call send no such header.
 
+    A local path is taken as it is, also with `::` in it.
+
     Raises:
-        ImportError, ValueError, OSError: the protocol is unknown, its package is missing, or there is no such host.
+        BadUrlError: the protocol is unknown, its package is missing, or its client cannot be made (no such host, ...).
     """
     if "s3://" in url or "s3a://" in url:
         _expect_nothing()
-    return fsspec.core.url_to_fs(url, **options)
+    try:
+        if not PROTOCOL.match(url):
+            fs = fsspec.filesystem("file", **options)
+            return fs, fs._strip_protocol(url)
+        return fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or error.name
+        raise BadUrlError(url, f"cannot open: the package {package} is not installed ({error})") from error
+    except Exception as error:  # every client has errors of its own
+        raise BadUrlError(url, f"cannot open ({error})") from error
 
 
 def _expect_nothing() -> None:

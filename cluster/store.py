@@ -7,31 +7,15 @@ called `.NAME.RANDOM.tmp`; a leading dot keeps them out of Arrow's, Spark's and 
 (`save_index`). It is a copy only: a part's name stands for the same keys for ever, so what it says of a part that is there is true;
 parts that it does not know are opened, and without it all are.
 
-What each back end promises about create-if-absent:
-
-| back end | how a part is committed | promise |
-|---|---|---|
-| `file` | written and fsync'ed under a temporary name, then link(2), which never replaces | atomic, between all \
-processes and hosts that share the file system (NFS included) |
-| `memory` | `pipe_file(mode="create")` under a lock | within one process only, so not for Ray's workers (`shared`) |
-| `s3`, `s3a` | one PUT with `If-None-Match: *` (s3fs, botocore > 1.35.20) | by AWS S3; another server must know \
-conditional writes |
-| `gs`, `gcs` | one upload with `ifGenerationMatch=0` (gcsfs) | by Cloud Storage |
-| `az`, `abfs`, `abfss` | one upload with `overwrite=False` (adlfs) | by Azure Blob Storage |
-| anything else | refused (`UnsafeStoreError`) unless `allow_unsafe=True`: then "exists?", write, move | none |
-
-An object store needs no temporary name, since a PUT shows all or nothing.
+What each back end promises about create-if-absent: see `cluster.files`.
 """
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
-import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,12 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.errors import SchemaVersionError, StoreError, UnsafeStoreError
+from cluster.files import Files
 from cluster.keys import KeyIndex, hash_key, pack, part_key, unpack
-from cluster.remote import OBJECT_STORES, open_fs, protocols
 from cluster.retries import PERMANENT, http_status, is_transient, with_retries
 
 T = TypeVar("T")
@@ -57,12 +39,15 @@ SUFFIX = ".parquet"
 INDEX, DIGEST = ".index", ".digest"
 _INDEX_PAYS = 64  # parts that may have to be opened before the saved index is written anew
 
+_INDEX_SCHEMA = pa.schema(
+    {"high": pa.uint64(), "low": pa.uint64(), "name": pa.dictionary(pa.int32(), pa.string())}
+)
+
 log = logging.getLogger("cluster")
 
 _NAME = re.compile(r"[0-9a-f]{32}")
 _STAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _TEMP = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{32}\.tmp")
-_MEMORY_LOCK = threading.Lock()
 _STATUS_WORDS = {400: "bad request", 401: "permission denied", 403: "permission denied", 404: "no such file"}
 
 class PartStore:
@@ -71,12 +56,12 @@ class PartStore:
     Args:
         url: local path or fsspec URL of the folder (created by the first write). A relative path is made absolute.
         storage_options: keyword arguments of the fsspec file system.
-        allow_unsafe: accept a back end that does not promise create-if-absent (see the module's table).
+        allow_unsafe: accept a back end that does not promise create-if-absent (see `cluster.files`).
         schema_version: version of the row schemas, written into every part. A part with a higher one is refused.
 
     Raises:
         UnsafeStoreError: the back end promises nothing and `allow_unsafe` is false.
-        StoreError: the URL's protocol is unknown or its package is not installed.
+        BadUrlError: the URL's protocol is unknown or its package is not installed.
     """
 
     def __init__(
@@ -90,15 +75,12 @@ class PartStore:
         self.storage_options = dict(storage_options or {})
         self.allow_unsafe = allow_unsafe
         self.schema_version = schema_version
-        try:
-            self._fs, self._root = open_fs(os.fspath(url), **self.storage_options)
-        except (ImportError, ValueError, OSError) as error:  # no such protocol, its package is missing, no such host
-            raise StoreError(os.fspath(url), f"cannot open the store ({error})") from error
-        self._local = isinstance(self._fs, LocalFileSystem)
-        self._memory = isinstance(self._fs, MemoryFileSystem)
-        self._conditional = not OBJECT_STORES.isdisjoint(protocols(self._fs))
-        self.url = self._root if self._local else self._fs.unstrip_protocol(self._root)
-        if not (self._local or self._memory or self._conditional or allow_unsafe):
+        # One attempt: whoever writes parts tries again himself, and may do so elsewhere.
+        self._files = Files(
+            url, self.storage_options, temporary=".{stem}.{random}.tmp", attempts=1, allow_unsafe=allow_unsafe
+        )
+        self._fs, self._local, self.url = self._files.fs, self._files.local, self._files.url
+        if not (self._files.safe or allow_unsafe):
             raise UnsafeStoreError(self.url, "this store does not promise create-if-absent")
 
     def __reduce__(self):
@@ -110,14 +92,14 @@ class PartStore:
     @property
     def shared(self) -> bool:
         """Whether other processes see the same parts (false for `memory`)."""
-        return not self._memory
+        return not self._files.memory
 
     # Paths and listings ----------------------------------------------------------------------------------------
 
     def _dir(self, stage: str) -> str:
         if not _STAGE.fullmatch(stage):
             raise StoreError(self.url, f"not a stage name: {stage!r}")
-        return f"{self._root}/{stage}"
+        return self._files.path(stage)
 
     def path(self, stage: str, name: str) -> str:
         """Path of a part inside the file system (no protocol)."""
@@ -127,17 +109,15 @@ class PartStore:
 
     def stages(self) -> list[str]:
         """Names of the stages that have a folder, sorted."""
-        found = self._patient(lambda: list(self._list(self._root)))
-        return sorted(name for name, is_dir in found if is_dir and _STAGE.fullmatch(name))
+        found = self._patient(lambda: self._do(self._files.root, self._files.list))
+        return [name for name, is_dir in found if is_dir and _STAGE.fullmatch(name)]
 
     def parts(self, stage: str) -> list[str]:
         """Names of the committed parts of a stage, sorted (32 hex digits each); empty where the stage has none."""
-        names = []
         folder = self._dir(stage)
-        for name, is_dir in self._patient(lambda: list(self._list(folder))):
-            if not is_dir and name.endswith(SUFFIX) and _NAME.fullmatch(name[: -len(SUFFIX)]):
-                names.append(name[: -len(SUFFIX)])
-        return sorted(names)
+        found = self._patient(lambda: self._do(folder, lambda: self._files.list(stage)))
+        names = (name.removesuffix(SUFFIX) for name, is_dir in found if not is_dir and name.endswith(SUFFIX))
+        return [name for name in names if _NAME.fullmatch(name)]
 
     def has_part(self, stage: str, name: str) -> bool:
         """Whether a part is committed.
@@ -145,36 +125,20 @@ class PartStore:
         Raises:
             StoreError: the store does not say.
         """
-        path = self.path(stage, name)
+        return self._do(self.path(stage, name), lambda: self._files.has(f"{stage}/{name}{SUFFIX}"))
+
+    def _do(self, path: str, action: Callable[[], T]) -> T:
+        """What `action` gives, which touches `path`; StoreError for all that it may raise."""
         try:
-            if self._local:
-                return os.path.exists(path)
-            self._fs.invalidate_cache(os.path.dirname(path))
-            self._fs.info(path)  # not `exists`, which takes every failure for a no
-            return True
-        except FileNotFoundError:
-            return False
+            return action()
+        except StoreError:
+            raise
         except Exception as error:
             raise self._error(path, error) from error
 
     def _patient(self, action: Callable[[], T]) -> T:
         """What `action` reads; on a store behind a network again where a fault may pass."""
-        return action() if self._local or self._memory else with_retries(action)
-
-    def _list(self, folder: str) -> Iterator[tuple[str, bool]]:
-        try:
-            if self._local:
-                with os.scandir(folder) as entries:
-                    for entry in entries:
-                        yield entry.name, entry.is_dir()
-            else:
-                self._fs.invalidate_cache(folder)
-                for info in self._fs.ls(folder, detail=True):
-                    yield info["name"].rstrip("/").rsplit("/", 1)[-1], info["type"] == "directory"
-        except FileNotFoundError:
-            return
-        except Exception as error:
-            raise self._error(folder, error) from error
+        return action() if self._local or self._files.memory else with_retries(action)
 
     # Writing ---------------------------------------------------------------------------------------------------
 
@@ -209,99 +173,10 @@ class PartStore:
         return self._commit(stage, name, table.replace_schema_metadata({**(table.schema.metadata or {}), **fields}))
 
     def _commit(self, stage: str, name: str, table: pa.Table) -> bool:
-        path = self.path(stage, name)
-        try:
-            if self._local:
-                return self._write_local(path, table)
-            return self._write_remote(path, table)
-        except StoreError:
-            raise
-        except Exception as error:
-            raise self._error(path, error) from error
-
-    def _write_local(self, path: str, table: pa.Table) -> bool:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temp = self._temp(path)
-        try:
-            with open(temp, "xb") as file:
-                _to_parquet(table, file)
-                file.flush()
-                os.fsync(file.fileno())  # or a crash of the node could leave the final name with no bytes
-            return self._commit_local(temp, path)
-        finally:
-            try:
-                os.unlink(temp)
-            except FileNotFoundError:
-                pass
-
-    def _commit_local(self, temp: str, path: str) -> bool:
-        try:
-            os.link(temp, path)
-            return True
-        except FileExistsError:
-            # NFS may repeat a request whose answer got lost: then the name that exists is our own.
-            return os.path.samefile(temp, path)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                raise
-            if not self.allow_unsafe:
-                raise UnsafeStoreError(path, "this file system has no hard links to commit with") from error
-        if os.path.exists(path):
-            return False
-        os.replace(temp, path)
-        return True
-
-    def _write_remote(self, path: str, table: pa.Table) -> bool:
-        buffer = pa.BufferOutputStream()
-        _to_parquet(table, buffer)
-        data = buffer.getvalue().to_pybytes()
-        if self._memory:
-            with _MEMORY_LOCK:
-                try:
-                    self._fs.pipe_file(path, data, mode="create")
-                    return True
-                except FileExistsError:
-                    return False
-        if self._conditional:
-            return self._put_if_absent(path, data)
-        self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-        temp = self._temp(path)
-        try:
-            self._fs.pipe_file(temp, data)
-            if self._fs.exists(path):
-                return False
-            self._fs.mv(temp, path)
-            return True
-        finally:
-            if self._fs.exists(temp):
-                self._fs.rm_file(temp)
-
-    def _put_if_absent(self, path: str, data: bytes) -> bool:
-        """Whether what is there now is ours.
-
-        A client puts again by itself where no answer came, so "exists already" (412), or "no such upload" (404) at the
-        end of a multipart one, may be the answer to the repetition of what has succeeded.
-        """
-        try:
-            self._fs.pipe_file(path, data, mode="create")
-            return True
-        except OSError as error:
-            # s3fs knows 412 for what it is only where the server names the condition, which not all do.
-            exists = isinstance(error, FileExistsError) or http_status(error)[0] == 412
-            if not exists and not isinstance(error, FileNotFoundError):
-                raise
-            self._fs.invalidate_cache(os.path.dirname(path))
-            try:
-                return self._fs.cat_file(path) == data
-            except FileNotFoundError:
-                if exists:  # taken out again meanwhile, as by a purge
-                    return False
-                raise error from error.__cause__
-
-    @staticmethod
-    def _temp(path: str) -> str:
-        folder, name = path.rsplit("/", 1)
-        return f"{folder}/.{name[: -len(SUFFIX)]}.{uuid.uuid4().hex}.tmp"
+        sink = pa.BufferOutputStream()
+        self._do(self.path(stage, name), lambda: _to_parquet(table, sink))
+        data, file = sink.getvalue().to_pybytes(), f"{stage}/{name}{SUFFIX}"
+        return self._do(self.path(stage, name), lambda: self._files.create(file, data))
 
     def replace_part(self, stage: str, name: str, table: pa.Table) -> str | None:
         """Take rows out of a committed part for good: the one exception to "a part is never changed".
@@ -329,23 +204,19 @@ class PartStore:
                 writer.write_table(table.combine_chunks())
             new = hash_key("replaced", stage, name, sink.getvalue().to_pybytes())
             self._commit(stage, new, table.replace_schema_metadata(self._footer(old)))
-        kept = (f"{self._dir(stage)}/{name}" for name in (INDEX, DIGEST))  # they have something of the rows that go
-        for path in (*kept, old):
-            try:
-                self._fs.rm_file(path)
-            except FileNotFoundError:
-                pass
-            except Exception as error:
-                raise self._error(path, error) from error
+        # The saved tables have something of the rows that go.
+        for file in (INDEX, DIGEST, f"{name}{SUFFIX}"):
+            self._do(f"{self._dir(stage)}/{file}", lambda file=file: self._files.remove(f"{stage}/{file}"))
         return new
 
     def _footer(self, path: str) -> dict[bytes, bytes]:
         """What a part's writer put into its footer."""
-        try:
+
+        def read() -> dict[bytes, bytes]:
             with self._fs.open(path, "rb") as source:
                 return pq.read_schema(source).metadata or {}
-        except Exception as error:
-            raise self._error(path, error) from error
+
+        return self._do(path, read)
 
     def collect_garbage(self, older_than: float = 24 * 3600.0) -> list[str]:
         """Remove temporary files of writers that died.
@@ -359,7 +230,7 @@ class PartStore:
         removed = []
         for stage in self.stages():
             folder = self._dir(stage)
-            for name, is_dir in list(self._list(folder)):
+            for name, is_dir in self._do(folder, lambda stage=stage: self._files.list(stage)):
                 if is_dir or not _TEMP.fullmatch(name):
                     continue
                 path = f"{folder}/{name}"
@@ -505,28 +376,51 @@ class PartStore:
 
     def _saved_index(self, stage: str) -> tuple[list[str], np.ndarray, np.ndarray]:
         """Names of parts, packed keys, and for each key its part's position; empty where there is none or it is bad."""
-        file = self.open_table(stage, INDEX)
-        if file is None:
-            return [], np.empty((0, 2), np.uint64), np.empty(0, np.int32)
-        table = file.read(use_threads=False)
-        names = table.unify_dictionaries()["name"].combine_chunks()
-        key = np.stack([table[half].to_numpy() for half in ("high", "low")], axis=1)
-        return names.dictionary.to_pylist(), key, names.indices.to_numpy()
+        file = self.open_table(stage, INDEX, _INDEX_SCHEMA)
+        if file is not None:
+            try:
+                table = file.read(use_threads=False)
+                table.validate(full=True)
+                names = table.unify_dictionaries()["name"].combine_chunks()
+                key = np.stack([table[half].to_numpy() for half in ("high", "low")], axis=1)
+                return names.dictionary.to_pylist(), key, names.indices.to_numpy()
+            except Exception as error:  # Arrow's are many
+                self.tell_damaged(stage, INDEX, error)
+        return [], np.empty((0, 2), np.uint64), np.empty(0, np.int32)
 
-    def open_table(self, stage: str, name: str) -> pq.ParquetFile | None:
-        """One of the tables about all parts (`INDEX`, `DIGEST`); None where there is none or it cannot be read."""
-        path = f"{self._dir(stage)}/{name}"
+    def open_table(self, stage: str, name: str, schema: pa.Schema) -> pq.ParquetFile | None:
+        """One of the tables about all parts (`INDEX`, `DIGEST`).
+
+        Args:
+            schema: columns, in any order, that it has to have, without nulls or with.
+
+        Returns:
+            the file, whose columns are not read yet and may turn out damaged (`tell_damaged`); None where there is
+            none, it cannot be opened, or it has other columns.
+        """
         try:
-            data = pa.memory_map(path) if self._local else pa.BufferReader(self._fs.cat_file(path))
-            return pq.ParquetFile(data)
+            if self._local:
+                data = pa.memory_map(f"{self._dir(stage)}/{name}")
+            else:
+                data = pa.BufferReader(self._files.read(f"{stage}/{name}"))
+            file = pq.ParquetFile(data, page_checksum_verification=True)
         except FileNotFoundError:
             return None
         except Exception as error:
-            log.warning("%s cannot be read, all parts are opened: %s", path, error)
+            self.tell_damaged(stage, name, error)
             return None
+        if {field.name: field.type for field in file.schema_arrow} == {field.name: field.type for field in schema}:
+            return file
+        self.tell_damaged(stage, name, "it has other columns")
+        return None
+
+    def tell_damaged(self, stage: str, name: str, why: Exception | str) -> None:
+        """Say that one of these tables cannot be read, so that parts that it knows are opened instead."""
+        log.warning("%s/%s cannot be read, parts are opened instead: %s", self._dir(stage), name, why)
 
     def save_table(self, stage: str, name: str, tables: Iterable[pa.Table], compression: str = "zstd") -> None:
-        """Write one of these tables, whole or not at all; it comes in pieces of one schema, at least one.
+        """Write one of these tables, whole or not at all; it comes in pieces of one schema, at least one, each of which
+        becomes one row group.
 
         Raises:
             StoreError: not writable.
@@ -539,31 +433,14 @@ class PartStore:
                 for table in tables:
                     words = [f.name for f in table.schema if not pa.types.is_uint64(f.type) and f.name != "key"]
                     writer = writer or pq.ParquetWriter(
-                        sink, table.schema, compression=compression, use_dictionary=words
+                        sink, table.schema, compression=compression, use_dictionary=words, write_page_checksum=True
                     )
-                    writer.write_table(table)
+                    writer.write_table(table, row_group_size=max(1, len(table)))
             finally:
                 if writer is not None:
                     writer.close()
 
-        try:
-            if self._local:
-                temp = f"{self._dir(stage)}/.{'0' * 32}.{uuid.uuid4().hex}.tmp"
-                try:
-                    with open(temp, "xb") as file:
-                        write(file)
-                    os.replace(temp, path)
-                finally:
-                    if os.path.exists(temp):
-                        os.unlink(temp)
-            else:
-                buffer = pa.BufferOutputStream()
-                write(buffer)
-                self._fs.pipe_file(path, buffer.getvalue().to_pybytes())
-        except StoreError:
-            raise
-        except Exception as error:
-            raise self._error(path, error) from error
+        self._do(path, lambda: self._files.write(f"{stage}/{name}", write))
 
     def extend_index(self, stage: str, names: list[str], packed: np.ndarray, codes: np.ndarray) -> bool:
         """Add parts that have just been committed to the saved index, if it is worth while, without opening any.

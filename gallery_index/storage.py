@@ -1,12 +1,10 @@
 """Files of a gallery on any fsspec file system: hashed while written, checked while read, committed last.
 
-A data file is written under a temporary name and then linked to its final one, which carries a digest of
-what went into it.  So a file under a final name is whole, it never changes, and a builder that finds it
-there (its own, from before it was killed, or another's) uses it.  ``index.json`` is created last and only
-if absent: before it exists nothing is readable.
-
-Local disks promise all of this.  Other file systems of fsspec show a file when it is complete, but where
-they have no exclusive creation, two builders at once may replace a file by another of equal rows.
+How they are written, read and tried again is ``cluster.files``'s.  A data file is created if it is absent, under a name
+that carries a digest of what went into it.  So a file under its name is whole, it never changes, and a builder that
+finds it there (its own, from before it was killed, or another's) uses it.  ``index.json`` is created last: before it
+exists nothing is readable.  A file system that does not promise create-if-absent is refused when something is to be
+created, not for reading.
 """
 
 from __future__ import annotations
@@ -16,15 +14,13 @@ import io
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
+from cluster.errors import BadUrlError, UnsafeStoreError
+from cluster.files import Content, Files
 from gallery_index.errors import (
     GalleryBusyError,
     GalleryCorruptError,
@@ -82,41 +78,41 @@ class Folder:
     Args:
         url: a local path or any fsspec URL.
         storage_options: passed to fsspec (credentials, endpoints).
+
+    Raises:
+        GalleryError: the URL cannot be opened.
     """
 
     def __init__(self, url: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> None:
         self.url = os.fspath(url)
         self.storage_options = dict(storage_options or {})
-        self.fs, self.root = fsspec.core.url_to_fs(self.url, **self.storage_options)
-        self.root = self.root.rstrip("/")
-        self.local = isinstance(self.fs, LocalFileSystem)
+        try:
+            self.files = Files(url, self.storage_options, temporary=TEMPORARY + "{random}")
+        except BadUrlError as error:
+            raise GalleryError(str(error)) from error
+        self.root, self.local = self.files.root.rstrip("/"), self.files.local
+
+    def checked(self, name: str) -> str:
+        """The name itself; GalleryCorruptError where no file of a gallery has such a name."""
+        if not _NAME.fullmatch(name):
+            raise GalleryCorruptError(f"{self.url}: {name!r} is not a file name of a gallery")
+        return name
 
     def path(self, name: str) -> str:
         """Where a file is, inside the file system."""
-        if not _NAME.fullmatch(name):
-            raise GalleryCorruptError(f"{self.url}: {name!r} is not a file name of a gallery")
-        return f"{self.root}/{name}"
+        return self.files.path(self.checked(name))
 
     def folder(self, name: str) -> Folder:
         """A folder inside this one."""
-        self.path(name)
+        self.checked(name)
         return Folder(f"{self.url.rstrip('/')}/{name}", self.storage_options)
 
     def exists(self, name: str) -> bool:
-        return self.fs.exists(self.path(name))
+        return self.files.has(self.checked(name))
 
     def names(self) -> list[str]:
         """Names of the files and folders here, sorted; none where there is no such folder."""
-        if self.local:
-            try:
-                return sorted(os.listdir(self.root))
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-        self.fs.invalidate_cache(self.root)
-        try:
-            return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False))
-        except FileNotFoundError:
-            return []
+        return [name for name, _ in self.files.list()]
 
     def once(self, name: str, write: Callable[[BinaryIO], None]) -> tuple[FileEntry, bool]:
         """A file that is written if it is not there yet, by letting ``write`` fill it.
@@ -125,39 +121,22 @@ class Folder:
             its entry, and whether this call made it.
 
         Raises:
-            GalleryError: somebody deleted the file while it was written.
+            GalleryError: somebody deleted the file while it was written, or the store cannot create if absent.
         """
         if self.exists(name):
             return self.entry(name), False
-        self.fs.makedirs(self.root, exist_ok=True)
-        temporary = f"{TEMPORARY}{uuid.uuid4().hex}"
-        try:
-            with self.fs.open(self.path(temporary), "wb") as file:
-                hashing = _HashingWriter(file)
-                write(hashing)  # type: ignore[arg-type]
-                if self.local:
-                    file.flush()
-                    os.fsync(file.fileno())  # or a machine that dies could leave the final name with no bytes
-            return (FileEntry(name, hashing.size, hashing.hash.hexdigest()), True) if self._link(
-                temporary, name
-            ) else (self.entry(name), False)
-        finally:
-            self.remove(temporary)
+        made: list[FileEntry] = []
 
-    def _link(self, temporary: str, name: str) -> bool:
-        """Give a temporary file its final name. False where another was quicker."""
-        if not self.local:
-            if self.fs.exists(self.path(name)):
-                return False
-            self.fs.mv(self.path(temporary), self.path(name))
-            return True
+        def fill(file: BinaryIO) -> None:
+            hashing = _HashingWriter(file)
+            write(hashing)  # type: ignore[arg-type]
+            made.append(FileEntry(name, hashing.size, hashing.hash.hexdigest()))
+
         try:
-            os.link(self.path(temporary), self.path(name))
-            return True
-        except FileExistsError:
-            return False
+            won = self._create(name, fill)
         except FileNotFoundError:
             raise GalleryError(f"{self.url}: {name} was deleted while it was being written") from None
+        return (made[0], True) if won else (self.entry(name), False)
 
     def adopt(self, other: Folder, entry: FileEntry) -> bool:
         """Have another folder's file here as well, without another copy of its bytes where the disk can.
@@ -167,9 +146,9 @@ class Folder:
         """
         if self.exists(entry.name):
             return False
-        self.fs.makedirs(self.root, exist_ok=True)
         if self.local and other.local:
             try:
+                os.makedirs(self.root, exist_ok=True)
                 os.link(other.path(entry.name), self.path(entry.name))
                 return True
             except FileExistsError:
@@ -178,26 +157,18 @@ class Folder:
                 pass
 
         def copy(target: BinaryIO) -> None:
-            with other.fs.open(other.path(entry.name), "rb") as file:
+            with other.files.open(other.checked(entry.name)) as file:
                 shutil.copyfileobj(file, target, _CHUNK)
 
         return self.once(entry.name, copy)[1]
 
     def entry(self, name: str) -> FileEntry:
         """Size and sha256 of a file that is there."""
-        digest, size = hashlib.sha256(), 0
-        with self.fs.open(self.path(name), "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-                size += len(chunk)
-        return FileEntry(name, size, digest.hexdigest())
+        return FileEntry(name, *self.files.digest(self.checked(name)))
 
     def remove(self, name: str) -> None:
         """Delete a file if it is there."""
-        try:
-            self.fs.rm_file(self.path(name))
-        except FileNotFoundError:
-            pass
+        self.files.remove(self.checked(name))
 
     def remove_all(self) -> None:
         """Delete the folder with all that it holds; what makes it a gallery goes first."""
@@ -206,60 +177,31 @@ class Folder:
             shutil.rmtree(self.root, ignore_errors=True)
             if os.path.isdir(self.root):
                 shutil.rmtree(self.root)
-        elif self.fs.exists(self.root):
-            self.fs.rm(self.root, recursive=True)
+        elif self.names():
+            self.files.again(lambda: self.files.fs.rm(self.root, recursive=True))
 
     def create(self, name: str, content: bytes) -> bool:
-        """Create a small file in one step if there is none. False where there is one."""
-        final = self.path(name)
-        self.fs.makedirs(self.root, exist_ok=True)
-        if self.local:
-            # A hard link is the local create-if-absent that never shows half a file.
-            with self._temporary(content) as temporary:
-                try:
-                    os.link(temporary, final)
-                    return True
-                except FileExistsError:
-                    return False
-        if self.fs.exists(final):
-            return False
+        """Create a small file in one step if there is none. False where there is one.
+
+        Raises:
+            GalleryError: the store cannot promise that.
+        """
+        return self._create(name, content)
+
+    def _create(self, name: str, content: Content) -> bool:
         try:
-            # Object stores show an object only when it is complete; "xb" is their conditional put.
-            with self.fs.open(final, "xb") as file:
-                file.write(content)
-        except FileExistsError:
-            return False
-        except (ValueError, NotImplementedError):  # a file system of fsspec without exclusive creation
-            with self.fs.open(final, "wb") as file:
-                file.write(content)
-        return True
+            return self.files.create(self.checked(name), content)
+        except UnsafeStoreError as error:
+            raise GalleryError(str(error)) from error
 
     def replace(self, name: str, content: bytes) -> None:
         """Write a small file, so that a reader sees the old content or the new."""
-        if not self.local:
-            self.fs.pipe_file(self.path(name), content)
-            return
-        os.makedirs(self.root, exist_ok=True)
-        with self._temporary(content) as temporary:
-            os.replace(temporary, self.path(name))
-
-    @contextmanager
-    def _temporary(self, content: bytes) -> Iterator[str]:
-        """Path of a local file with this content, safe on the disk; it is gone after the block, if it still is there."""
-        path = self.path(f"{TEMPORARY}{uuid.uuid4().hex}")
-        try:
-            with open(path, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            yield path
-        finally:
-            self.remove(os.path.basename(path))
+        self.files.write(self.checked(name), content)
 
     def fetch(self, name: str) -> bytes | None:
         """A small file's content; None where there is none."""
         try:
-            return self.fs.cat_file(self.path(name))
+            return self.files.read(self.checked(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -308,10 +250,10 @@ class Folder:
             raise GalleryExistsError(f"{self.url} already holds a gallery; build into another folder")
 
     def read_index(self) -> bytes:
-        try:
-            return self.fs.cat_file(self.path(INDEX))
-        except (FileNotFoundError, NotADirectoryError):
-            raise GalleryNotFoundError(f"no finished gallery at {self.url} (no {INDEX})") from None
+        content = self.fetch(INDEX)
+        if content is None:
+            raise GalleryNotFoundError(f"no finished gallery at {self.url} (no {INDEX})")
+        return content
 
     def read(self, entry: FileEntry) -> bytes:
         """A file's content.
@@ -319,10 +261,9 @@ class Folder:
         Raises:
             GalleryCorruptError: missing, or not the size and sha256 that ``index.json`` records.
         """
-        try:
-            content = self.fs.cat_file(self.path(entry.name))
-        except FileNotFoundError:
-            raise GalleryCorruptError(f"{self.url}: {entry.name} is missing") from None
+        content = self.fetch(entry.name)
+        if content is None:
+            raise GalleryCorruptError(f"{self.url}: {entry.name} is missing")
         self._check(entry, len(content), hashlib.sha256(content).hexdigest())
         return content
 

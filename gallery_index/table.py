@@ -135,13 +135,17 @@ def read_columns(folder: Folder, name: str, columns: list[str]) -> pa.Table:
         GalleryCorruptError: not there, not Parquet, or a column is missing.
     """
     where = f"{folder.url}: {name}"
-    try:
-        with folder.fs.open(folder.path(name), "rb") as source:
+
+    def look() -> tuple[set[str], pa.Table]:
+        with folder.files.open(folder.checked(name)) as source:
             file = pq.ParquetFile(source)
-            missing = set(columns) - set(file.schema_arrow.names)
-            if missing:
-                raise GalleryCorruptError(f"{where} has no column {', '.join(sorted(missing))}")
-            return file.read(columns=columns, use_threads=False)
+            return set(columns) - set(file.schema_arrow.names), file.read(columns=columns, use_threads=False)
+
+    try:
+        missing, table = folder.files.again(look)
+        if missing:
+            raise GalleryCorruptError(f"{where} has no column {', '.join(sorted(missing))}")
+        return table
     except FileNotFoundError:
         raise GalleryCorruptError(f"{where} is missing") from None
     except pa.ArrowException as error:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from cluster.files import Files
 from cluster.remote import protocols
 from pipelines.archive.entry import SourceRow, failed_row, modified_of, row_by_suffix, stat_row
-from pipelines.archive.paths import SourceError, is_inside, patiently, safe_relative, shown_name, source_error_of
+from pipelines.archive.paths import SourceError, is_inside, safe_relative, shown_name, source_error_of
 
 _PAGE = 1000  # objects of S3 asked for at once: the most that it gives
 _MAX_LINKS = 8  # folders entered through links, one inside the other: bounds what links across links can unfold to
@@ -76,15 +77,16 @@ def walk_local(root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow
             yield stat_row(path, full, row_by_suffix(path))
 
 
-def walk_store(fs, root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
+def walk_store(files: Files, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
     """As `_walk_local`, on any fsspec store: one folder in memory at a time (and its parents), on S3 1,000 objects."""
-    root = root.rstrip("/")
+    fs, root = files.fs, files.root.rstrip("/")
+    fs.invalidate_cache()
     if "s3" in protocols(fs):
-        yield from _walk_s3(fs, root, hidden, depth)
+        yield from _walk_s3(files, root, hidden, depth)
         return
 
     def entries(folder: str) -> list[tuple[str, dict]]:
-        found = patiently(lambda: fs.ls(folder, detail=True))
+        found = files.again(lambda: fs.ls(folder, detail=True))
         found = [(i["name"].rstrip("/")[len(root) + 1 :], i) for i in found]
         # Stores list the folder itself where a marker object exists.
         found = [(p, i) for p, i in found if p and i["name"].rstrip("/") != folder.rstrip("/")]
@@ -121,16 +123,17 @@ def walk_store(fs, root: str, hidden: bool, depth: int | None) -> Iterator[Sourc
             yield SourceRow(path, url, info.get("size"), modified_of(info), error=str(error) if error else None)
 
 
-def _walk_s3(fs, root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
+def _walk_s3(files: Files, root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
     """As `_walk_store`, page by page, since a prefix may hold millions of objects. S3 lists all that lies below a prefix
     in the order of UTF-8's bytes, which is that of paths here (directory buckets do not, and are listed as they come)."""
+    fs = files.fs
     bucket, _, prefix = root.partition("/")
     prefix = f"{prefix}/" if prefix else ""
     ask = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": _PAGE}
     empty, told = True, ""
     while ask is not None:
         try:
-            page = patiently(lambda ask=ask: fs.call_s3("list_objects_v2", **ask))
+            page = files.again(lambda ask=ask: fs.call_s3("list_objects_v2", **ask))
         except FileNotFoundError as e:
             raise SourceError("NOT_FOUND", f"{root}: no such bucket") from e
         except OSError as e:

@@ -13,15 +13,14 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from cluster.remote import PROTOCOL
 from pipelines.archive.entry import SourceRow, failed_row, modified_of, stat_row
 from pipelines.archive.paths import (
-    PROTOCOL_PATTERN,
     SourceError,
-    file_system_of,
+    files_of,
     is_inside,
     local_path,
     open_source,
-    patiently,
     safe_relative,
     source_error_of,
 )
@@ -68,7 +67,7 @@ def list_row(number: int, entry: str, person: str | None, base: str) -> SourceRo
     if not entry:
         return SourceRow(f"(row {number})", "", error=str(SourceError("EMPTY_PATH", "the row has no path")))
     local_base = local_path(base)
-    if PROTOCOL_PATTERN.match(entry) and local_path(entry) is None:
+    if PROTOCOL.match(entry) and local_path(entry) is None:
         url = entry
         path = entry[len(base) + 1 :] if entry.startswith(base + "/") else entry.split("://", 1)[-1].lstrip("/")
     elif local_base is None and not entry.startswith(("/", "file://")):
@@ -90,8 +89,7 @@ def list_row(number: int, entry: str, person: str | None, base: str) -> SourceRo
     if local_path(url) is not None:
         return replace(stat_row(path, os.path.abspath(url)), person_id=person)
     try:
-        fs, name = file_system_of(url)
-        info = patiently(lambda: fs.info(name))
+        info = files_of(url).info()
         if info["type"] != "file":
             raise SourceError("NOT_A_FILE", "a folder")
     except SourceError as e:

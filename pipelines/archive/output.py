@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 import uuid
 from array import array
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from typing import TypeVar
 
-import fsspec
 import numpy as np
 
-from cluster.remote import OBJECT_STORES, protocols
+from cluster.files import Files
 from pipelines.archive.folders import walk_store
 from pipelines.archive.paths import (
     OutputError,
     SourceError,
-    file_system_of,
+    files_of,
     local_path,
-    patiently,
     photo_id,
     relation_of,
     safe_relative,
 )
-from pipelines.archive.reading import get_whole
 from pipelines.archive.source import kind_of, split_glob
+
+T = TypeVar("T")
+_CHANGED = "it has changed since it was written"
 
 
 def check_places(src: str, out: str, run_url: str) -> None:
@@ -41,8 +40,8 @@ def check_places(src: str, out: str, run_url: str) -> None:
         check_out(src, run_url)
     except OutputError as error:
         raise OutputError(error.code, f"the run's folder: {error.message}") from error
-    places = [fsspec.core.url_to_fs(url)[0].unstrip_protocol(fsspec.core.url_to_fs(url)[1]) for url in (out, run_url)]
-    if places[1].rstrip("/") == places[0].rstrip("/") or places[1].startswith(places[0].rstrip("/") + "/"):
+    places = [files_of(url, OutputError).url.rstrip("/") + "/" for url in (out, run_url)]
+    if places[1].startswith(places[0]):
         raise OutputError(
             "OUT_IS_SRC", "the run's folder must not be OUT nor lie in it: OUT gets the photos' tree alone"
         )
@@ -78,29 +77,34 @@ def check_out(src: str, out: str) -> None:
             raise OutputError("SRC_INSIDE_OUT", f"{base} lies inside {out}")
 
     local_out = local_path(out)
-    if local_out is not None:
-        if os.path.exists(local_out) and not os.path.isdir(local_out):
-            raise OutputError("OUT_NOT_A_FOLDER", f"{out} is a file")
-        probe = os.path.join(local_out, f".scol-{uuid.uuid4().hex}.part")
+    if local_out is not None and os.path.exists(local_out) and not os.path.isdir(local_out):
+        raise OutputError("OUT_NOT_A_FOLDER", f"{out} is a file")
+    files, probe = _files(out), f".scol-{uuid.uuid4().hex}.part"
+
+    def attempt() -> None:
         try:
-            os.makedirs(local_out, exist_ok=True)
-            with open(probe, "xb") as f:
-                f.write(b"scol")
-        except OSError as e:
-            raise _out_error(e, out) from e
+            files.write(probe, b"scol")
         finally:
-            with suppress(OSError):
-                os.unlink(probe)
-        return
-    fs, path = file_system_of(out, OutputError)
+            files.remove(probe)
+
+    _typed(attempt, out, "NOT_WRITABLE")
+
+
+def _files(out: str) -> Files:
+    """Of OUT, or of a folder in it."""
+    return files_of(out, OutputError, temporary=".scol-{random}.part")
+
+
+def _typed(action: Callable[[], T], what: str, code: str = "WRITE_FAILED") -> T:
+    """What `action` gives; OutputError for all that it may raise, `code` for a store's own errors."""
     try:
-        probe = f"{path.rstrip('/')}/.scol-{uuid.uuid4().hex}.part"
-        patiently(lambda: _put(fs, probe, b"scol"))
-        patiently(lambda: _drop(fs, probe))
+        return action()
+    except OutputError:
+        raise
     except OSError as e:
-        raise _out_error(e, out) from e
+        raise _out_error(e, what) from e
     except Exception as e:  # each store's client has errors of its own
-        raise OutputError("NOT_WRITABLE", f"{out}: {type(e).__name__}: {e}") from e
+        raise OutputError(code, f"{what}: {type(e).__name__}: {e}") from e
 
 
 def write_output(out: str, path: str, data: bytes) -> str:
@@ -112,41 +116,13 @@ def write_output(out: str, path: str, data: bytes) -> str:
     DISK_FULL, WRITE_FAILED, BAD_URL.
     """
     path = _safe_output(path)
+    target = output_place(out, path)
     if local_path(out) is None:
-        fs, target = _store_target(out, path)
-        try:
-            patiently(lambda: _put(fs, target, data))
-        except OSError as e:
-            raise _out_error(e, path) from e
-        except Exception as e:  # each store's client has errors of its own
-            raise OutputError("WRITE_FAILED", f"{path}: {type(e).__name__}: {e}") from e
-        return fs.unstrip_protocol(target)
-
-    target, folder = _local_target(out, path)  # before makedirs, which would follow a link that leads outside
-    part = os.path.join(folder, f".scol-{uuid.uuid4().hex}.part")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with open(part, "xb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, target)
-    except OSError as e:
-        with suppress(OSError):
-            os.unlink(part)
-        raise _out_error(e, path) from e
+        _typed(lambda: _files(out).write(path, data), path)
+    else:
+        folder = _own_folder(target, path)  # before it is made, which would follow a link that leads outside
+        _typed(lambda: _files(folder).write(os.path.basename(target), data), path)
     return target
-
-
-def _put(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
-    if OBJECT_STORES.isdisjoint(protocols(fs)):
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    fs.pipe_file(path, data)
-
-
-def _drop(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    with suppress(FileNotFoundError):  # the answer to an earlier try may have been lost
-        fs.rm_file(path)
 
 
 def output_place(out: str, path: str) -> str:
@@ -154,8 +130,8 @@ def output_place(out: str, path: str) -> str:
     local = local_path(out)
     if local is not None:
         return os.path.join(os.path.realpath(local), *path.split("/"))
-    fs, target = _store_target(out, path)
-    return fs.unstrip_protocol(target)
+    files = _files(out)
+    return files.fs.unstrip_protocol(files.path(path))
 
 
 def output_sizes(out: str) -> Callable[[Sequence[str]], np.ndarray]:
@@ -180,11 +156,9 @@ def output_sizes(out: str) -> Callable[[Sequence[str]], np.ndarray]:
     def hashed(path: str) -> int:
         return int(photo_id(path), 16)
 
-    fs, root = file_system_of(out, OutputError)
     ids, sizes = array("Q"), array("q")
     try:
-        fs.invalidate_cache()
-        for row in walk_store(fs, root, hidden=True, depth=None):
+        for row in walk_store(_files(out), hidden=True, depth=None):
             if row.size is not None:
                 ids.append(hashed(row.path))
                 sizes.append(row.size)
@@ -212,10 +186,8 @@ def output_digest(out: str, path: str) -> str | None:
     path = _safe_output(path)
     try:
         if local_path(out) is None:
-            fs, target = _store_target(out, path)
-            return hashlib.sha256(patiently(lambda: get_whole(fs, target))).hexdigest()
-        with open(output_place(out, path), "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+            return _files(out).digest(path)[1]
+        return Files(output_place(out, path)).digest()[1]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as e:
@@ -230,19 +202,12 @@ def _safe_output(path: str) -> str:
         raise OutputError(e.code, e.message) from e
 
 
-def _store_target(out: str, path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """OUT/path on a store that is not local: its file system, and the path there."""
-    fs, root = file_system_of(out, OutputError)
-    return fs, f"{root.rstrip('/')}/{path}"
-
-
-def _local_target(out: str, path: str) -> tuple[str, str]:
-    """OUT/path on a disk, and its folder.  Raises OutputError UNSAFE_PATH where a folder in OUT is a link."""
-    target = output_place(out, path)
+def _own_folder(target: str, path: str) -> str:
+    """The folder of a local place in OUT.  Raises OutputError UNSAFE_PATH where a folder in OUT is a link."""
     folder = os.path.dirname(target)
     if os.path.realpath(folder) != folder:
         raise OutputError("UNSAFE_PATH", f"a folder in OUT is a link: {path!r}")
-    return target, folder
+    return folder
 
 
 def remove_output(out: str, path: str, digests: Collection[str]) -> str | None:
@@ -257,39 +222,36 @@ def remove_output(out: str, path: str, digests: Collection[str]) -> str | None:
     Raises OutputError UNSAFE_PATH, NOT_WRITABLE, WRITE_FAILED, BAD_URL.
     """
     path = _safe_output(path)
-    if local_path(out) is None:
-        fs, target = _store_target(out, path)
-        try:
-            fs.invalidate_cache(target.rsplit("/", 1)[0])
-            if hashlib.sha256(patiently(lambda: get_whole(fs, target))).hexdigest() not in digests:
-                return "it has changed since it was written"
-            patiently(lambda: _drop(fs, target))
-        except FileNotFoundError:
-            return None
-        except OSError as e:
-            raise _out_error(e, path) from e
-        except Exception as e:  # each store's client has errors of its own
-            raise OutputError("WRITE_FAILED", f"{path}: {type(e).__name__}: {e}") from e
-        return None
+    drop = _remove_stored if local_path(out) is None else _remove_local
+    return _typed(lambda: drop(out, path, digests), path)
 
-    target, folder = _local_target(out, path)
-    root = os.path.realpath(local_path(out))
+
+def _remove_stored(out: str, path: str, digests: Collection[str]) -> str | None:
+    files = _files(out)
     try:
+        if files.digest(path)[1] not in digests:
+            return _CHANGED
+    except FileNotFoundError:
+        return None
+    files.remove(path)
+    return None
+
+
+def _remove_local(out: str, path: str, digests: Collection[str]) -> str | None:
+    root, target = os.path.realpath(local_path(out)), output_place(out, path)
+    folder = _own_folder(target, path)
+    try:
+        if not stat.S_ISREG(os.lstat(target).st_mode):
+            return "something else than a file has taken its place"
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if Files(target).digest()[1] not in digests:
+        return _CHANGED
+    os.unlink(target)
+    while folder != root:
         try:
-            if not stat.S_ISREG(os.lstat(target).st_mode):
-                return "something else than a file has taken its place"
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        with open(target, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() not in digests:
-                return "it has changed since it was written"
-        os.unlink(target)
-        while folder != root:
-            try:
-                os.rmdir(folder)  # refuses where anything is left
-            except OSError:
-                break
-            folder = os.path.dirname(folder)
-    except OSError as e:
-        raise _out_error(e, path) from e
+            os.rmdir(folder)  # refuses where anything is left
+        except OSError:
+            break
+        folder = os.path.dirname(folder)
     return None

@@ -7,27 +7,25 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Callable
-from typing import TypeVar
 
-import fsspec
-
-from cluster.remote import open_fs
-from cluster.retries import is_transient, with_retries
+from cluster.errors import BadUrlError
+from cluster.files import Files
+from cluster.remote import PROTOCOL
 
 
 def absolute(url: str) -> str:
-    """A local path made absolute, since workers may have another working directory; other URLs as they are."""
-    fs, path = fsspec.core.url_to_fs(url)
-    local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-    return path if local else url
+    """A local path made absolute, since workers may have another working directory; other URLs as they are.
+
+    Raises:
+        BadUrlError: the URL cannot be opened.
+    """
+    files = Files(url)
+    return files.url if files.local else url
 
 
-T = TypeVar("T")
 PIECE_BYTES = 4 * 2**20  # bytes read at once where a file is only hashed
 _DEVICES = re.compile(r"(?i)^(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?$")
 _DRIVE = re.compile(r"[A-Za-z]:")
-PROTOCOL_PATTERN = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*(::|://)")
 
 
 class SourceError(ValueError):
@@ -100,19 +98,15 @@ def local_path(url: str) -> str | None:
     """The local path that `url` means, or None for other stores."""
     if url.startswith(("file://", "local://")):
         return url.split("://", 1)[1]
-    return None if PROTOCOL_PATTERN.match(url) else url
+    return None if PROTOCOL.match(url) else url
 
 
-def file_system_of(url: str, error: type[SourceError] = SourceError):
+def files_of(url: str, error: type[SourceError] = SourceError, **options) -> Files:
+    """`Files` of a URL; raises `error` BAD_URL where it cannot be opened."""
     try:
-        return open_fs(url)
-    except (ValueError, ImportError, TypeError) as e:
-        raise error("BAD_URL", f"{url}: {e}") from e
-
-
-def patiently(action: Callable[[], T]) -> T:
-    """What `action` gives, which asks a store over a network; again where a fault may pass."""
-    return with_retries(action, transient=is_transient)
+        return Files(url, **options)
+    except BadUrlError as e:
+        raise error("BAD_URL", f"{url}: {e.message}") from e
 
 
 def shown_name(path: str) -> str:
@@ -127,6 +121,8 @@ def source_error_of(e: OSError, what: str) -> SourceError:
         return SourceError("NOT_FOUND", f"{what}: no such file")
     if e.errno == errno.ELOOP:
         return SourceError("LINK_LOOP", f"{what}: the link leads to itself")
+    if e.errno == errno.EFBIG:
+        return SourceError("TOO_LARGE", e.strerror)
     return SourceError("READ_FAILED", f"{what}: {e.strerror or e}")
 
 
@@ -137,7 +133,7 @@ def is_inside(path: str, folder: str) -> bool:
 
 def open_source(src: str):
     local = local_path(src)
-    return open(local, "rb") if local is not None else fsspec.open(src, "rb").open()
+    return open(local, "rb") if local is not None else files_of(src).open()
 
 
 def relation_of(a: str, b: str) -> str:
@@ -148,8 +144,8 @@ def relation_of(a: str, b: str) -> str:
     if local_a is not None:
         a, b = os.path.realpath(local_a), os.path.realpath(local_b)
     else:
-        (fs_a, a), (fs_b, b) = file_system_of(a), file_system_of(b)
-        if type(fs_a) is not type(fs_b):
+        one, other = files_of(a), files_of(b)
+        if type(one.fs) is not type(other.fs):
             return "apart"
-        a, b = a.rstrip("/"), b.rstrip("/")
+        a, b = one.root.rstrip("/"), other.root.rstrip("/")
     return "same" if a == b else "inside" if is_inside(a, b) else "around" if is_inside(b, a) else "apart"

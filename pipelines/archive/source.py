@@ -33,7 +33,7 @@ from fsspec.utils import glob_translate
 from pipelines.archive.entry import SourceRow
 from pipelines.archive.folders import walk_local, walk_store
 from pipelines.archive.lists import TABLE_SUFFIXES, list_row, list_rows, read_list, read_list_table
-from pipelines.archive.paths import SourceError, file_system_of, local_path, patiently, relation_of, source_error_of
+from pipelines.archive.paths import SourceError, files_of, local_path, relation_of, source_error_of
 
 
 def split_glob(src: str) -> tuple[str, str]:
@@ -49,9 +49,9 @@ def kind_of(src: str) -> str:
     if local is not None:
         is_dir, exists = os.path.isdir(local), os.path.exists(local)
     else:
-        fs, path = file_system_of(src)
+        files = files_of(src)
         try:  # not `isdir` and `exists`, which take every failure for a no
-            is_dir, exists = patiently(lambda: fs.info(path))["type"] == "directory", True
+            is_dir, exists = files.info()["type"] == "directory", True
         except FileNotFoundError:
             is_dir = exists = False
         except OSError as e:
@@ -87,9 +87,7 @@ def list_photos(
         if local is not None:
             rows = walk_local(os.path.abspath(local), hidden, depth)
         else:
-            fs, root = file_system_of(base)
-            fs.invalidate_cache()
-            rows = walk_store(fs, root, hidden, depth)
+            rows = walk_store(files_of(base), hidden, depth)
         if pattern is not None:
             match = re.compile(glob_translate(pattern)).match
             rows = (

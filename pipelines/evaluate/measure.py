@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster import Operator
+from cluster.files import Files
 from pipelines.archive.paths import SourceError
 from pipelines.archive.reading import read_bytes
 from pipelines.evaluate import judges
@@ -313,7 +313,7 @@ class Gallery:
 
     @staticmethod
     def read(url: str, recognisers: Sequence[str]) -> Gallery:
-        with fsspec.open(url, "rb") as file:
+        with Files(url).open() as file:
             table = pq.ParquetFile(file).read(use_threads=False)
         found = []
         for name in recognisers:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from cluster.files import Files
 from pipelines.archive.paths import SourceError
 from pipelines.archive.reading import read_bytes
 from pipelines.evaluate.measure import CROP, OTHER, UNPROTECTED, Spot, column
@@ -81,7 +81,7 @@ def choose_examples(examples: Examples, faces_url: str) -> list[Example]:
     positions = examples.positions()
     wanted = {i for some in positions.values() for i in some}
     rows: dict[int, dict[str, Any]] = {}
-    with fsspec.open(faces_url, "rb") as file:
+    with Files(faces_url).open() as file:
         first = 0
         for batch in pq.ParquetFile(file).iter_batches():
             here = sorted(i - first for i in wanted if first <= i < first + batch.num_rows)

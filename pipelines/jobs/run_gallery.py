@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from cluster.retries import is_transient, with_retries
 from gallery_index import (
     CodeBatch,
     Expectation,
     Gallery,
-    GalleryError,
     GalleryExistsError,
     GalleryInfo,
     GalleryMismatchError,
@@ -39,8 +37,6 @@ from pipelines.run.folder import Run
 from pipelines.run.schemas import CODE_DIM, IDENTITY_DIM
 from scol_ops.models import catalogue as public_models
 from scol_ops.models.embedded import load_mobilestylegan
-
-T = TypeVar("T")
 
 
 def expectation(config: Config) -> Expectation:
@@ -116,11 +112,6 @@ def synthetic_name(config: Config) -> str:
     return f"synthetic-{settings.synthetic}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
 
-def patiently(action: Callable[[], T]) -> T:
-    """What `action` does with a gallery, begun again where the store below it failed in a way that may pass."""
-    return with_retries(action, transient=lambda e: not isinstance(e, GalleryError) and is_transient(e))
-
-
 @dataclass(frozen=True, eq=False)
 class RunGallery:
     """The gallery that a run fuses with.
@@ -150,7 +141,7 @@ class RunGallery:
             GalleryNotFoundError, GalleryMismatchError, GalleryCorruptError: the configured one does not serve.
         """
         find = _configured if config.gallery.url is not None else partial(_made, say=say, stop=stop)
-        return cls(config, run, *patiently(lambda: find(config, run)))
+        return cls(config, run, *find(config, run))
 
     @property
     def key_words(self) -> str:
@@ -181,7 +172,7 @@ class RunGallery:
         try:
             return np.load(io.BytesIO(self.run.read(name)), allow_pickle=False)
         except ValueError:
-            std = np.ascontiguousarray(patiently(lambda: Gallery.load(self.url, layers=layers)).component_std())
+            std = np.ascontiguousarray(Gallery.load(self.url, layers=layers).component_std())
             buffer = io.BytesIO()
             np.save(buffer, std)
             self.run.write(name, buffer.getvalue())

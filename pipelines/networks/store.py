@@ -19,11 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from PIL import Image
 
+from cluster.errors import BadUrlError
+from cluster.files import Files
 from pipelines.networks.digests import embedded_w_digest
 from scol_ops.metrics import to_uint8
 from scol_ops.models import checkpoints, w_space
@@ -111,16 +112,14 @@ class ModelStore:
 
     Args:
         url: folder or fsspec URL; None for ``default_url()``. It need not exist.
+
+    Raises:
+        ModelStoreError: the URL cannot be opened.
     """
 
     def __init__(self, url: str | None = None) -> None:
-        self.fs, self.root = fsspec.core.url_to_fs(url or default_url())
-        protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
-        self.local = "file" in protocols
-        self.url = self.root if self.local else self.fs.unstrip_protocol(self.root)
-
-    def _path(self, file: str) -> str:
-        return f"{self.root.rstrip('/')}/{file}"
+        self._files = _files(url or default_url())
+        self.url = self._files.url
 
     def read(self, file: str) -> bytes:
         """Content of a file in the store.
@@ -130,42 +129,32 @@ class ModelStore:
             ModelStoreError: it cannot be read.
         """
         try:
-            self.fs.invalidate_cache()
-            return self.fs.cat_file(self._path(file))
+            return self._files.read(file)
         except FileNotFoundError:
             raise
         except Exception as error:  # every back end has errors of its own
             raise ModelStoreError(f"cannot read {file} in the model store {self.url}: {error}") from error
 
     def _write(self, file: str, content: bytes) -> None:
-        """Whole or not at all, as far as the back end can: a local file is renamed into place, a stored object is put."""
         try:
-            self.fs.makedirs(self.root, exist_ok=True)
-            if self.local:
-                temporary = Path(self._path(f".{file}.{os.getpid()}"))
-                temporary.write_bytes(content)
-                temporary.replace(self._path(file))
-            else:
-                self.fs.pipe_file(self._path(file), content)
+            self._files.write(file, content)
         except Exception as error:
             raise ModelStoreError(f"cannot write {file} to the model store {self.url}: {error}") from error
 
     def names(self) -> list[str]:
         """Names of the models here, sorted; none where the folder does not exist."""
         try:
-            self.fs.invalidate_cache()
-            found = self.fs.ls(self.root, detail=False)
-        except FileNotFoundError:
-            return []
+            found = self._files.list()
         except Exception as error:
             raise ModelStoreError(f"cannot list the model store {self.url}: {error}") from error
-        files = {path.rstrip("/").rsplit("/", 1)[-1] for path in found}
-        return sorted(f[: -len(".json")] for f in files if f.endswith(".json") and not f.startswith("."))
+        return [f.removesuffix(".json") for f, _ in found if f.endswith(".json") and not f.startswith(".")]
 
     def has(self, name: str) -> bool:
         """Whether a model is here."""
-        self.fs.invalidate_cache()
-        return self.fs.exists(self._path(f"{name}.json"))
+        try:
+            return self._files.has(f"{name}.json")
+        except Exception as error:
+            raise ModelStoreError(f"cannot look into the model store {self.url}: {error}") from error
 
     def record(self, name: str) -> Record:
         """What is known of a model.
@@ -228,8 +217,7 @@ class ModelStore:
         """
         card = _known(name)
         try:
-            with fsspec.open(url, "rb") as stream:
-                content = stream.read(checkpoints.MAX_BYTES + 1)
+            content = _files(url).read(max_bytes=checkpoints.MAX_BYTES)
         except Exception as error:
             raise ModelStoreError(f"cannot read {url}: {error}") from error
         digest = hashlib.sha256(content).hexdigest()
@@ -305,11 +293,16 @@ class ModelStore:
             raise MissingModelError(name, self.url)
         for file in (f"{name}.json", f"{name}.safetensors", f"{name}.png"):
             try:
-                self.fs.rm_file(self._path(file))
-            except FileNotFoundError:
-                continue
+                self._files.remove(file)
             except Exception as error:
                 raise ModelStoreError(f"cannot remove {file} from {self.url}: {error}") from error
+
+
+def _files(url: str) -> Files:
+    try:
+        return Files(url)
+    except BadUrlError as error:
+        raise ModelStoreError(str(error)) from error
 
 
 def _known(name: str) -> PublicModel:

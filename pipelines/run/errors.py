@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.files import Files
 from pipelines.config.names import STAGES
 from pipelines.run.folder import Run
 from pipelines.run.schemas import ERROR, WEAK
@@ -62,5 +62,6 @@ def write_errors(rows: list[dict[str, Any]], file: str) -> None:
     """Rows of `errors` as a Parquet file (path or fsspec URL), all columns strings."""
 
     schema = pa.schema([(name, pa.string()) for name in _ERROR_COLUMNS])
-    with fsspec.open(file, "wb") as sink:
+    files = Files(file)
+    with files.fs.open(files.root, "wb") as sink:  # not put in its place by name: it may be a device or pipe
         pq.write_table(pa.Table.from_pylist(rows, schema), sink, compression="zstd")

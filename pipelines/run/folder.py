@@ -12,30 +12,22 @@ which keys count; every reader here goes by it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any, BinaryIO
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.files import replacing
-from cluster.remote import OBJECT_STORES, open_fs, protocols
-from cluster.retries import is_transient, with_retries
+from cluster.errors import BadUrlError
+from cluster.files import Content, Files
 from cluster.store import PartStore
 from pipelines.config.names import OPTIONAL, STAGES
 from pipelines.run.schemas import PLAN_SCHEMA, SCHEMA_VERSION
 from pipelines.run.text import to_json
-
-T = TypeVar("T")
 
 
 class RunError(ValueError):
@@ -55,43 +47,29 @@ class Run:
     def store(self) -> PartStore:
         return PartStore(self.path("manifests"), schema_version=SCHEMA_VERSION)
 
-    def _do(self, name: str, action: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
-        """`action` on the file system and a path in it, again where a fault may pass."""
-        fs, path = open_fs(self.path(name).rstrip("/"))
-        remote = "file" not in protocols(fs)
-        return with_retries(lambda: action(fs, path), transient=partial(is_transient, remote=remote))
+    @property
+    def files(self) -> Files:
+        """Raises RunError where the URL cannot be opened."""
+        try:
+            return Files(self.url.rstrip("/") or "/")
+        except BadUrlError as error:
+            raise RunError(str(error)) from error
 
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file of the run's folder whole or not at all (local: temporary name, then rename).
+    def write(self, name: str, data: Content) -> None:
+        """Write a file of the run's folder whole or not at all (`cluster.files`).
 
         Raises:
+            RunError: the URL cannot be opened.
             OSError, or what the store's client raises: it cannot be written.
         """
-
-        def put(fs: fsspec.AbstractFileSystem, path: str) -> None:
-            names = protocols(fs)
-            if names.isdisjoint(OBJECT_STORES):
-                fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            if "file" not in names:
-                fs.pipe_file(path, data)
-                return
-            with replacing(path) as temp, open(temp, "xb") as file:
-                file.write(data)
-
-        self._do(name, put)
+        self.files.write(name, data)
 
     def read(self, name: str) -> bytes:
         """Raises RunError where the run has no such file, or it cannot be read."""
-
-        def get(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-            fs.invalidate_cache(path.rsplit("/", 1)[0])
-            data = fs.cat_file(path)
-            if "file" not in protocols(fs) and len(data) != fs.info(path)["size"]:
-                raise ConnectionError(f"{path}: it came incompletely")
-            return data
-
         try:
-            return self._do(name, get)
+            return self.files.read(name)
+        except RunError:
+            raise
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise RunError(f"{self.url}: no run of scol, or an unfinished one: {name} cannot be read") from error
         except (OSError, ValueError) as error:
@@ -99,16 +77,8 @@ class Run:
 
     def sha256(self, name: str) -> str:
         """Of a file of the run's folder, hex. Raises RunError where the run has no such file, or it cannot be read."""
-
-        def hashed(fs: fsspec.AbstractFileSystem, path: str) -> str:
-            digest = hashlib.sha256()
-            with fs.open(path, "rb") as file:
-                while piece := file.read(1 << 22):
-                    digest.update(piece)
-            return digest.hexdigest()
-
         try:
-            return self._do(name, hashed)
+            return self.files.digest(name)[1]
         except (OSError, ValueError) as error:
             raise RunError(f"{self.url}: {name} cannot be read: {error}") from error
 
@@ -125,73 +95,39 @@ class Run:
 
     def has(self, name: str) -> bool:
         """Whether the run's folder has this file. Raises OSError where the store does not say."""
-
-        def look(fs: fsspec.AbstractFileSystem, path: str) -> bool:
-            fs.invalidate_cache(path.rsplit("/", 1)[0])
-            try:
-                return fs.info(path)["type"] == "file"
-            except (FileNotFoundError, NotADirectoryError):
-                return False
-
-        return self._do(name, look)
+        return self.files.has(name)
 
     def names(self, folder: str = "") -> list[str]:
         """Names of the files in the run's folder or one below it, sorted; empty where there is no such folder."""
-
-        def look(fs: fsspec.AbstractFileSystem, path: str) -> list[str]:
-            fs.invalidate_cache(path)
-            try:
-                found = fs.ls(path, detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                return []
-            return sorted(entry["name"].rsplit("/", 1)[-1] for entry in found if entry["type"] == "file")
-
-        return self._do(folder, look)
+        return [name for name, is_dir in self.files.list(folder) if not is_dir]
 
     def remove(self, name: str) -> None:
         """Remove a file of the run's folder, if it is there."""
-
-        def drop(fs: fsspec.AbstractFileSystem, path: str) -> None:
-            with suppress(FileNotFoundError):
-                fs.rm_file(path)
-
-        self._do(name, drop)
+        self.files.remove(name)
 
     def write_table(self, name: str, table: pa.Table) -> None:
         self.write_tables(name, table.schema, [table])
 
     def write_tables(self, name: str, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-        """Write a table that comes in pieces, as `write` does: from a temporary file, so that it need not fit the memory.
+        """Write a table that comes in pieces, as `write` does: through a file, so that it need not fit the memory.
 
         Raises:
             OSError, or what the store's client raises: it cannot be written.
         """
 
-        def fill(path: str) -> None:
-            with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        def fill(file: BinaryIO) -> None:
+            with pq.ParquetWriter(file, schema, compression="zstd") as writer:
                 for table in tables:
                     writer.write_table(table.cast(schema))
 
-        fs, path = open_fs(self.path(name))
-        if "file" in protocols(fs):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            with replacing(path) as temp:
-                fill(temp)
-        else:
-            with tempfile.TemporaryDirectory(prefix="scol-") as folder:
-                fill(temp := os.path.join(folder, "table"))
-                self._do(name, lambda fs, path: _send(fs, temp, path))
+        self.write(name, fill)
 
     @contextmanager
     def _open_table(self, name: str, columns: Sequence[str] | None = None) -> Iterator[pq.ParquetFile]:
         """Raises RunError where the run has no such file, or it is not a table with these columns."""
-        fs, path = open_fs(self.path(name))
+        files = self.files
         try:
-            if "file" in protocols(fs):
-                source = open(path, "rb")
-            else:
-                source = io.BytesIO(self.read(name))
-            with source:
+            with files.open(name) if files.local else io.BytesIO(self.read(name)) as source:
                 file = pq.ParquetFile(source)
                 absent = [column for column in columns or () if column not in file.schema_arrow.names]
                 if absent:
@@ -243,12 +179,6 @@ class Run:
         """The plan's columns and what it says about itself, without its rows."""
         with self._open_table("plan.parquet") as file:
             return file.schema_arrow
-
-
-def _send(fs: fsspec.AbstractFileSystem, local: str, path: str) -> None:
-    if OBJECT_STORES.isdisjoint(protocols(fs)):
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    fs.put_file(local, path)
 
 
 def _known_stage(column: str, there: Collection[str]) -> str:

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.files import replacing
-from pipelines.training.loop import Loop, scheduled
 from pipelines.config.sections import InvertConfig
+from pipelines.training.loop import Loop, scheduled
 from pipelines.training.train_head import draw_codes, psnr
 from scol_ops.diversity import jpeg
 from scol_ops.filters import low_pass

@@ -441,6 +441,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, number, code)
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(output.os, "fsync", fail)
+    monkeypatch.setattr("cluster.retries.time.sleep", lambda seconds: None)
     with pytest.raises(OutputError) as e:
         write_output(str(tmp_path), "a.jpg", b"new and longer")
     assert e.value.code == code

@@ -92,6 +92,50 @@ def test_mistakes_are_one_line_and_status_2(arguments: list[str], words: str, tm
     assert [p.name for p in src.iterdir()] == ["a.jpg"], "SRC is never written to"
 
 
+@pytest.mark.parametrize(("url", "words"), [("foo://bar/x", "foo"), ("gs://bucket/x", "gcsfs")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "protect {url} --out {tmp}/out",
+        "protect {src} --out {url}",
+        "protect {src} --out {tmp}/out --run {url}",
+        "protect {src} --out {tmp}/out --gallery {url}",
+        "protect {src} --out {tmp}/out --set engine.models={url}",
+        "plan {url}",
+        "plan {src} --run {url}",
+        "status {url}",
+        "errors {url}",
+        "cancel {url}",
+        "retry {url}",
+        "purge {url} --person x",
+        "report {url}",
+        "evaluate {url} {src}",
+        "evaluate {src} {url}",
+        "evaluate {src} {tmp}/other --out {url}",
+        "evaluate {src} {tmp}/other --gallery {url}",
+        "evaluate {src} {tmp}/other --models {url}",
+        "gallery build {src} --out {url}",
+        "gallery build {url} --out {tmp}/g",
+        "gallery build --synthetic 20 --out {url}",
+        "gallery info {url}",
+        "gallery list {url}",
+        "models list --store {url}",
+        "models add irse50 {url}",
+    ],
+)
+def test_a_url_that_cannot_be_opened_is_one_line_and_status_2(
+    arguments: str, url: str, words: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # as where the package is not installed
+    for name in ("photos", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(b"not a photo")
+    result = scol(*(a.format(url=url, src=tmp_path / "photos", tmp=tmp_path) for a in arguments.split()))
+    assert result.exit_code == 2 and "Traceback" not in result.stderr
+    told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and url in told[0] and words in told[0]
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_out_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()

@@ -3,6 +3,7 @@
 import os
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cluster import PartStore, StoreError, hash_key
@@ -106,3 +107,36 @@ def test_columns_that_older_parts_lack_are_null(tmp_path):
     assert (tmp_path / "s" / DIGEST).exists()
     with pytest.raises(StoreError, match="no column other"):
         store.read_part("s", store.parts("s")[0], ["n", "other"], later)
+
+
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("column", ["key", "n", "word", "cluster.part"])
+def test_damaged_columns_under_a_good_footer_are_told_and_made_anew(tmp_path, monkeypatch, caplog, column, save):
+    monkeypatch.setattr("cluster.digest._ROWS", 64)  # several row groups, of which one is damaged
+    store = PartStore(tmp_path)
+    fill(store, 70)
+    whole = read_digest(store, "s", ["key", "n", "word"], LIGHT, save=True)
+    path = tmp_path / "s" / DIGEST
+    data, file = bytearray(path.read_bytes()), pq.ParquetFile(path)
+    group = file.metadata.row_group(1)
+    assert file.num_row_groups > 2
+    found = next(group.column(i) for i in range(4) if group.column(i).path_in_schema == column)
+    start = found.dictionary_page_offset or found.data_page_offset
+    data[start : start + found.total_compressed_size] = b"\x55" * found.total_compressed_size
+    path.write_bytes(data)
+    names = opened(store, monkeypatch)
+    assert read_digest(store, "s", ["key", "n", "word"], LIGHT, save=save) == whole
+    assert DIGEST in caplog.text and "parts are opened instead" in caplog.text and 0 < len(set(names)) <= 70
+    names.clear(), caplog.clear()
+    assert read_digest(store, "s", ["key", "n", "word"], LIGHT, save=save) == whole
+    assert (names == [] and not caplog.text) if save else names, "with `save` it has been made anew"
+
+
+def test_columns_of_another_type_are_not_believed(tmp_path):
+    store = PartStore(tmp_path)
+    fill(store, 70)
+    whole = read(store, save=True)
+    path = tmp_path / "s" / DIGEST
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(1, "n", table["n"].cast(pa.string())), path)
+    assert read(store) == whole

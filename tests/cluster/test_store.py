@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster import PartStore, SchemaVersionError, StoreError, UnsafeStoreError, hash_key, part_key
+from cluster.files import Files
 from cluster.keys import pack
 from cluster.store import INDEX
 from tests.helpers.arithmetic import race
@@ -134,7 +135,7 @@ def test_a_full_device_is_told_by_the_real_system_call(tmp_path, monkeypatch):
     (tmp_path / "s").mkdir()
     temp = str(tmp_path / "s" / "full")
     os.symlink("/dev/full", temp)
-    monkeypatch.setattr(PartStore, "_temp", staticmethod(lambda path: temp))
+    monkeypatch.setattr(Files, "_temporary", lambda self, path: temp)
     monkeypatch.setattr("builtins.open", lambda path, mode: os.fdopen(os.open(path, os.O_WRONLY), "wb"))
     with pytest.raises(StoreError, match="disk full"):
         PartStore(tmp_path).write_part("s", None, rows([A], [1]))
@@ -332,3 +333,40 @@ def test_a_saved_index_spares_opening_parts_and_is_never_believed_against_them(t
     (tmp_path / "s" / INDEX).write_bytes(b"PAR1")
     assert store.done_keys("s") == set(keys[1:190])
     assert store.parts("s") == PartStore(tmp_path).parts("s") and len(store.parts("s")) == 190
+
+
+def damaged(path, kind):
+    """A Parquet file with a footer that can be read, and something wrong before it."""
+    data = bytearray(path.read_bytes())
+    if kind in ("data", "bit"):
+        end = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+        some = slice(4, end) if kind == "data" else slice(end // 2, end // 2 + 1)
+        data[some] = bytes(byte ^ 0x55 for byte in data[some])
+        path.write_bytes(data)
+    else:
+        table = pq.read_table(path, memory_map=False)
+        last = table.column_names[-1]
+        wrong = table.drop([last]) if kind == "missing" else table.set_column(0, "high", table[0].cast(pa.string()))
+        pq.write_table(wrong, path)
+
+
+@pytest.mark.parametrize("kind", ["data", "bit", "missing", "type"])
+def test_a_damaged_index_with_a_good_footer_is_told_and_made_anew(tmp_path, caplog, kind):
+    store = PartStore(tmp_path)
+    keys = [hash_key(n) for n in range(70)]
+    for key in keys:
+        store.write_part("s", None, rows([key], [1]))
+    whole = store.index("s")
+    assert store.save_index("s", store.key_index("s")) and store.key_index("s").unsaved == 0
+    damaged(tmp_path / "s" / INDEX, kind)
+    index = store.key_index("s")
+    assert index.unsaved == 70 and store.index("s") == whole, "all parts are opened"
+    assert "parts are opened instead" in caplog.text and INDEX in caplog.text
+    assert store.save_index("s", index) and store.key_index("s").unsaved == 0
+    caplog.clear()
+    damaged(tmp_path / "s" / INDEX, kind)
+    more = {part_key([key]): key for key in map(hash_key, range(70, 140))}
+    for key in more.values():
+        store.write_part("s", None, rows([key], [1]))
+    assert store.extend_index("s", list(more), pack(list(more.values())), np.arange(70, dtype=np.int32))
+    assert caplog.text and store.key_index("s").unsaved == 70 and len(store.done_keys("s")) == 140

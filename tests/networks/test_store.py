@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +29,7 @@ from scol_ops.models.mobilefacenet512 import MobileFaceNet512
 from scol_ops.models.recognisers import Recogniser, ffhq_mean_geometry
 from scol_ops.models.stylegan2 import StyleGAN2
 from tests.helpers.fabricate import nvidia_pickle, torch_file
+from tests.helpers.s3_server import Fault
 
 
 def scol(*arguments: str):
@@ -113,6 +117,65 @@ def test_a_store_may_be_a_url(tmp_path: Path) -> None:
     assert record.source == "mobile_face.pth"
     store.remove("mobilefacenet-512")
     assert store.names() == []
+
+
+@pytest.mark.parametrize("kind", ["internal", "slow_down", "reset", "lost"])
+def test_a_store_on_s3_survives_faults(s3, monkeypatch, kind: str) -> None:
+    monkeypatch.setattr("cluster.retries.time.sleep", lambda seconds: None)
+    store, data = ModelStore(f"{s3.root}/models"), bytes(range(256)) * 40
+    with s3.failing(Fault(kind, "PUT", times=6)) as (fault,):
+        store._write("irse50.json", data)
+    assert fault.seen == 6
+    if kind == "lost":  # of readings: the answer came by half
+        kind = "cut"
+    with s3.failing(Fault(kind, "GET", "irse50.json", times=6)):
+        assert store.read("irse50.json") == data
+    with s3.failing(Fault("short", "GET", "irse50.json", times=1)):
+        assert store.read("irse50.json") == data, "half of a network is not taken for all of it"
+    with s3.failing(Fault(kind, "GET", "list-type=2", times=6)):
+        assert store.names() == ["irse50"] and not store.has("e4e-1024")
+    with s3.failing(Fault(kind, "HEAD", times=6)):
+        assert store.has("irse50"), "a fault does not look like a model that is missing"
+    with s3.failing(Fault(kind, "DELETE", times=2)):
+        store.remove("irse50")
+    assert store.names() == []
+    with s3.failing(Fault("denied", times=None)), pytest.raises(ModelStoreError):
+        store.has("irse50")
+
+
+def test_files_of_the_store_are_safe_on_the_disk_before_they_take_their_place(place: ModelStore, monkeypatch) -> None:
+    before, record = place.content("mobilefacenet-512"), place.read("mobilefacenet-512.json")
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ModelStoreError, match="No space left"):
+        place._write("mobilefacenet-512.json", b"{}")
+    assert place.content("mobilefacenet-512") == before and place.read("mobilefacenet-512.json") == record
+    assert sorted(p.name for p in Path(place.url).iterdir()) == ["mobilefacenet-512.json", "mobilefacenet-512.safetensors"]
+
+
+def test_two_that_add_a_model_at_once_do_not_take_each_others_file(tmp_path: Path) -> None:
+    barrier, failed = threading.Barrier(4), []
+
+    def add(number: int) -> None:
+        store = ModelStore(str(tmp_path))
+        for _ in range(30):
+            barrier.wait(60)
+            try:
+                store._write("irse50.json", bytes([number]) * 10_000)
+            except ModelStoreError as error:
+                failed.append(error)
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    content = (tmp_path / "irse50.json").read_bytes()
+    assert failed == [] and len(set(content)) == 1 and len(content) == 10_000
+    assert [p.name for p in tmp_path.iterdir()] == ["irse50.json"]
 
 
 def test_the_variable_names_the_store(tmp_path: Path, monkeypatch) -> None:

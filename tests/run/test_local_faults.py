@@ -52,7 +52,9 @@ def test_a_transient_fault_is_survived(tmp_path: Path, monkeypatch, pauses) -> N
 @pytest.mark.parametrize(
     ("code", "reason"), [(errno.ENOSPC, "DISK_FULL"), (errno.EACCES, "NOT_WRITABLE"), (errno.EIO, "WRITE_FAILED")]
 )
-def test_an_output_that_cannot_be_written_has_a_typed_reason(tmp_path: Path, monkeypatch, code: int, reason: str):
+def test_an_output_that_cannot_be_written_has_a_typed_reason(
+    tmp_path: Path, monkeypatch, pauses, code: int, reason: str
+):
     failing(monkeypatch, code, 99)
     with pytest.raises(OutputError, match=reason):
         write_output(str(tmp_path / "out"), "d/a.jpg", b"data")
