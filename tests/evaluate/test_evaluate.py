@@ -13,7 +13,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cluster import ray_session
 from pipelines.archive.paths import OutputError
 from pipelines.cli.main import main
 from pipelines.evaluate import job, measure
@@ -21,6 +20,8 @@ from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Eyes, Gallery, Measurer, Settings, Spot, Window
 from pipelines.jobs.demo import draw_person
 from scol_ops.distortions import Distortion
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SIDE = 250
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13, "Dan": 2, "Finn": 22, "Hugo": 23}
@@ -59,12 +60,6 @@ def trees(tmp_path_factory) -> Path:
     write(two / "Hugo/2.jpg", flat)
     write(two / "Hugo/9.jpg", flat)  # of no original
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    with ray_session(num_cpus=2):
-        yield
 
 
 def evaluate(trees: Path, two: Path | str = "two", out: str = "out", **options) -> dict:
