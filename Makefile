@@ -6,16 +6,20 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet --quiet --no-warn-conflicts
 STAMP  := $(VENV)/.setup-done
 TSTAMP := $(VENV)/.setup-test-done
+# The tests: processes at a time, each computing with one thread; test files are not divided among them.
+JOBS   ?= 2
+PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BENCHES := align gallery stages models swap
 
 BVENV   := build/bench-venv
 
-.PHONY: help setup setup-test demo test bench $(addprefix bench-,$(BENCHES)) bench-engine bench-protection chaos clean
+.PHONY: help setup setup-test demo test test-long bench $(addprefix bench-,$(BENCHES)) bench-engine bench-protection chaos clean
 
 help:
 	@echo "make setup          create .venv (pinned versions; quick when nothing changed)"
 	@echo "make demo           set-up, then protect a small archive of generated people, then the report"
-	@echo "make test           set-up, then the tests"
+	@echo "make test           set-up, then the tests but the long ones (10 minutes on 2 cores)"
+	@echo "make test-long      set-up, then the long tests: campaigns, large networks (docs/testing.md)"
 	@echo "make bench          all benchmarks; one of them: $(addprefix bench-,$(BENCHES))"
 	@echo "make bench-engine   the engine beside datatrove and Ray Data (in an environment of their own), planning, nights, overhead"
 	@echo "make bench-protection  our profile and attacks on 128 people of LFW (hours; ARGS=\"--people 8\" for a look)"
@@ -45,7 +49,10 @@ demo: $(STAMP)
 	$(VENV)/bin/scol demo
 
 test: $(TSTAMP)
-	$(PY) -m pytest -q tests
+	$(PYTEST) -m "not long" tests
+
+test-long: $(TSTAMP)
+	$(PYTEST) -m long tests
 
 $(addprefix bench-,$(BENCHES)) bench-engine bench-protection: bench-%: $(STAMP)
 	$(PY) -m pipelines.bench.$* $(ARGS)

@@ -10,6 +10,9 @@ import torch
 
 Pixels = np.ndarray
 
+# Every process of the tests computes with one thread; two of them, and Ray's workers, share the machine.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def draw_face() -> Callable[[int], Pixels]:
@@ -42,6 +45,16 @@ def draw_photo(draw_face) -> Callable[..., Pixels]:
         return photo
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray of two cores for all tests of this process; whatever asks for a Ray inside uses it."""
+    from cluster import ray_session
+    from tests.helpers.warm_workers import warm
+
+    with warm(), ray_session(num_cpus=2):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageOps
 
-from cluster import ray_session
 from gallery_index import Gallery, GalleryMismatchError
 from pipelines.archive.listing import list_source
 from pipelines.archive.paths import photo_id
@@ -28,6 +27,8 @@ from pipelines.jobs.protect import exit_status, protect
 from pipelines.run.folder import Run
 from pipelines.run.tables import read_photos, read_stage
 from pipelines.stages import fuse
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 STAGES = tuple(stage for stage in ALL_STAGES if stage != "strengthen")  # left out where it has no rounds
 
@@ -52,13 +53,6 @@ def settings(*more: str) -> Config:
 def pixels_of(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    """One Ray for all runs here; the engine uses a connection that exists."""
-    with ray_session(num_cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")

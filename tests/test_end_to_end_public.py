@@ -14,7 +14,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from cluster import ray_session
 from gallery_index import GalleryMismatchError
 from pipelines.config.load import ConfigError, load_config
 from pipelines.config.names import STAGES
@@ -89,12 +88,11 @@ def settings(store: ModelStore, *more: str):
     return load_config("quick", sets=[*few, f"engine.models={store.url}", *more])
 
 
-def test_five_stages_of_ten_codes(store: ModelStore, draw_photo, tmp_path: Path) -> None:
+def test_five_stages_of_ten_codes(ray_cluster, store: ModelStore, draw_photo, tmp_path: Path) -> None:
     src, out = tmp_path / "photos", tmp_path / "out"
     src.mkdir()
     Image.fromarray(draw_photo([100])).save(src / "one.png")
-    with ray_session(num_cpus=2):
-        result = protect(str(src), str(out), settings(store, "tune.identity=encoder,mobilefacenet"))
+    result = protect(str(src), str(out), settings(store, "tune.identity=encoder,mobilefacenet"))
     assert (result["photos"], result["faces"], result["error"], result["pending"]) == (1, 1, 0, 0)
     run = Run(f"{out}.run")
     rows = {stage: read_stage(run, stage).to_pylist() for stage in STAGES if stage != "strengthen"}

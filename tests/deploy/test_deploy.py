@@ -1,9 +1,10 @@
 """The files in cluster/deploy: forms by the schemas that there are, commands by the command line itself.
 
-Of KubeRay's objects the names of fields are held against its types (ray-operator/apis/ray/v1/*_types.go; RayCronJob:
-https://docs.ray.io/en/master/cluster/kubernetes/getting-started/raycronjob-quick-start.html), of Kubernetes' against
-those of its API that are used here; so a misspelt or misplaced field is found, a wrong value of a right field need not
-be.
+Kubernetes' objects, and the pods in KubeRay's, are held against Kubernetes' own schemas (of `kubernetes-validate`). Of
+KubeRay's objects, whose schemas no package has, the names of fields are held against its types
+(ray-operator/apis/ray/v1/*_types.go; RayCronJob:
+https://docs.ray.io/en/master/cluster/kubernetes/getting-started/raycronjob-quick-start.html); so a misspelt or misplaced
+field is found, a wrong value of a right field need not be. The schemas below say besides what we hold our pods to.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -24,6 +27,7 @@ from pipelines.config.load import load_config
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "cluster" / "deploy"
 MANIFESTS = ["protect-rayjob.yaml", "gallery-raycronjob.yaml", "gallery-cronjob.yaml"]
+KUBERNETES = "1.37"
 
 
 def documents(name: str) -> list[dict]:
@@ -155,6 +159,37 @@ def job_of_cron_job() -> dict:
 def test_kubernetes_objects_have_the_fields_of_their_kinds(name):
     for found in documents(name):
         jsonschema.validate(found, KINDS[found["kind"]])
+
+
+def kubernetes_objects(found: dict) -> Iterator[dict]:
+    """What Kubernetes itself knows of an object: all of its own kinds, the pods of KubeRay's."""
+    if not found["apiVersion"].startswith("ray.io/"):
+        yield found
+        return
+    job = found["spec"].get("jobTemplate", found["spec"])
+    for group in (job["rayClusterSpec"]["headGroupSpec"], *job["rayClusterSpec"]["workerGroupSpecs"]):
+        yield {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": group["template"]}
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_kubernetes_own_schemas_accept_the_objects(name):
+    objects = documents(name)
+    if name == "gallery-cronjob.yaml":
+        objects.append(job_of_cron_job())
+    assert sum(1 for found in objects for _ in kubernetes_objects(found)) >= 2
+    for found in objects:
+        for known in kubernetes_objects(found):
+            kubernetes_validate.validate(known, KUBERNETES, strict=True)
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(known | {"no-such-field": 1}, KUBERNETES, strict=True)
+
+
+def test_kubernetes_own_schemas_find_a_wrong_value():
+    (found,) = documents("protect-rayjob.yaml")
+    template = next(kubernetes_objects(found))
+    template["template"]["spec"]["containers"][0]["ports"][0]["containerPort"] = "http"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(template, KUBERNETES, strict=True)
 
 
 def test_the_schemas_find_a_misspelt_field():

@@ -14,7 +14,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cluster import ray_session
 from pipelines.archive.paths import OutputError
 from pipelines.cli.main import main
 from pipelines.evaluate import job, judges, measure
@@ -26,6 +25,8 @@ from pipelines.evaluate.summary import Judge, Summary
 from pipelines.jobs.demo import draw_person
 from pipelines.run.folder import Run
 from scol_ops.distortions import Distortion
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SIDE = 250
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13, "Dan": 2, "Finn": 22, "Hugo": 23}
@@ -64,12 +65,6 @@ def trees(tmp_path_factory) -> Path:
     write(two / "Hugo/2.jpg", flat)
     write(two / "Hugo/9.jpg", flat)  # of no original
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    with ray_session(num_cpus=2):
-        yield
 
 
 def evaluate(trees: Path, two: Path | str = "two", out: str = "out", **options) -> dict:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from cluster import ray_session
 from pipelines.cli.main import main
 from pipelines.config.load import load_config
 from pipelines.experiments import ablation, protocol, tables, variants
@@ -207,7 +206,7 @@ def test_means_and_differences_by_hand():
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_ablation_runs_and_goes_on(tmp_path, monkeypatch):
+def test_an_ablation_runs_and_goes_on(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(protocol, "REPORTED_PEOPLE", 2)
     monkeypatch.setattr(ablation.judges, "available", lambda *store: ("mobilefacenet", "faceres"))
     root = lfw(tmp_path / "lfw", SEEDS)
@@ -217,12 +216,11 @@ def test_an_ablation_runs_and_goes_on(tmp_path, monkeypatch):
     command = ["experiment", "run", "ablation", "--data", str(root), "--limit", "2", "--distractors", "1"]
     command += ["--profile", "quick", "--workers", "1", "--variants-file", str(file), "--out", str(tmp_path / "out")]
     command += ["--set", "gallery.synthetic=200", "--set", "tune.steps=0", "--set", "refine.steps=0"]
-    with ray_session(num_cpus=2):
-        first = CliRunner().invoke(main, command)
-        assert first.exit_code == 0, first.output
-        made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if is_work(p)}
-        again = CliRunner().invoke(main, command)
-        assert again.exit_code == 0, again.output
+    first = CliRunner().invoke(main, command)
+    assert first.exit_code == 0, first.output
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if is_work(p)}
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0, again.output
     assert made == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*") if is_work(p)}
     text = (tmp_path / "out/ablation.md").read_text()
     assert text.strip() in first.output and "apart from the 2 whose results are reported" in text

@@ -11,7 +11,6 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from cluster import ray_session
 from pipelines.cli.main import main
 from pipelines.experiments import conditions, figures
 from pipelines.experiments.conditions import Hardness, cover, hardness, pick
@@ -106,7 +105,7 @@ def test_differences_are_amplified():
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-def test_figures_run_and_go_on(tmp_path, monkeypatch):
+def test_figures_run_and_go_on(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(figures.judges, "available", lambda *store: ("mobilefacenet", "faceres"))
     root, out = lfw(tmp_path / "lfw", SEEDS), tmp_path / "out"
     command = ["--data", str(root), "--limit", "1", "--distractors", "2", "--profile", "quick", "--workers", "1"]
@@ -125,11 +124,10 @@ def test_figures_run_and_go_on(tmp_path, monkeypatch):
             assert image.width > 500 and image.height > 140
         return json.loads((out / f"{name}.json").read_text())
 
-    with ray_session(num_cpus=2):
-        retrieval, random, attack = map(figure, ("figure-retrieval", "figure-random-code", "figure-attack"))
-        hard = figure("figure-hard")
-        made = work(out)
-        assert figure("figure-attack")["faces"] == attack["faces"] and figure("figure-hard")["photos"] == hard["photos"]
+    retrieval, random, attack = map(figure, ("figure-retrieval", "figure-random-code", "figure-attack"))
+    hard = figure("figure-hard")
+    made = work(out)
+    assert figure("figure-attack")["faces"] == attack["faces"] and figure("figure-hard")["photos"] == hard["photos"]
     assert made == work(out)
 
     found = {(f["person"], f["subject"]): f for f in retrieval["retrievals"]}

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cluster import ray_session
 from pipelines.evaluate.measure import Eyes
 from pipelines.evaluate.summary import AVERAGE
 from pipelines.experiments import comparison
@@ -19,6 +18,8 @@ from pipelines.experiments.comparison import UNPROTECTED, compare, protection_ta
 from pipelines.experiments.methods import Method, box_mask, make, target_features
 from pipelines.jobs.demo import draw_person
 from pipelines.photos.codec import decode
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 SEEDS = {"Ada": 15, "Ben": 10, "Cleo": 13, "Dan": 2}
 SIDE = 220
@@ -43,12 +44,6 @@ def place(tmp_path_factory) -> Path:
     (folder / "originals/Eve").mkdir()
     (folder / "originals/Eve/0.jpg").write_bytes(b"\xff\xd8\xff torn")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    with ray_session(num_cpus=2):
-        yield
 
 
 @pytest.fixture(scope="module")

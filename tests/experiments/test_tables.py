@@ -15,7 +15,6 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from cluster import ray_session
 from pipelines.cli.main import main
 from pipelines.config.load import load_config
 from pipelines.experiments import comparison, methods, tables
@@ -178,7 +177,7 @@ def test_swaps_by_hand(tmp_path):
         measure_swaps(tmp_path / "originals", tmp_path / "original", tmp_path, ("faceres",))
 
 
-def test_an_experiment_runs_and_goes_on(tmp_path, monkeypatch):
+def test_an_experiment_runs_and_goes_on(ray_cluster, tmp_path, monkeypatch):
     """Protocol, evaluation, table and files; the methods, which have tests of their own, are folders here."""
     for person, seed in SEEDS.items():
         for number in (1, 2):
@@ -208,11 +207,10 @@ def test_an_experiment_runs_and_goes_on(tmp_path, monkeypatch):
         "--out",
         str(tmp_path / "out"),
     ]
-    with ray_session(num_cpus=2):
-        first = CliRunner().invoke(main, command)
-        assert first.exit_code == 0, first.output
-        parts = sorted((tmp_path / "out/work").rglob("*.parquet"))
-        again = CliRunner().invoke(main, command)
+    first = CliRunner().invoke(main, command)
+    assert first.exit_code == 0, first.output
+    parts = sorted((tmp_path / "out/work").rglob("*.parquet"))
+    again = CliRunner().invoke(main, command)
     assert again.exit_code == 0 and parts == sorted((tmp_path / "out/work").rglob("*.parquet"))
     table = (tmp_path / "out/table1.md").read_text()
     assert table.strip() in first.output and table.strip() in again.output

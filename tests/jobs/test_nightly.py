@@ -17,7 +17,6 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from cluster import ray_session
 from pipelines.archive.listing import list_source, packed_ids, source_table
 from pipelines.archive.paths import OutputError, photo_id
 from pipelines.config.load import load_config
@@ -227,41 +226,40 @@ def opened(folder: Path) -> Iterator[Counter]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify")
-def test_unchanged_photos_are_listed_and_not_read(tmp_path: Path) -> None:
+def test_unchanged_photos_are_listed_and_not_read(ray_cluster, tmp_path: Path) -> None:
     src, out = tmp_path / "photos", tmp_path / "out"
     src.mkdir()
     for i in range(4):  # no faces: they are copied
         Image.new("RGB", (120, 90), (50 * i, 120, 60)).save(src / f"{i}.png")
     sets = ["gallery.synthetic=50", "fuse.k=3", "engine.workers=1", "engine.threads=1", "engine.device=cpu"]
     config = load_config("quick", sets=sets)
-    with ray_session(num_cpus=2):
-        with opened(src) as reads:
-            protect(str(src), str(out), config, log_json=str(tmp_path / "log.jsonl"))
-        lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-        assert [lines[0]["event"], lines[-1]["event"], lines[-1]["state"]] == ["start", "end", "finished"]
-        shards = [line for line in lines if line["event"] == "shard" and line["stage"] == "publish"]
-        logged = [photo for shard in shards for photo in shard["photos"]]
-        assert sorted(logged) == sorted(photo_id(f"{i}.png") for i in range(4))
-        assert set(reads) == {"0.png", "1.png", "2.png", "3.png"} and min(reads.values()) >= 1
+    with opened(src) as reads:
+        protect(str(src), str(out), config, log_json=str(tmp_path / "log.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [lines[0]["event"], lines[-1]["event"], lines[-1]["state"]] == ["start", "end", "finished"]
+    shards = [line for line in lines if line["event"] == "shard" and line["stage"] == "publish"]
+    logged = [photo for shard in shards for photo in shard["photos"]]
+    assert sorted(logged) == sorted(photo_id(f"{i}.png") for i in range(4))
+    assert set(reads) == {"0.png", "1.png", "2.png", "3.png"} and min(reads.values()) >= 1
 
-        said: list[str] = []
-        with opened(src) as reads:
-            result = protect(str(src), str(out), config, say=said.append)
-        assert not reads, "an unchanged photo is not opened"
-        assert "since the last run: 0 new, 0 changed, 4 unchanged, 0 deleted" in said
-        changes = result["changes"]
-        assert (changes["new"], changes["changed"], changes["unchanged"], changes["deleted"]) == (0, 0, 4, 0)
+    said: list[str] = []
+    with opened(src) as reads:
+        result = protect(str(src), str(out), config, say=said.append)
+    assert not reads, "an unchanged photo is not opened"
+    assert "since the last run: 0 new, 0 changed, 4 unchanged, 0 deleted" in said
+    changes = result["changes"]
+    assert (changes["new"], changes["changed"], changes["unchanged"], changes["deleted"]) == (0, 0, 4, 0)
 
-        Image.new("RGB", (140, 90)).save(src / "1.png")
-        Image.new("RGB", (100, 90)).save(src / "new.png")
-        (src / "2.png").unlink()
-        with opened(src) as reads:
-            result = protect(str(src), str(out), config)
-        assert set(reads) == {"1.png", "new.png"}
-        assert result["changes"]["deleted_paths"] == ["2.png"] and (out / "2.png").exists()
-        with opened(src) as reads:
-            result = protect(str(src), str(out), config, prune=True, say=said.append)
-        assert not reads and not (out / "2.png").exists() and said[-1] == "pruned: 1 output(s) removed"
-        assert result["changes"]["pruned"] == {"removed": 1, "removed_paths": ["2.png"], "kept": {}}
+    Image.new("RGB", (140, 90)).save(src / "1.png")
+    Image.new("RGB", (100, 90)).save(src / "new.png")
+    (src / "2.png").unlink()
+    with opened(src) as reads:
+        result = protect(str(src), str(out), config)
+    assert set(reads) == {"1.png", "new.png"}
+    assert result["changes"]["deleted_paths"] == ["2.png"] and (out / "2.png").exists()
+    with opened(src) as reads:
+        result = protect(str(src), str(out), config, prune=True, say=said.append)
+    assert not reads and not (out / "2.png").exists() and said[-1] == "pruned: 1 output(s) removed"
+    assert result["changes"]["pruned"] == {"removed": 1, "removed_paths": ["2.png"], "kept": {}}
     assert sorted(p.name for p in out.iterdir()) == ["0.png", "1.png", "3.png", "new.png"]
     assert read_photos(str(out) + ".run")["status"].to_pylist() == ["no_face"] * 4

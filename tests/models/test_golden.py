@@ -26,6 +26,8 @@ from tests.helpers.fabricate import e4e_file, nvidia_pickle, torch_file
 OURS = Path(__file__).parent / "golden"
 FOLDER = Path(os.environ.get("SCOL_GOLDEN") or OURS)
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+# Others of their family, in the same code, are smaller.
+LONG = ("stylegan2_256", "e4e_1024")
 _PLAIN = {
     "facenet": "facenet", "irse50": "irse50", "ir152": "ir152", "mobilefacenet": "mobilefacenet-512",
     "lpips_vgg": "lpips-vgg", "lpips_alex": "lpips-alex",
@@ -210,7 +212,10 @@ def test_golden_keys(name: str) -> None:
         assert sum(p.numel() for p in network.parameters()) == spec["parameters"]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if not n.endswith("_keys")])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in NAMES if not n.endswith("_keys")],
+)
 def test_golden_vector(name: str) -> None:
     spec, (family, facts) = load_spec(name), family_of(name)
     inputs, state = given(spec), filled(spec)

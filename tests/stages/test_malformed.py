@@ -1,7 +1,7 @@
 """Archives with many bad files: one row an input, every reason typed, memory bounded, no exception.
 
-Size by environment: SCOL_FUZZ_INPUTS (default 300), SCOL_FUZZ_BAD (default 190), SCOL_FUZZ_SEED (default 0). The
-issue's: SCOL_FUZZ_INPUTS=2000 SCOL_FUZZ_BAD=500.
+Size by environment: SCOL_FUZZ_INPUTS (default 300), SCOL_FUZZ_BAD (default 190), SCOL_FUZZ_SEED (default 0). The long
+tests have 2000 inputs, 500 of them bad.
 """
 
 import json
@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+
+import pytest
 
 from pipelines.archive.paths import SourceError
 from pipelines.photos.photo import PhotoError
@@ -23,8 +25,9 @@ INPUTS, BAD, SEED = (
 )
 
 
-def test_an_archive_of_bad_files_has_a_typed_row_for_each(tmp_path, draw_photo, record_property):
-    made = make_archive(tmp_path, SEED, INPUTS, BAD, [draw_photo([5], 300, 280)])
+@pytest.mark.parametrize(("inputs", "bad"), [(INPUTS, BAD), pytest.param(2000, 500, marks=pytest.mark.long)])
+def test_an_archive_of_bad_files_has_a_typed_row_for_each(tmp_path, draw_photo, record_property, inputs, bad):
+    made = make_archive(tmp_path, SEED, inputs, bad, [draw_photo([5], 300, 280)])
     # A process of its own: its memory is that of this work alone, and a crash of a decoder is told by its status.
     child = subprocess.run(
         [sys.executable, "-W", "ignore", str(ROOT / "tests/helpers/malformed.py"), "check", str(tmp_path)],
@@ -33,7 +36,7 @@ def test_an_archive_of_bad_files_has_a_typed_row_for_each(tmp_path, draw_photo, 
     assert child.returncode == 0, child.stderr[-4000:]
     told = json.loads(child.stdout)
     paths = {f"archive/{entry.path}": entry for entry in made}
-    assert len(paths) == INPUTS and told["listed"] == sorted(paths)
+    assert len(paths) == inputs and told["listed"] == sorted(paths)
 
     # The folder has a row for whatever is not itself a folder.
     no_folders = sorted(entry.path for entry in made if entry.kind not in ("folder", "full_folder"))
