@@ -2,6 +2,7 @@
 
 from cluster.engine import Engine, Progress, RunSummary, StageSummary
 from cluster.errors import (
+    BrokenStageError,
     ClusterError,
     ContractError,
     EngineError,
@@ -19,6 +20,7 @@ from cluster.stage import ItemTimeout, Operator, Pool, Resources, Stage, WorkerU
 from cluster.store import PartStore
 
 __all__ = [
+    "BrokenStageError",
     "ClusterError",
     "ContractError",
     "Engine",

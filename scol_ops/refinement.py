@@ -63,6 +63,7 @@ class RefineSettings:
     limit: float = 0.0
 
 
+@torch.enable_grad()  # see ``tuning.tune``
 def refine(
     tuned: Tensor,
     original: Tensor,

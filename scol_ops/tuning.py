@@ -8,9 +8,9 @@ a soft mask and may be low-passed, so that hair, background and fine texture sta
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,25 +72,6 @@ class DeadlineExceeded(TimeoutError):
     """A face took longer than its time limit."""
 
 
-@contextmanager
-def pristine(generator: nn.Module) -> Iterator[nn.Module]:
-    """Restore every parameter and buffer bit for bit on leaving, whatever happens inside.
-
-    Without this, image N would start from image N-1's weights (the trap of CLIP2Protect).
-    """
-    saved = {name: tensor.detach().clone() for name, tensor in generator.state_dict().items()}
-    trainable = {name: parameter.requires_grad for name, parameter in generator.named_parameters()}
-    try:
-        yield generator
-    finally:
-        with torch.no_grad():
-            for name, tensor in generator.state_dict().items():
-                tensor.copy_(saved[name])
-        for name, parameter in generator.named_parameters():
-            parameter.requires_grad_(trainable[name])
-            parameter.grad = None
-
-
 def select_parameters(generator: nn.Module, which: str) -> list[nn.Parameter]:
     """Switch gradients on for one of ``PARAMETER_SETS`` and return those parameters."""
     if which not in PARAMETER_SETS:
@@ -115,6 +96,7 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor) -> float:
     return float(10 * torch.log10(4 / error.clamp_min(1e-12)))
 
 
+@torch.enable_grad()  # an earlier face that was stopped inside the optimiser may have left the mode off
 def tune(
     generator: nn.Module,
     fused: Tensor,
@@ -131,7 +113,7 @@ def tune(
     """Tune the generator so that the fused code shows the original picture under another identity.
 
     Args:
-        generator: codes (1, L, 512) -> (1, 3, S, S); restored to its own weights on return.
+        generator: codes (1, L, 512) -> (1, 3, S, S); left as it is, whatever happens: a copy is tuned.
         fused: (1, L, 512), the fused code ``w_f``.
         original: (1, 3, S, S) in [-1, 1], the aligned face ``x``.
         mask: (1, 1, S, S) in [0, 1], where change is allowed.
@@ -159,48 +141,50 @@ def tune(
     rng = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
     autocast = torch.autocast(original.device.type, torch.bfloat16, enabled=settings.bf16)
-    with pristine(generator):
-        parameters = select_parameters(generator, settings.parameters)
-        with torch.no_grad():
-            of_original = [f(original) for f in identity]
-            first = generator(fused)
-            locked = [f(first.clamp(-1, 1)) for f in identity]
-            reference = None if perceptual is None else perceptual.reference(original)
-        optimiser = torch.optim.Adam(parameters, lr=settings.lr)
-        for step in range(settings.steps):
-            if deadline is not None and time.monotonic() > deadline:
-                raise DeadlineExceeded(f"tuning step {step} of {settings.steps}")
-            with autocast:
-                raw = generator(fused)
-            raw = raw.float()
-            picture = confine(raw, original, mask, settings.residual_sigma)
-            # The reconstruction sees the face at full weight and its surroundings lightly: they are the
-            # photo's own after pasting, but an empty surrounding would pull the features apart.
-            weight = 0.1 + 0.9 * mask
-            shown = original + weight * (raw - original)
-            substitute = settings.ssim_weight if perceptual is None else 0.0
-            loss = reconstruction_loss(shown, original, settings.l2_weight, substitute)
-            if perceptual is not None:
-                loss = loss + settings.lpips_weight * perceptual.to_reference(reference, shown).mean()
-            losses = {"reconstruction": float(loss.detach())}
-            if identity and (settings.id_lock or settings.hinge):
-                seen = diversify(picture, rng, settings.diversity, settings.blur, settings.jpeg_quality)
-                features = [f(seen) for f in identity]
-                lock = id_lock_loss(features, locked)
-                hinge = identity_hinge_loss(features, of_original, margins)
-                losses |= {"id_lock": float(lock.detach()), "hinge": float(hinge.detach())}
-                loss = loss + settings.id_lock * lock + settings.hinge * hinge
-            losses["psnr"] = masked_psnr(picture.detach(), original, mask)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss {float(loss)} at tuning step {step}: the learning rate is too high")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            history.append(losses)
-            if on_step is not None:
-                on_step(step, losses)
-            if losses["psnr"] >= settings.target_psnr and losses.get("hinge", 0.0) == 0.0:
-                break
-        with torch.no_grad():
-            result = confine(generator(fused), original, mask, settings.residual_sigma).clamp(-1, 1)
+    # Weights that are set back could stay tuned where a time limit cuts that short; every later face would start from them
+    # (the trap of CLIP2Protect).
+    generator = copy.deepcopy(generator)
+    parameters = select_parameters(generator, settings.parameters)
+    with torch.no_grad():
+        of_original = [f(original) for f in identity]
+        first = generator(fused)
+        locked = [f(first.clamp(-1, 1)) for f in identity]
+        reference = None if perceptual is None else perceptual.reference(original)
+    optimiser = torch.optim.Adam(parameters, lr=settings.lr)
+    for step in range(settings.steps):
+        if deadline is not None and time.monotonic() > deadline:
+            raise DeadlineExceeded(f"tuning step {step} of {settings.steps}")
+        with autocast:
+            raw = generator(fused)
+        raw = raw.float()
+        picture = confine(raw, original, mask, settings.residual_sigma)
+        # The reconstruction sees the face at full weight and its surroundings lightly: they are the
+        # photo's own after pasting, but an empty surrounding would pull the features apart.
+        weight = 0.1 + 0.9 * mask
+        shown = original + weight * (raw - original)
+        substitute = settings.ssim_weight if perceptual is None else 0.0
+        loss = reconstruction_loss(shown, original, settings.l2_weight, substitute)
+        if perceptual is not None:
+            loss = loss + settings.lpips_weight * perceptual.to_reference(reference, shown).mean()
+        losses = {"reconstruction": float(loss.detach())}
+        if identity and (settings.id_lock or settings.hinge):
+            seen = diversify(picture, rng, settings.diversity, settings.blur, settings.jpeg_quality)
+            features = [f(seen) for f in identity]
+            lock = id_lock_loss(features, locked)
+            hinge = identity_hinge_loss(features, of_original, margins)
+            losses |= {"id_lock": float(lock.detach()), "hinge": float(hinge.detach())}
+            loss = loss + settings.id_lock * lock + settings.hinge * hinge
+        losses["psnr"] = masked_psnr(picture.detach(), original, mask)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"loss {float(loss)} at tuning step {step}: the learning rate is too high")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        history.append(losses)
+        if on_step is not None:
+            on_step(step, losses)
+        if losses["psnr"] >= settings.target_psnr and losses.get("hinge", 0.0) == 0.0:
+            break
+    with torch.no_grad():
+        result = confine(generator(fused), original, mask, settings.residual_sigma).clamp(-1, 1)
     return TuneResult(result, len(history), time.monotonic() - begin, history)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cluster import Engine, KeyRule, Progress, RunSummary
+from cluster import BrokenStageError, Engine, KeyRule, Progress, RunSummary
 from pipelines.archive.listing import Listing
 from pipelines.config.names import STAGES
 from pipelines.config.sections import Config
@@ -59,6 +59,7 @@ def execute(
     Raises:
         WeightsError: embedded weights are missing or altered.
         GalleryError, StoreError, EngineError: see their packages.
+        BrokenStageError: ``engine.stop_after_errors`` photos ended in the same exception; what is finished is kept.
         RunInterrupted: Ctrl-C; what is finished is kept.
     """
     url, described, std = "", {}, None
@@ -91,9 +92,17 @@ def execute(
         address=config.engine.ray_address,
         progress=progress,
         stop=stop,
+        stop_after_errors=config.engine.stop_after_errors,
     )
-    with run_gallery.reading(url):
-        return engine.run(source, rules), setting
+    try:
+        with run_gallery.reading(url):
+            return engine.run(source, rules), setting
+    except BrokenStageError as error:
+        error.advice = (
+            f"stopped (engine.stop_after_errors={config.engine.stop_after_errors}). Once the cause is mended, "
+            f"`scol retry {run.url} --reason EXCEPTION` opens these photos again"
+        )
+        raise
 
 
 def planned(table: pa.Table, rules: Mapping[str, KeyRule]) -> pa.Table:

@@ -1,6 +1,9 @@
 """Inversion, tuning, refinement and attack on the embedded generator (few steps: their rules, not their quality)."""
 
+import copy
 import dataclasses
+import signal
+import sys
 import time
 
 import pytest
@@ -12,7 +15,7 @@ from scol_ops.inversion import InvertSettings, invert
 from scol_ops.models.embedded import load_mobilestylegan, load_recogniser
 from scol_ops.models.recognisers import ffhq_mean_geometry
 from scol_ops.refinement import RefineSettings, refine
-from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, pristine, select_parameters, tune
+from scol_ops.tuning import DeadlineExceeded, TuneSettings, confine, select_parameters, tune
 
 
 @pytest.fixture(scope="module")
@@ -66,25 +69,87 @@ def test_tuning_reconstructs_and_stays_inside_the_mask(generator, faces, mask):
     assert torch.equal(result.picture[outside], pictures[:1][outside])
 
 
-def test_the_generator_is_restored_after_a_failure(generator, faces, mask):
-    before = {k: v.clone() for k, v in generator.state_dict().items()}
+def state(generator):
+    return {name: tensor.clone() for name, tensor in generator.state_dict().items()}
+
+
+def same(generator, before):
+    """Bit for bit, and without gradients."""
+    now = generator.state_dict()
+    return (
+        now.keys() == before.keys()
+        and all(torch.equal(before[name].view(torch.uint8), tensor.view(torch.uint8)) for name, tensor in now.items())
+        and not any(p.requires_grad or p.grad is not None for p in generator.parameters())
+    )
+
+
+def test_the_generator_is_as_before_after_a_failure(generator, faces, mask):
+    def fail(step, losses):
+        if step == 1:
+            raise RuntimeError("on purpose")
+
+    before = state(generator)
     with pytest.raises(DeadlineExceeded):
         tune(generator, faces[0][:1], faces[1][:1], mask, [], [], SHORT, deadline=time.monotonic() - 1)
-    with pytest.raises(RuntimeError, match="on purpose"), pristine(generator) as g:
-        select_parameters(g, "late")
-        with torch.no_grad():
-            g.const.add_(1)
-        raise RuntimeError("on purpose")
-    assert all(torch.equal(before[k], v) for k, v in generator.state_dict().items())
-    assert not any(p.requires_grad for p in generator.parameters())
+    with pytest.raises(RuntimeError, match="on purpose"):
+        tune(generator, faces[0][:1], faces[1][:1], mask, [], [], SHORT, on_step=fail)
+    assert same(generator, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="time limits need SIGALRM")
+@pytest.mark.parametrize("quiet", [0, 1, 3, 8, 20])
+def test_no_alarm_leaves_the_generator_tuned(generator, faces, mask, quiet):
+    """From the first step on, after `quiet` more lines, an alarm at every line of this package and of contextlib."""
+    class Late(BaseException):
+        pass
+
+    def alarm(number, frame):
+        raise Late
+
+    lines, stepped = [], []
+
+    def trace(frame, event, argument):
+        if not frame.f_code.co_filename.endswith(("scol_ops/tuning.py", "contextlib.py")):
+            return None
+        if event == "line" and stepped:
+            lines.append(frame.f_lineno)
+            if len(lines) > quiet:
+                sys.settrace(trace)  # an exception in a trace function switches tracing off
+                signal.raise_signal(signal.SIGALRM)
+        return trace
+
+    before, picture = state(generator), run(generator, faces, mask, 1).picture
+    handler = signal.signal(signal.SIGALRM, alarm)
+    sys.settrace(trace)
+    try:
+        with pytest.raises(Late):
+            tune(generator, faces[0][:1], faces[1][:1], mask, [], [], SHORT, on_step=lambda *_: stepped.append(1))
+    finally:
+        sys.settrace(None)
+        signal.signal(signal.SIGALRM, handler)
+    assert len(lines) > quiet and same(generator, before)
+    assert torch.equal(run(generator, faces, mask, 1).picture, picture)
+
+
+def test_a_gradient_mode_that_was_left_off_does_no_harm(generator, faces, mask):
+    """As after a time limit inside `Optimizer.step`, which sets the mode back in a `finally` of several calls."""
+    codes, pictures = faces
+    wanted = run(generator, faces, mask, 0).picture
+    torch.set_grad_enabled(False)
+    try:
+        assert torch.equal(run(generator, faces, mask, 0).picture, wanted)
+        refine(pictures[:1], pictures[:1], mask, [thumbnail], [0.5], settings=RefineSettings(steps=1))
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
 
 
 def test_parameter_sets_are_nested_and_leave_the_mapping(generator):
-    with pristine(generator):
-        sizes = {which: sum(p.numel() for p in select_parameters(generator, which)) for which in ("all", "convolutions", "late")}
-        assert not any(p.requires_grad for p in generator.mapping.parameters())
-        with pytest.raises(ValueError, match="parameters"):
-            select_parameters(generator, "everything")
+    generator = copy.deepcopy(generator)
+    sizes = {which: sum(p.numel() for p in select_parameters(generator, which)) for which in ("all", "convolutions", "late")}
+    assert not any(p.requires_grad for p in generator.mapping.parameters())
+    with pytest.raises(ValueError, match="parameters"):
+        select_parameters(generator, "everything")
     assert sizes["all"] > sizes["convolutions"] > 0 and sizes["all"] > sizes["late"] > 0
 
 
