@@ -66,7 +66,7 @@ def protect(
     Raises:
         SourceError, OutputError, ProtectError: SRC, OUT or RUN cannot be used.
         WeightsError, GalleryError, ClusterError: see their packages.
-        BusyError: a purge of the run is going on.
+        BusyError: somebody else is at work on the run.
         RunInterrupted: Ctrl-C or ``scol cancel``; the tables, the report and the summary of what is finished are
             written before.
     """
@@ -216,7 +216,7 @@ def _protect(
         _write_report(run, say)
     if interrupted is not None:
         if presence.stopped():
-            say("stopped, because `scol cancel` asked for it")
+            say(f"stopped, because {presence.why}")
         raise interrupted
     return result
 
