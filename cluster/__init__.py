@@ -3,6 +3,7 @@
 from cluster.engine import Engine, Progress, RunSummary, StageSummary
 from cluster.errors import (
     BadUrlError,
+    BrokenStageError,
     ClusterError,
     ContractError,
     EngineError,
@@ -23,6 +24,7 @@ from cluster.store import PartStore
 
 __all__ = [
     "BadUrlError",
+    "BrokenStageError",
     "ClusterError",
     "ContractError",
     "Engine",

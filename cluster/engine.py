@@ -18,7 +18,15 @@ import numpy as np
 import pyarrow as pa
 
 from cluster.deaths import Birth, brief, last_words, node_lost
-from cluster.errors import ClusterError, ContractError, EngineError, PlanError, RunInterrupted, UnsafeStoreError
+from cluster.errors import (
+    BrokenStageError,
+    ClusterError,
+    ContractError,
+    EngineError,
+    PlanError,
+    RunInterrupted,
+    UnsafeStoreError,
+)
 from cluster.keys import KeyIndex, KeyRule, distinct, pack, part_key, unpack, windows
 from cluster.layout import PoolSize, size_pools
 from cluster.plan import Keys, Plan
@@ -187,6 +195,8 @@ class Engine:
         hard_margin: seconds added to twice an item's time limit before its process is ended.
         item_deaths: how many workers an item must kill, being alone in hand, before it fails. The first death of a
             shard does not count, and the death of a node never does, so an item must be present at `item_deaths` + 1.
+        stop_after_errors: end the run where so many items of a stage have ended in exceptions of one type before any
+            has ended well or in an exception of another; 0: never. Items that fail for other reasons do not count.
 
     Raises:
         ContractError: stages with the same name, or joins to stages that are not earlier ones.
@@ -206,6 +216,7 @@ class Engine:
         stop: Callable[[], bool] | None = None,
         hard_margin: float = 30.0,
         item_deaths: int = 2,
+        stop_after_errors: int = 0,
     ):
         if not store.shared:
             raise UnsafeStoreError(store.url, "workers are other processes and cannot see this store")
@@ -238,6 +249,7 @@ class Engine:
         self.stop = stop
         self.hard_margin = hard_margin
         self.item_deaths = item_deaths
+        self.stop_after_errors = stop_after_errors
 
     # Planning --------------------------------------------------------------------------------------------------
 
@@ -347,6 +359,7 @@ class Engine:
             PlanError: see `plan`.
             StoreError: the store fails for good (disk full, no permission), or still does after retries.
             EngineError: Ray cannot be reached, or a stage's operator cannot be loaded.
+            BrokenStageError: see `stop_after_errors`. Finished parts are kept, and with them the failed items' rows.
             ContractError: a stage's `error_rows` fails, or rows of a join do not match.
             RunInterrupted: Ctrl-C (a KeyboardInterrupt), or `stop`. Workers are stopped, finished parts are kept.
         """
@@ -450,6 +463,8 @@ class _Run:
         self.start_failures: Counter[str] = Counter()
         self.deaths: deque[_Death] = deque()  # to be judged, see `_SETTLE`
         self.last_event = self.last_check = self.begin
+        self.exceptions: list[Counter[str]] = [Counter() for _ in self.stages]  # items, by type
+        self.well = [False] * len(self.stages)  # whether an item has ended otherwise than failed
         self.pace = [0.0] * len(self.stages)  # seconds that a call took lately
         self.nodes: set[str] = set()
         self.last_scaling = -math.inf
@@ -675,6 +690,15 @@ class _Run:
             while len(group.items):
                 self._push(_Task(group.stage, group.cut()))
         self._tell(task.stage, items=task.items, shard=result)
+        self._check_exceptions(task.stage, result)
+
+    def _check_exceptions(self, stage: int, result: ShardResult) -> None:
+        self.well[stage] |= result.well
+        raised = self.exceptions[stage]
+        raised.update(result.exceptions)
+        if result.exceptions and not self.well[stage] and len(raised) == 1:
+            if 0 < self.engine.stop_after_errors <= raised.total():
+                raise BrokenStageError(self.stages[stage].name, raised.total(), result.reason)
 
     def _tell(self, stage: int, **more: Any) -> None:
         ready = Counter(actor.pool for actor in self.actors if actor.ready)

@@ -55,6 +55,25 @@ class EngineError(ClusterError, RuntimeError):
     """The run cannot go on: a stage cannot be loaded, or its workers die before doing any work."""
 
 
+class BrokenStageError(EngineError):
+    """Every item that a stage was given ended in the same exception: an installation or a program is broken, not the items.
+
+    Attributes:
+        stage: its name.
+        count: how many items these were.
+        reason: of the last of them, `EXCEPTION: Type: words`.
+        advice: what to do about it, put there by whoever knows; ends the message.
+    """
+
+    def __init__(self, stage: str, count: int, reason: str):
+        super().__init__(stage, count, reason)
+        self.stage, self.count, self.reason, self.advice = stage, count, reason, ""
+
+    def __str__(self) -> str:
+        words = f"stage {self.stage}: the first {self.count} items all ended in the same exception: {self.reason}"
+        return words + (f"; {self.advice}" if self.advice else "")
+
+
 class RunInterrupted(KeyboardInterrupt):
     """The run was stopped by Ctrl-C. Every finished part is kept; `summary` says what was done."""
 

@@ -11,6 +11,9 @@ from cluster.errors import ContractError
 
 Operator = Callable[[pa.Table], pa.Table]
 
+ERROR = "error"  # the status of a failed item's rows
+EXCEPTION = "EXCEPTION"  # the code of its reason where an exception is why: "EXCEPTION: Type: message"
+
 REQUIRED = {"key": pa.string(), "status": pa.string(), "reason": pa.string()}
 
 
@@ -76,7 +79,9 @@ class Stage:
 
     An exception in a batch makes the engine call the items one by one; the one that fails alone becomes `error_rows`
     with reason "EXCEPTION: Type: message", one over its time "TIMEOUT: ...", one that kills its process
-    "WORKER_DIED: ...", one whose answer breaks this contract "CONTRACT: ...".
+    "WORKER_DIED: ...", one whose answer breaks this contract "CONTRACT: ...". Rows of failed items, the engine's and the
+    operator's own, have the status "error"; an operator that catches exceptions itself gives the same reason for them.
+    A row that comes with a reason is one that an earlier stage has given up; it is to be handed on.
 
     Attributes:
         name: letters, digits, - and _; names the stage's folder in the store.

@@ -12,8 +12,8 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import TypeVar
 
 import numpy as np
@@ -24,11 +24,14 @@ from cluster.deaths import Birth, birth, obey_sigterm
 from cluster.errors import ContractError, StoreError
 from cluster.keys import part_key
 from cluster.retries import with_retries
-from cluster.stage import ItemTimeout, Operator, Stage, WorkerUnfit
+from cluster.stage import ERROR, EXCEPTION, ItemTimeout, Operator, Stage, WorkerUnfit
 from cluster.store import PartStore
 
 T = TypeVar("T")
 log = logging.getLogger("cluster")
+
+_ALL_OR_NOTHING = {"__enter__", "__exit__", "__del__"}  # functions that a time limit does not interrupt
+_SOON = 0.02  # seconds after which it tries again
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,9 @@ class Failure:
 class ShardResult:
     """What a worker reports. `statuses` counts rows; seconds are wall time, of the operator alone and of the call;
     `bytes` is the size of the part's rows in memory;
-    `peak_bytes` is the process's largest resident size while the operator worked, 0 where the system does not say."""
+    `peak_bytes` is the process's largest resident size while the operator worked, 0 where the system does not say;
+    `well` says whether any item ended otherwise than failed, `exceptions` counts those that ended in an exception, by
+    its type, and `reason` is that of one of them, all of items that no earlier stage had given up."""
 
     part: str
     committed: bool
@@ -90,6 +95,9 @@ class ShardResult:
     bytes: int = 0
     peak_bytes: int = 0
     failures: list[Failure] = field(default_factory=list)
+    well: bool = False
+    exceptions: dict[str, int] = field(default_factory=dict)
+    reason: str = ""
 
 
 def hard_limit(stage: Stage, items: int, margin: float) -> float | None:
@@ -176,6 +184,7 @@ class Worker:
         fields = {"cluster.stage_version": stage.version}
         committed = with_retries(lambda: self._store.write_part(stage.name, name, table, fields))
         counts = pc.value_counts(table["status"]).to_pylist()
+        well, exceptions, reason = outcome(rows, table)
         return ShardResult(
             part=name,
             committed=committed,
@@ -185,6 +194,9 @@ class Worker:
             bytes=table.nbytes,
             peak_bytes=peak,
             failures=failures,
+            well=well,
+            exceptions=exceptions,
+            reason=reason,
         )
 
     def _attempt(
@@ -242,6 +254,26 @@ def attempt(
     return Failure(rows["key"][0].as_py(), reason, words)
 
 
+def outcome(rows: pa.Table, answer: pa.Table) -> tuple[bool, dict[str, int], str]:
+    """What a stage itself made of its items: `well`, `exceptions` and `reason` of `ShardResult`.
+
+    Args:
+        rows: the items' input; those in whose rows an earlier stage has left a reason say nothing about this one.
+        answer: their rows at this stage.
+    """
+    if "reason" in rows.column_names:
+        given_up = rows["key"].filter(pc.is_valid(rows["reason"]))
+        answer = answer.filter(pc.invert(pc.is_in(answer["key"], value_set=given_up.combine_chunks())))
+    failed = pc.equal(answer["status"], ERROR)
+    raised = answer.filter(pc.and_(failed, pc.fill_null(pc.starts_with(answer["reason"], f"{EXCEPTION}: "), False)))
+    items: dict[str, set[str]] = {}
+    reasons = raised["reason"].to_pylist()
+    for key, words in zip(raised["key"].to_pylist(), reasons, strict=True):
+        items.setdefault(words.split(":")[1].strip(), set()).add(key)
+    well = pc.any(pc.invert(failed), min_count=0).as_py()
+    return well, {kind: len(keys) for kind, keys in items.items()}, reasons[-1] if reasons else ""
+
+
 def forget_peak_memory() -> None:
     """Let `peak_memory` begin anew (Linux; elsewhere it does nothing)."""
     try:
@@ -278,37 +310,46 @@ def found_part(store: PartStore, stage: str, name: str) -> ShardResult | None:
     return ShardResult(name, True, {entry["values"]: entry["counts"] for entry in counts})
 
 
-@contextmanager
-def time_limit(soft: float | None, hard: float | None):
-    """Bound the block's wall time.
+class time_limit:
+    """Bound a block's wall time: ``with time_limit(soft, hard): ...``
 
     After `soft` seconds `ItemTimeout` is raised inside it, and every second from then on, for as long as something
     there swallows it. This needs the main thread (signals), and the interpreter: a call into C that does not return
     is not interrupted. After `hard` seconds, therefore, the process ends with its stacks on standard error: by
     `faulthandler`, whose watchdog needs neither the interpreter nor its lock. None: no limit.
+
+    Nothing is raised while a context manager of the block is being entered or left: what that sets back (PyTorch's
+    modes, a lock, a file) outlives the item. The next alarm comes soon after.
     """
 
-    def expired(signum, frame):
-        raise ItemTimeout
+    def __init__(self, soft: float | None, hard: float | None):
+        self.soft, self.hard = soft, hard
+        self._over = False
 
-    timer = soft is not None and threading.current_thread() is threading.main_thread()
-    if hard is not None:
-        faulthandler.dump_traceback_later(hard, exit=True, file=2)
-    if timer:
-        before = signal.signal(signal.SIGALRM, expired)
-    try:
-        try:
-            if timer:
-                signal.setitimer(signal.ITIMER_REAL, soft, 1.0)
-            yield
-        finally:
-            if timer:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    finally:  # once more, because the alarm may have gone off inside the inner one
-        if timer:
+    def __enter__(self) -> None:
+        self._outside = sys._getframe(1)
+        self._timer = self.soft is not None and threading.current_thread() is threading.main_thread()
+        if self.hard is not None:
+            faulthandler.dump_traceback_later(self.hard, exit=True, file=2)
+        if self._timer:
+            self._before = signal.signal(signal.SIGALRM, self._expired)
+            signal.setitimer(signal.ITIMER_REAL, self.soft, 1.0)
+
+    def _expired(self, number: int, frame: FrameType | None) -> None:
+        while not self._over and frame is not None and frame is not self._outside:
+            if frame.f_code.co_name in _ALL_OR_NOTHING:
+                signal.setitimer(signal.ITIMER_REAL, _SOON, 1.0)
+                return
+            frame = frame.f_back
+        if not self._over:
+            raise ItemTimeout
+
+    def __exit__(self, *error: object) -> None:
+        self._over = True  # an alarm that is on its way does nothing any more
+        if self._timer:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-        if hard is not None:
+            signal.signal(signal.SIGALRM, self._before)
+        if self.hard is not None:
             faulthandler.cancel_dump_traceback_later()
 
 

@@ -68,6 +68,7 @@ def momentum(accumulated: Tensor, gradient: Tensor, decay: float) -> Tensor:
     return decay * accumulated + gradient / size.clamp_min(1e-20)
 
 
+@torch.enable_grad()  # see ``tuning.tune``
 def attack(
     encoder: Callable[[Tensor], Tensor],
     picture: Tensor,

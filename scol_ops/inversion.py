@@ -44,6 +44,7 @@ def picture_psnr(a: Tensor, b: Tensor) -> Tensor:
     return 10 * torch.log10(4 / mse.clamp_min(4e-12))
 
 
+@torch.enable_grad()  # see ``tuning.tune``
 def invert(
     encoder: Callable[[Tensor], Tensor],
     faces: Tensor,

@@ -63,6 +63,7 @@ class RefineSettings:
     limit: float
 
 
+@torch.enable_grad()  # see ``tuning.tune``
 def refine(
     tuned: Tensor,
     original: Tensor,

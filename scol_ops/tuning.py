@@ -96,6 +96,7 @@ def masked_psnr(a: Tensor, b: Tensor, mask: Tensor) -> float:
     return float(10 * torch.log10(4 / error.clamp_min(1e-12)))
 
 
+@torch.enable_grad()  # an earlier face that was stopped inside the optimiser may have left the mode off
 def tune(
     generator: nn.Module,
     fused: Tensor,

@@ -406,6 +406,13 @@ class EngineConfig(Section):
     )
     align_batch: int = Field(8, ge=1, le=256, description="photos that are decoded and searched for faces together")
     face_seconds: float = Field(600.0, gt=0, le=86400, description="time limit of a face at one stage, s")
+    stop_after_errors: int = Field(
+        50,
+        ge=0,
+        le=1_000_000,
+        description="the run stops where so many photos of a stage ended in the same type of exception and none ended well "
+        "before: a broken installation; photos that are bad for reasons of their own do not count; 0: never",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where networks run; auto: a GPU if there is one"
     )

@@ -9,7 +9,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from cluster import Engine, KeyRule, Progress, RunSummary
+from cluster import BrokenStageError, Engine, KeyRule, Progress, RunSummary
 from pipelines.archive.listing import Listing
 from pipelines.config.names import STAGES
 from pipelines.config.sections import Config
@@ -51,6 +51,7 @@ def execute(
     Raises:
         WeightsError: embedded weights are missing or altered.
         GalleryError, StoreError, EngineError: see their packages.
+        BrokenStageError: ``engine.stop_after_errors`` photos ended in the same exception; what is finished is kept.
         RunInterrupted: Ctrl-C; what is finished is kept.
     """
     gallery = None
@@ -74,9 +75,17 @@ def execute(
         address=config.engine.ray_address,
         progress=progress,
         stop=stop,
+        stop_after_errors=config.engine.stop_after_errors,
     )
-    with gallery.reading() if gallery is not None else nullcontext():
-        return engine.run(source, rules)
+    try:
+        with gallery.reading() if gallery is not None else nullcontext():
+            return engine.run(source, rules)
+    except BrokenStageError as error:
+        error.advice = (
+            f"stopped (engine.stop_after_errors={config.engine.stop_after_errors}). Once the cause is mended, "
+            f"`scol retry {run.url} --reason EXCEPTION` opens these photos again"
+        )
+        raise
 
 
 def setting_of(config: Config, gallery: RunGallery | None, out: str | None, photos: int) -> Setting:

@@ -101,6 +101,7 @@ def build_from_photos(
 
     Raises:
         ProtectError: no photo at ``src``, or no face in them.
+        BusyError: somebody else is at work on the run's folder.
         GalleryNotFoundError: ``add`` to a store without a version.
         GalleryMismatchError: ``add`` to a gallery of other weights, mode or layers.
         GalleryExistsError: ``out`` holds a gallery without versions.

@@ -70,7 +70,7 @@ def protect(
     Raises:
         SourceError, OutputError, ProtectError: SRC, OUT or RUN cannot be used.
         WeightsError, GalleryError, ClusterError: see their packages.
-        BusyError: a purge of the run is going on.
+        BusyError: somebody else is at work on the run.
         RunInterrupted: Ctrl-C or ``scol cancel``; the tables, the report and the summary of what is finished are
             written before.
     """
@@ -143,7 +143,7 @@ class _Job:
             _write_report(self.run, self.say)
         if interrupted is not None:
             if self.presence.stopped():
-                self.say("stopped, because `scol cancel` asked for it")
+                self.say(f"stopped, because {self.presence.why}")
             raise interrupted
         return result
 

@@ -13,7 +13,17 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from cluster import ContractError, Engine, EngineError, PartStore, Pool, Resources, RunInterrupted, Stage
+from cluster import (
+    BrokenStageError,
+    ContractError,
+    Engine,
+    EngineError,
+    PartStore,
+    Pool,
+    Resources,
+    RunInterrupted,
+    Stage,
+)
 from tests.helpers.arithmetic import (
     PARTS,
     VERSIONS,
@@ -122,6 +132,31 @@ def test_bad_items_cost_only_themselves(tmp_path, caplog):
     assert [event.done for event in events if event.stage == "total"] == [0, 8, 16]
     assert {event.total for event in events} == {16}
     assert "in misbehave" in caplog.text and keys["split"][0] in caplog.text
+
+
+def test_a_stage_that_fails_at_every_item_ends_the_run(tmp_path):
+    store = PartStore(tmp_path / "m")
+    settings = {"shard_items": 4, "stop_after_errors": 20}
+    with pytest.raises(BrokenStageError) as caught:
+        run(store, ["lose"] * 8 + ["bad"] * 192, settings=settings)
+    error = caught.value
+    assert (error.stage, error.reason) == ("split", "EXCEPTION: ValueError: bad item") and 20 <= error.count < 40
+    assert "stage split: the first 2" in str(error) and str(error).endswith(error.reason)
+    kept = store.read_rows("split")  # what is finished is kept
+    assert error.count <= kept["reason"].to_pylist().count(error.reason) < 100
+
+    # The same run goes on from there, and stops again; without the setting it comes to its end.
+    with pytest.raises(BrokenStageError):
+        run(store, ["lose"] * 8 + ["bad"] * 192, settings=settings)
+    summary, _, _ = run(store, ["lose"] * 8 + ["bad"] * 192)
+    assert summary.stages["total"].done + summary.stages["total"].kept == 200
+
+
+def test_items_that_are_bad_for_other_reasons_do_not_end_a_run(tmp_path):
+    settings = {"shard_items": 4, "stop_after_errors": 8, "pools": {"default": Pool(actors=1)}}
+    for number, modes in enumerate((["lose"] * 40, ["bad"] * 4 + ["ok"] + ["bad"] * 40, ["bad", "quit"] * 20)):
+        summary, source, keys = run(PartStore(tmp_path / str(number)), modes, settings=settings)
+        assert summary.stages["total"].statuses["error"] == len(modes) - modes.count("ok")
 
 
 def test_slow_items_are_stopped_at_their_limit(tmp_path):

@@ -1,7 +1,10 @@
 """The worker without Ray: reading, joining, checking, retrying."""
 
 import errno
+import faulthandler
 import os
+import signal
+import sys
 import time
 
 import pyarrow as pa
@@ -17,6 +20,7 @@ from cluster.worker import (
     checked,
     forget_peak_memory,
     one_line,
+    outcome,
     peak_memory,
     read_input,
     time_limit,
@@ -150,6 +154,90 @@ def test_a_time_limit_ends_with_its_block():
     with time_limit(0.2, 5.0):
         pass
     time.sleep(0.3)
+
+
+class Modes:
+    """A context manager that takes a while to be entered and left, as PyTorch's modes do on a slow machine."""
+
+    def __init__(self):
+        self.on = False
+
+    def __enter__(self):
+        self.wait()
+        self.on = True
+        self.wait()
+
+    def __exit__(self, *error):
+        self.wait()
+        self.on = False
+
+    def wait(self):
+        end = time.monotonic() + 0.1
+        while time.monotonic() < end:
+            pass
+
+
+@pytest.mark.parametrize("soft", [0.01, 0.15, 0.25, 0.35, 0.45])
+def test_a_time_limit_lets_context_managers_be_entered_and_left(soft):
+    modes, begin = Modes(), time.monotonic()
+    with pytest.raises(ItemTimeout):
+        with time_limit(soft, None):
+            while True:
+                with modes:
+                    modes.wait()
+    assert not modes.on and time.monotonic() - begin < 10
+
+
+def test_no_alarm_is_left_behind_by_a_time_limit():
+    """An alarm at every instruction of its end, each of which would have been an `ItemTimeout`: the timer, the handler
+    and the watchdog are gone nevertheless."""
+    alarms = []
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename.endswith(("cluster/worker.py", "contextlib.py", "signal.py")):
+            frame.f_trace_opcodes = True
+            if event == "opcode" and signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL:
+                alarms.append(frame.f_code.co_name)
+                sys.settrace(trace)
+                signal.raise_signal(signal.SIGALRM)
+        return trace
+
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    try:
+        with time_limit(60, 0.5):
+            sys.settrace(trace)
+        sys.settrace(None)
+        assert len(alarms) > 10
+        assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        time.sleep(0.8)  # the watchdog would end this process
+    finally:
+        sys.settrace(None)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def test_what_a_stage_made_of_its_items():
+    reasons = ["EXCEPTION: OSError: early", None, None, None, None]
+    rows = pa.table({"key": ["early", "a", "a", "b", "c"], "reason": pa.array(reasons, pa.string())})
+
+    def made(**by_key):
+        early = ("early", "error", "EXCEPTION: OSError: early")
+        made = [early, *((key, "error" if reason else "ok", reason) for key, rs in by_key.items() for reason in rs)]
+        keys, statuses, reasons = zip(*made, strict=True)
+        table = pa.table({"key": keys, "status": statuses, "reason": pa.array(reasons, pa.string())})
+        return outcome(rows, table)
+
+    broken = "EXCEPTION: ImportError: libx: no such file"
+    assert made(a=[broken, broken], b=[broken], c=["CORRUPT: x"]) == (False, {"ImportError": 2}, broken)
+    assert made(a=[broken, None], b=[broken], c=[broken]) == (True, {"ImportError": 3}, broken)
+    assert made(a=["EXCEPTION: KeyError: 1"], b=[broken], c=["EXCEPTIONAL: x"])[:2] == (
+        False,
+        {"KeyError": 1, "ImportError": 1},
+    )
+    assert made() == (False, {}, ""), "what an earlier stage gave up says nothing about this one"
+    assert outcome(rows.drop_columns(["reason"]), ROWS) == (True, {}, "")
 
 
 def test_messages_are_cut_to_one_line():

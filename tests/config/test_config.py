@@ -114,6 +114,7 @@ def test_keys_of_stages_follow_their_own_settings_only() -> None:
         "engine.shard_photos=5",
         "engine.align_batch=2",
         "engine.face_seconds=9",
+        "engine.stop_after_errors=0",
         "engine.device=cpu",
         "engine.ray_address=auto",
         "gallery.synthetic=99",

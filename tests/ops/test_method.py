@@ -69,6 +69,19 @@ def test_tuning_reconstructs_and_stays_inside_the_mask(generator, faces, mask):
     assert torch.equal(result.picture[outside], pictures[:1][outside])
 
 
+def test_a_gradient_mode_that_was_left_off_does_no_harm(generator, faces, mask):
+    """As after a time limit inside `Optimizer.step`, which sets the mode back in a `finally` of several calls."""
+    codes, pictures = faces
+    wanted = run(generator, faces, mask, 0).picture
+    torch.set_grad_enabled(False)
+    try:
+        assert torch.equal(run(generator, faces, mask, 0).picture, wanted)
+        refine(pictures[:1], pictures[:1], mask, [thumbnail], [0.5], settings=replace(REFINE, steps=1))
+        assert not torch.is_grad_enabled()
+    finally:
+        torch.set_grad_enabled(True)
+
+
 def test_the_generator_is_what_it_was_after_a_failure(generator, faces, mask):
     before = {k: v.clone() for k, v in generator.state_dict().items()}
     with pytest.raises(DeadlineExceeded):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from pipelines.cli.main import main
 from pipelines.run import presence
 from pipelines.run.folder import Run
 from pipelines.run.observe import Observer
-from pipelines.run.presence import BusyError, Presence, drivers, is_alive, request_cancel
+from pipelines.run.presence import BusyError, Presence, drivers, is_alive, request_cancel, wait_for_end
 from pipelines.run.schemas import SOURCE
 from pipelines.stages.rows import to_table
 
@@ -41,22 +43,156 @@ def test_a_request_stops_those_that_live_and_nobody_later(run: Run) -> None:
     assert request_cancel(run) == [] and run.names("drivers") == []
     with pytest.raises(KeyboardInterrupt):
         with Presence(run, "protect", lambda: {"stages": {"a": 1}}, every=0.05) as first:
-            with Presence(run, "gallery build", every=0.05) as second:
-                found = drivers(run)
-                assert {d["id"] for d in found} == {first.id, second.id} and all(d["alive"] for d in found)
-                wait(lambda: drivers(run)[-1]["beat"] > found[-1]["beat"])
-                asked = request_cancel(run)
-                assert {d["id"] for d in asked} == {first.id, second.id}
-                wait(lambda: first.stopped() and second.stopped())
+            found = drivers(run)
+            assert [d["id"] for d in found] == [first.id] and all(d["alive"] and d["sure"] for d in found)
+            wait(lambda: drivers(run)[-1]["beats"] > found[-1]["beats"])
+            asked = request_cancel(run)
+            assert [d["id"] for d in asked] == [first.id]
+            wait(first.stopped)
             raise KeyboardInterrupt  # as the engine does
-    states = {d["id"]: d["state"] for d in drivers(run)}
-    assert states == {first.id: "cancelled", second.id: "finished"}
-    assert not any(d["alive"] for d in drivers(run)) and request_cancel(run) == []
+    assert [(d["id"], d["state"], d["alive"]) for d in drivers(run)] == [(first.id, "cancelled", False)]
+    assert request_cancel(run) == []
     run.write(f"drivers/{first.id}.cancel", b"")  # one that came too late
-    with Presence(run, "protect", every=0.05) as third:
+    with Presence(run, "gallery build", every=0.05) as third:
         time.sleep(0.3)
         assert not third.stopped()
         assert run.names("drivers") == [f"{third.id}.json"], "what is over is cleared away"
+        request_cancel(run)
+        wait(third.stopped)
+    assert [d["state"] for d in drivers(run)] == ["finished"], "it was through already"
+
+
+@pytest.mark.parametrize("second", ["protect", "gallery build", "purge"])
+@pytest.mark.parametrize("first", ["protect", "gallery build", "purge"])
+def test_a_second_driver_is_refused_and_told(run: Run, first: str, second: str) -> None:
+    with Presence(run, first, every=5) as here:
+        with pytest.raises(BusyError) as caught, Presence(run, second):
+            raise AssertionError
+        told = str(caught.value)
+        assert f"{first} (process {os.getpid()} on {socket.gethostname()}, since 20" in told and "is at work" in told
+        assert "\n" not in told and (f"stop it by `scol cancel {run.url}`" in told) == (first != "purge")
+        assert run.names("drivers") == [f"{here.id}.json"], "who is refused leaves nothing"
+    with Presence(run, second, every=5):
+        pass
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_of_drivers_that_come_together_exactly_one_goes_on(run: Run, elsewhere: bool, monkeypatch) -> None:
+    """All of this machine, or each of another one."""
+    monkeypatch.setattr(presence, "_LOOK", 0.01)
+    for turn in range(3 if elsewhere else 10):
+        start, done, admitted, refused = threading.Barrier(4), threading.Barrier(4), [], []
+
+        def drive(number: int, start=start, done=done, admitted=admitted, refused=refused) -> None:
+            here = Presence(run, "protect", every=0.1)
+            if elsewhere:
+                here._about["machine"] = f"machine {number}"
+                here._about["started"] = f"20{number}0"  # their clocks are years apart
+            start.wait(60)
+            try:
+                with here:
+                    admitted.append(number)
+                    done.wait(60)
+            except BusyError:
+                refused.append(number)
+                done.wait(60)
+
+        threads = [threading.Thread(target=drive, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert (len(admitted), len(refused)) == (1, 3), turn
+
+
+class Foreign:
+    """A driver of another machine, whose clock is wrong: its record, and its signs while the block lasts."""
+
+    def __init__(self, run: Run, clock: float, **about) -> None:
+        self.run, self.clock, self.over = run, clock, threading.Event()
+        self.about = {"id": "f" * 16, "kind": "protect", "host": "far", "pid": 1, "born": "1", "machine": "another"}
+        self.about |= {"started": "2001-01-01T00:00:00+00:00", "state": "running", "admitted": True} | about
+        self.beats = 0
+        self.beat()
+
+    def beat(self) -> None:
+        self.beats += 1
+        self.run.write_json(
+            f"drivers/{self.about['id']}.json", self.about | {"beat": time.time() + self.clock, "beats": self.beats}
+        )
+
+    def live(self) -> None:
+        while not self.over.wait(0.2):
+            self.beat()
+
+    def __enter__(self) -> Foreign:
+        self.thread = threading.Thread(target=self.live)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.over.set()
+        self.thread.join()
+
+
+CLOCKS = [-3600, 0, 3600]
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("kind", ["protect", "purge"])
+def test_a_driver_of_another_machine_lives_whatever_its_clock_says(run: Run, kind: str, clock: int) -> None:
+    with Foreign(run, clock), pytest.raises(BusyError, match="on far, since .* is at work"), Presence(run, kind):
+        raise AssertionError
+    assert run.names("drivers") == ["f" * 16 + ".json"]
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+@pytest.mark.parametrize("kind", ["protect", "purge"])
+def test_a_dead_driver_of_another_machine_blocks_for_a_while(run: Run, kind: str, clock: int, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(presence, "SILENT", 1.5)
+    Foreign(run, clock)
+    begin = time.monotonic()
+    with Presence(run, kind) as here:
+        assert time.monotonic() - begin >= 1.5 and run.names("drivers") == [f"{here.id}.json"]
+    assert "on far" in caplog.text and "waiting up to 2 s" in caplog.text
+
+
+def test_status_says_what_it_does_not_know(run: Run) -> None:
+    for clock, alive, told in ((0, True, "if its clock agrees"), (-3600, False, "seems to have ended"), (3600, False, "seems")):
+        Foreign(run, clock)
+        (entry,) = drivers(run)
+        assert (entry["alive"], entry["sure"]) == (alive, False) and told in presence.words(entry)
+
+
+@pytest.mark.parametrize("clock", CLOCKS)
+def test_a_driver_of_another_machine_is_cancelled_whatever_its_clock_says(run: Run, clock: int) -> None:
+    with Foreign(run, clock) as far:
+        (asked,) = request_cancel(run)
+        assert asked["alive"] and run.has(f"drivers/{'f' * 16}.cancel")
+        assert wait_for_end(run, {asked["id"]}, 1.0) == {asked["id"]}
+        far.about["state"] = "cancelled"
+        assert wait_for_end(run, {asked["id"]}, 60.0) == set()
+
+
+def test_a_cancel_finds_nobody_where_another_machine_died(run: Run, monkeypatch) -> None:
+    monkeypatch.setattr(presence, "BEAT", 0.3)
+    Foreign(run, -3600)
+    assert request_cancel(run) == [] and not run.has(f"drivers/{'f' * 16}.cancel")
+
+
+def test_a_driver_that_was_taken_for_dead_or_seen_late_stops(run: Run) -> None:
+    with Presence(run, "protect", every=0.05) as here:
+        with Foreign(run, 0, kind="purge"):  # one that looked before this one could be seen
+            wait(here.stopped)
+        assert "purge (process 1 on far" in here.why
+    with Presence(run, "protect", every=0.05) as here:
+        with Foreign(run, 0, started="2999-01-01T00:00:00+00:00"):  # this one goes on, the other has to stop
+            time.sleep(1.5)
+            assert not here.stopped()
+    with Presence(run, "protect", every=30) as here:
+        run.remove(f"drivers/{here.id}.json")
+        here._listen()
+        assert here.stopped() and "taken it for dead" in here.why
 
 
 def test_a_purge_is_alone(run: Run) -> None:
@@ -73,8 +209,8 @@ def test_a_purge_is_alone(run: Run) -> None:
 def test_a_killed_driver_is_told_from_a_living_one(tmp_path: Path) -> None:
     code = f"""
 import time
-from pipelines.manifests import Run
-from pipelines.presence import Presence
+from pipelines.run.folder import Run
+from pipelines.run.presence import Presence
 with Presence(Run({str(tmp_path / "run")!r}), "protect", every=0.1):
     time.sleep(120)
 """
