@@ -14,6 +14,14 @@ Pixels = np.ndarray
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Reports that pytest-xdist can send: of paths that are no UTF-8, tests capture words with lone surrogates."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
 @pytest.fixture(scope="session")
 def draw_face() -> Callable[[int], Pixels]:
     """Seed -> uint8 (256, 256, 3): an FFHQ-aligned face, the same for the same seed."""

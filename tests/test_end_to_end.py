@@ -35,7 +35,7 @@ STAGES = tuple(stage for stage in ALL_STAGES if stage != "strengthen")  # left o
 # Few steps: what is tested here is the job, not how well it protects (docs/results.md measures that).
 SETTINGS = [
     "tune.steps=2",
-    "refine.steps=6",
+    "refine.steps=3",
     "refine.lr=0.03",
     "attack.steps=2",
     "gallery.synthetic=64",
@@ -163,9 +163,9 @@ def test_stages_did_their_work(first: dict, run: Run) -> None:
     tune = [r for r in read_stage(run, "tune").to_pylist() if r["status"] == "ok"]
     assert len(tune) == 4
     for row in tune:
-        assert (row["tune_steps"], row["refine_steps"]) == (2, 6)
+        assert (row["tune_steps"], row["refine_steps"]) == (2, 3)
         phases = [entry["phase"] for entry in row["history"]]
-        assert phases == ["tune"] * 2 + ["refine"] * 6 and row["tuned"] != row["refined"]
+        assert phases == ["tune"] * 2 + ["refine"] * 3 and row["tuned"] != row["refined"]
     fuse = [r for r in read_stage(run, "fuse").to_pylist() if r["status"] == "ok"]
     assert all(len(r["most_ids"]) == 3 and min(r["most_scores"]) > max(r["least_scores"]) for r in fuse)
     attack = [r for r in read_stage(run, "attack").to_pylist() if r["status"] == "ok"]
