@@ -100,7 +100,6 @@ def test_mistakes_are_one_line_and_status_2(arguments: list[str], words: str, tm
         "protect {src} --out {url}",
         "protect {src} --out {tmp}/out --run {url}",
         "protect {src} --out {tmp}/out --gallery {url}",
-        "protect {src} --out {tmp}/out --set engine.models={url}",
         "plan {url}",
         "plan {src} --run {url}",
         "status {url}",
