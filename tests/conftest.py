@@ -14,6 +14,19 @@ Pixels = np.ndarray
 torch.set_num_threads(1)
 
 
+# Files that take longest, longest first: begun last, one of them would keep one process busy while the other is idle.
+LONGEST = (
+    "test_end_to_end.py", "test_figures.py", "test_engine.py", "test_evaluate.py", "test_demo.py", "test_golden.py",
+    "test_end_to_end_public.py", "test_s3.py", "test_ablation.py", "test_chaos.py", "test_methods.py", "test_tables.py",
+    "test_strengthen.py", "test_malformed.py", "test_mobilestylegan.py", "test_gallery_actors.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Reports that pytest-xdist can send: of paths that are no UTF-8, tests capture words with lone surrogates."""
