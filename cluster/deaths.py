@@ -32,7 +32,7 @@ class Birth:
 
 def birth() -> Birth:
     """Of this process."""
-    import ray
+    import ray  # late: it takes a second, which processes that start no Ray need not pay
 
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
     path = os.path.realpath("/proc/self/fd/2")
@@ -46,7 +46,7 @@ def obey_sigterm() -> None:
     whatever the worker is doing, which would then look like a fault of the item in hand. Nothing needs to be tidied
     up: a part is there with its commit, or not at all.
     """
-    import ray
+    import ray  # late: it takes a second, which processes that start no Ray need not pay
 
     if ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None:
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
@@ -62,7 +62,7 @@ def node_lost(error: Exception, born: Birth | None) -> bool:
         error: what Ray raised for the call in hand.
         born: of the worker; None if it never said.
     """
-    import ray
+    import ray  # late: it takes a second, which processes that start no Ray need not pay
 
     words = str(error).lower()
     if "node has died" in words or "node died" in words or getattr(error, "preempted", False):
@@ -85,7 +85,7 @@ def last_words(born: Birth | None, lines: int = 20) -> str:
 
     Addresses are blanked, so that the same crash reads the same every time.
     """
-    import ray
+    import ray  # late: it takes a second, which processes that start no Ray need not pay
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if born is None or born.node is None or born.log is None:

@@ -444,7 +444,7 @@ class _Run:
     """
 
     def __init__(self, engine: Engine, plan: Plan, summary: RunSummary, source_columns: set[str]):
-        import ray
+        import ray  # late: it takes a second, which processes that start no Ray need not pay
         from ray import cloudpickle
 
         self.ray = ray

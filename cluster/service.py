@@ -57,7 +57,7 @@ class Service:
         restarts: int = 20,
         address: str | None = None,
     ) -> None:
-        import ray
+        import ray  # late: it takes a second, which processes that start no Ray need not pay
 
         self._ray = ray
         threads = str(resources.threads or 1)

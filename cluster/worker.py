@@ -135,7 +135,7 @@ class Worker:
 
     def start(self, stages: Sequence[int]) -> None:
         """Load the operators of these stages."""
-        from ray import cloudpickle
+        from ray import cloudpickle  # late: a second, in the worker alone
 
         obey_sigterm()
         _life.worker = True

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from gallery_index.builder import CodeBatch, GalleryBuilder, checked, names_of
+from gallery_index.compressed import Plan
 from gallery_index.errors import (
     GalleryBusyError,
     GalleryConflictError,
@@ -407,48 +408,16 @@ class Store:
             GalleryConflictError: somebody else has switched meanwhile; the same again adds to what is there then.
             BadCodesError, GalleryCheckError: see ``GalleryBuilder`` and ``build``.
         """
-        from gallery_index.compressed import Plan
-
         state = self.state()
         if state["version"] is None:
             raise GalleryNotFoundError(f"{self.url} has no version yet; build one first")
         parent, info = self.version(state["version"]), self.info(state["version"])
         removed = self.removed
-        here: dict[str, int] = {}
-        gone = 0
-        for name in info.codes:
-            table = read_columns(parent, name, ["id", "photo_id", "person_id", "digest"])
-            names = [table[column].to_pylist() for column in ("id", "photo_id", "person_id")]
-            gone += int(removed.mask(*names).sum())
-            here.update(zip(names[0], table["digest"].to_pylist(), strict=True))
-
-        counts = dict(added=0, replaced=0, unchanged=0, refused=0)
-        replaced: set[str] = set()
-
-        def news() -> Iterator[Rows]:
-            for batch in batches:
-                rows = checked(CodeBatch(*batch), info.broadcast)
-                refused = removed.mask(rows.ids, rows.photo_ids, rows.person_ids)
-                keep = []
-                for row, id_ in enumerate(rows.ids):
-                    if refused[row]:
-                        counts["refused"] += 1
-                    elif id_ not in here:
-                        counts["added"] += 1
-                        keep.append(row)
-                    elif here[id_] == rows.digests[row]:
-                        counts["unchanged"] += 1
-                    else:
-                        counts["replaced"] += 1
-                        replaced.add(id_)
-                        keep.append(row)
-                if keep:
-                    yield rows.take(np.array(keep))
-
-        pending = iter(news())
+        news = _News(parent, info, removed)
+        pending = news.rows(batches)
         first = next(pending, None)
-        if first is None and not gone and not options:
-            return Update(state["version"], info, **counts)
+        if first is None and not news.gone and not options:
+            return Update(state["version"], info, **news.counts)
 
         def fill(builder: GalleryBuilder) -> None:
             if first is not None:
@@ -459,7 +428,8 @@ class Store:
             def unwanted(
                 ids: list[str], photo_ids: list[str], person_ids: list[str | None]
             ) -> np.ndarray:
-                return removed.mask(ids, photo_ids, person_ids) | np.array([id_ in replaced for id_ in ids], bool)
+                replaced = np.array([id_ in news.replaced for id_ in ids], bool)
+                return removed.mask(ids, photo_ids, person_ids) | replaced
 
             builder.take_over(parent, info, unwanted)
 
@@ -476,12 +446,12 @@ class Store:
             fill,
             check=check,
             expected=state["token"],
-            about=lambda: counts | {"removed": gone, "from": state["version"]},
+            about=lambda: news.counts | {"removed": news.gone, "from": state["version"]},
             **(inherited | options),
         )
         for _ in pending:  # a finished version of this key was taken: its counts are still wanted
             pass
-        return Update(name, new, removed=gone, **counts)
+        return Update(name, new, removed=news.gone, **news.counts)
 
     def prune(self, keep: int = 2) -> Pruned:
         """Delete versions: all but the current one and the newest ``keep`` others, and all that hold removed people.
@@ -565,3 +535,48 @@ def store_of(url: str) -> tuple[Store, str] | None:
 
 
 __all__ = ["Pruned", "Removed", "Store", "Update", "Version", "open_gallery", "read_info", "require_same", "store_of"]
+
+
+class _News:
+    """What an update adds to a version.
+
+    Attributes:
+        counts: faces that are added, replaced, unchanged, and refused because they are of removed people.
+        replaced: ids of the version's faces that are replaced.
+        gone: codes of the version that are of removed people.
+    """
+
+    def __init__(self, parent: Folder, info: GalleryInfo, removed: Removed) -> None:
+        self.counts = dict(added=0, replaced=0, unchanged=0, refused=0)
+        self.replaced: set[str] = set()
+        self.gone = 0
+        self._info, self._removed = info, removed
+        self._here: dict[str, int] = {}
+        for name in info.codes:
+            table = read_columns(parent, name, ["id", "photo_id", "person_id", "digest"])
+            names = [table[column].to_pylist() for column in ("id", "photo_id", "person_id")]
+            self.gone += int(removed.mask(*names).sum())
+            self._here.update(zip(names[0], table["digest"].to_pylist(), strict=True))
+
+    def rows(self, batches: Iterable[CodeBatch]) -> Iterator[Rows]:
+        """Rows of the batches that are new or changed; counts as it goes."""
+        for batch in batches:
+            rows = checked(CodeBatch(*batch), self._info.broadcast)
+            refused = self._removed.mask(rows.ids, rows.photo_ids, rows.person_ids)
+            keep = [row for row, id_ in enumerate(rows.ids) if self._wanted(id_, refused[row], rows.digests[row])]
+            if keep:
+                yield rows.take(np.array(keep))
+
+    def _wanted(self, id_: str, refused: bool, digest: int) -> bool:
+        if refused:
+            self.counts["refused"] += 1
+        elif id_ not in self._here:
+            self.counts["added"] += 1
+            return True
+        elif self._here[id_] == digest:
+            self.counts["unchanged"] += 1
+        else:
+            self.counts["replaced"] += 1
+            self.replaced.add(id_)
+            return True
+        return False

@@ -54,7 +54,7 @@ def facenet_mtcnn():
         if spec is None:
             raise ModuleNotFoundError("facenet-pytorch is not installed (pip install --no-deps facenet-pytorch==2.6.0)")
         sys.modules["facenet_pytorch"] = importlib.util.module_from_spec(spec)
-    from facenet_pytorch.models.mtcnn import MTCNN
+    from facenet_pytorch.models.mtcnn import MTCNN  # late: only now it can be found
 
     return MTCNN(keep_all=True)  # its torch.load unpickles nothing but tensors: weights_only since PyTorch 2.6
 

@@ -115,7 +115,7 @@ class Nodes:
     """A head and some more nodes on this machine, each with its raylet."""
 
     def __init__(self, count: int, cpus: int):
-        from ray.cluster_utils import Cluster
+        from ray.cluster_utils import Cluster  # late: Ray's own test code, which tests of the rest need not load
 
         self.settings = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100 * 2**20}
         self.cluster = Cluster(initialize_head=True, head_node_args=self.settings)

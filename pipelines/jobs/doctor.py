@@ -10,15 +10,16 @@ import shutil
 import sys
 from typing import Any
 
+from cluster import ray_session
+from cluster.session import usable_cpus
+
 
 def _python() -> str:
     return sys.version.split()[0]  # an older one does not come this far
 
 
 def _torch_works() -> str:
-    import torch
-
-    from cluster.session import usable_cpus
+    import torch  # late: one that cannot be imported is a finding
 
     x = torch.arange(4.0, requires_grad=True)
     (x * x).sum().backward()
@@ -28,7 +29,7 @@ def _torch_works() -> str:
 
 
 def _gpu() -> str:
-    import torch
+    import torch  # late: one that cannot be imported is a finding
 
     if not torch.cuda.is_available():
         return "none; networks run on the CPU"
@@ -42,9 +43,7 @@ def _gpu() -> str:
 
 
 def _ray_starts() -> str:
-    import ray
-
-    from cluster import ray_session
+    import ray  # late: one that cannot be imported is a finding
 
     with ray_session(num_cpus=1):
         answer = ray.get(ray.remote(num_cpus=1)(lambda: 6 * 7).remote(), timeout=120)
@@ -54,7 +53,7 @@ def _ray_starts() -> str:
 
 
 def _faiss_works() -> str:
-    import faiss
+    import faiss  # late: one that cannot be imported is a finding
     import numpy as np
 
     index = faiss.IndexFlatIP(4)
@@ -65,7 +64,7 @@ def _faiss_works() -> str:
 
 
 def _weights() -> str:
-    from pipelines.networks.cards import model_cards
+    from pipelines.networks.cards import model_cards  # late: as PyTorch, which it needs
 
     cards = model_cards()
     bad = [f"{card.name}: {card.problem}" for card in cards if not card.found]

@@ -29,7 +29,7 @@ def machine() -> dict[str, Any]:
 
 def machine_line() -> str:
     """Processor, cores, GPUs, PyTorch and the load, in one line for a table's head."""
-    import torch
+    import torch  # late: as above
 
     found = machine()
     gpus = f", {', '.join(found['gpus'])}" if found["gpus"] else ""

@@ -38,7 +38,7 @@ class Metrics:
     def __call__(self, progress: Progress) -> None:
         if not progress.workers:
             return
-        import ray
+        import ray  # late: it takes a second, which processes that start no Ray need not pay
         from ray.util import metrics
 
         if not ray.is_initialized():

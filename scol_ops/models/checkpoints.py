@@ -8,11 +8,13 @@ bit.  ``pack`` and ``unpack`` are the form of the model store (safetensors).  No
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from scol_ops.models import pickle_reader, stylegan2, w_space
-from scol_ops.models.files import WeightsError
+from scol_ops.models.e4e import E4E
+from scol_ops.models.facenet import FaceNet, FaceNetCasia
+from scol_ops.models.files import WeightsError, read_checked
+from scol_ops.models.ir import IR152, IRSE50
+from scol_ops.models.lpips_distance import LINEAR_SHA256, LPIPSDistance
+from scol_ops.models.mobilefacenet512 import MobileFaceNet512
 from scol_ops.models.pickle_reader import Skipped, TensorRef, UnreadableFile
 
 State = dict[str, Tensor]
@@ -349,7 +356,6 @@ def _all(value: Any) -> list[Any]:
 
 
 def _e4e(facts: Mapping[str, Any]) -> nn.Module:
-    from scol_ops.models.e4e import E4E
 
     return E4E(facts["size"])
 
@@ -431,25 +437,21 @@ def _positions(found: Mapping[str, Entry]) -> int:
 
 
 def _irse50(facts: Mapping[str, Any]) -> nn.Module:
-    from scol_ops.models.ir import IRSE50
 
     return IRSE50(facts["positions"], facts["affine"])
 
 
 def _ir152(facts: Mapping[str, Any]) -> nn.Module:
-    from scol_ops.models.ir import IR152
 
     return IR152(facts["positions"])
 
 
 def _mobilefacenet(facts: Mapping[str, Any]) -> nn.Module:
-    from scol_ops.models.mobilefacenet512 import MobileFaceNet512
 
     return MobileFaceNet512()
 
 
 def _facenet(facts: Mapping[str, Any]) -> nn.Module:
-    from scol_ops.models.facenet import FaceNet, FaceNetCasia
 
     return (FaceNetCasia if facts["classes"] == 10575 else FaceNet)(facts["classes"])
 
@@ -466,7 +468,6 @@ def _classes(found: Mapping[str, Entry]) -> dict[str, Any]:
 
 def _lpips(net: str) -> Callable[[Mapping[str, Any]], nn.Module]:
     def make(facts: Mapping[str, Any]) -> nn.Module:
-        from scol_ops.models.lpips_distance import LPIPSDistance
 
         return LPIPSDistance(net)
 
@@ -509,11 +510,7 @@ def package_lin(net: str) -> State:
     Raises:
         WeightsError: the package is not installed, or its file is another.
     """
-    import importlib.util
-    from pathlib import Path
 
-    from scol_ops.models.files import read_checked
-    from scol_ops.models.lpips_distance import LINEAR_SHA256
 
     spec = importlib.util.find_spec("lpips")
     if spec is None or spec.origin is None:
