@@ -1,0 +1,1 @@
+"""SRC and OUT: what is there, how it is read and written."""

@@ -1,0 +1,1 @@
+"""The command `scol`: click, and nothing else."""

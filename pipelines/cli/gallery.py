@@ -1,4 +1,4 @@
-"""``scol gallery ...``: what the commands print and with which status they end. The work is in ``gallery_jobs``."""
+"""``scol gallery ...``: what the commands print and with which status they end. The work is in ``pipelines.jobs.gallery``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""What a command does; each file one job."""

@@ -1,0 +1,1 @@
+"""Networks of a process by name, the model store, fingerprints."""

@@ -1,0 +1,1 @@
+"""Pages of one file, and the page of a run."""

@@ -1,0 +1,1 @@
+"""The run's folder: schemas, tables, keys, attempts, presence, logs."""

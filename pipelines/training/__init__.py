@@ -1,0 +1,1 @@
+"""How the weights that are made here are made."""

@@ -11,6 +11,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import click
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
@@ -41,7 +42,11 @@ def test_help_is_quick_and_explains_every_command() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for name, command in main.commands.items():
+    context = click.Context(main)
+    names = main.list_commands(context)
+    assert len(names) == 15 and main.get_command(context, "nonsense") is None
+    for name in names:
+        command = main.get_command(context, name)
         assert f"  {name} " in done.stdout
         shown = scol(name, "--help")
         assert shown.exit_code == 0 and command.help.split("\n")[0][:30] in " ".join(shown.output.split())
