@@ -8,7 +8,8 @@ STAMP  := $(VENV)/.setup-done
 TSTAMP := $(VENV)/.setup-test-done
 # The tests: processes at a time, each computing with one thread; test files are not divided among them.
 JOBS   ?= 2
-PYTEST  = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Threads that wait sleep: those that spin keep the cores from the other process's.
+PYTEST  = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 BENCHES := align gallery stages models swap
 
 BVENV   := build/bench-venv

@@ -25,6 +25,7 @@ from scol_ops.losses import (
     identity_hinge_loss,
     reconstruction_loss,
 )
+from scol_ops.runtime import computes_bf16
 
 PARAMETER_SETS = ("all", "convolutions", "late")
 
@@ -181,7 +182,8 @@ class _Objective:
         self.generator, self.fused, self.original, self.mask = generator, fused, original, mask
         self.identity, self.margins, self.settings, self.perceptual = identity, margins, settings, perceptual
         self.rng = torch.Generator().manual_seed(seed)
-        self.autocast = torch.autocast(original.device.type, torch.bfloat16, enabled=settings.bf16)
+        enabled = settings.bf16 and computes_bf16(original.device)
+        self.autocast = torch.autocast(original.device.type, torch.bfloat16, enabled=enabled)
         with torch.no_grad():
             self.of_original = [f(original) for f in identity]
             first = generator(fused)

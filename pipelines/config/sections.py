@@ -238,7 +238,7 @@ class TuneConfig(IdentitySection):
         0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
     )
     target_psnr: float = Field(40.0, ge=0, le=100, description="stop early at this PSNR with the hinge met, dB")
-    bf16: bool = Field(True, description="generator in bfloat16 autocast")
+    bf16: bool = Field(True, description="generator in bfloat16 autocast, where the device has instructions for it")
 
 
 class RefineConfig(IdentitySection):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cluster import ItemTimeout
+from scol_ops import tuning
 from scol_ops.attack import attack, attack_loss
 from scol_ops.filters import damp_chroma, low_pass
 from scol_ops.inversion import InvertSettings, invert
@@ -114,6 +115,17 @@ def test_a_time_limit_while_a_face_is_left_changes_no_generator(generator, faces
     monkeypatch.undo()
     assert all(torch.equal(before[k], v) for k, v in generator.state_dict().items())
     assert not any(p.requires_grad for p in generator.parameters())
+
+
+def test_bfloat16_is_left_where_it_would_be_emulated(generator, faces, mask, monkeypatch):
+    def picture(bf16: bool) -> torch.Tensor:
+        return tune(generator, faces[0][1:2], faces[1][:1], mask, [], [], replace(SHORT, steps=1, bf16=bf16)).picture
+
+    plain = picture(False)
+    monkeypatch.setattr(tuning, "computes_bf16", lambda device: False)
+    assert torch.equal(picture(True), plain)
+    monkeypatch.setattr(tuning, "computes_bf16", lambda device: True)
+    assert not torch.equal(picture(True), plain)
 
 
 def test_parameter_sets_are_nested_and_leave_the_mapping(generator):
