@@ -238,7 +238,10 @@ class Files:
             return self.again(partial(self._put_remote, path, file.name, create))
 
     def _put_local(self, path: str, content: Content, create: bool) -> bool:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        except FileExistsError as error:  # a file is in the folder's place
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.path.dirname(path)) from error
         temp = self._temporary(path)
         try:
             with open(temp, "xb") as file:

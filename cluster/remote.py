@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import fsspec
@@ -10,7 +11,7 @@ from cluster.errors import BadUrlError
 
 # Back ends that put an object as a whole or not at all, know conditional puts, and have no folders to be made.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"})
-PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")  # what a URL begins with; anything else is a local path
+PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://")  # what a URL begins with; anything else is a local path
 
 
 def protocols(fs: fsspec.AbstractFileSystem) -> set[str]:
@@ -35,8 +36,8 @@ def open_fs(url: str, **options) -> tuple[fsspec.AbstractFileSystem, str]:
         _expect_nothing()
     try:
         if not PROTOCOL.match(url):
-            fs = fsspec.filesystem("file", **options)
-            return fs, fs._strip_protocol(url)
+            # fsspec would take what stands before and behind `::`, and the second letter's colon, for its own.
+            return fsspec.filesystem("file", **options), os.path.abspath(os.path.expanduser(url)).replace(os.sep, "/")
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         package = getattr(error.__cause__, "name", None) or error.name

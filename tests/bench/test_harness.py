@@ -17,6 +17,7 @@ from pipelines.config.load import load_config
 from pipelines.config.names import STAGES
 from pipelines.jobs import chain
 from pipelines.run import folder
+from pipelines.stages.declaration import Setting
 
 
 def parse(*words: str):
@@ -77,7 +78,7 @@ def test_a_watched_job_answers_and_its_memory_is_seen():
 
 def test_runs_get_the_stages_of_a_bench(monkeypatch):
     def made():
-        return chain.make_stages(load_config("quick"), dict.fromkeys(STAGES, "0" * 16), gallery="", out="/out")
+        return chain.make_stages(Setting(load_config("quick"), dict.fromkeys(STAGES, "0" * 16), gallery="", out="/out"))
 
     with harness.stages_changed(partial(faceless, out="/out", size=7)):
         inside = made()
@@ -92,7 +93,7 @@ def test_the_campaigns_real_job_is_watched(tmp_path, monkeypatch):
     seen = {}
 
     def protect(src, out, config, say):
-        stages = chain.make_stages(config, dict.fromkeys(STAGES, "0" * 16), gallery="", out=out)
+        stages = chain.make_stages(Setting(config, dict.fromkeys(STAGES, "0" * 16), gallery="", out=out))
         seen["stages"], seen["store"] = stages, folder.Run(str(tmp_path / "out.run")).store
         return {"error": 0}
 

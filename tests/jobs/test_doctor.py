@@ -6,8 +6,8 @@ import json
 
 from click.testing import CliRunner
 
-import cluster
 from pipelines.cli.main import main
+from pipelines.jobs import doctor
 from scol_ops.models import files
 
 CHECKS = ["python", "torch", "gpu", "faiss", "weights", "ray", "memory", "disk"]
@@ -35,7 +35,7 @@ def test_damaged_weights_and_a_ray_that_does_not_start_are_told(tmp_path, monkey
     def broken(**settings):
         raise RuntimeError("no port is free")
 
-    monkeypatch.setattr(cluster, "ray_session", broken)
+    monkeypatch.setattr(doctor, "ray_session", broken)
     shown = CliRunner().invoke(main, ["doctor", "--out", str(tmp_path)])
     assert shown.exit_code == 1
     lines = {line[5:].split()[0]: line for line in shown.stdout.splitlines()}

@@ -11,7 +11,9 @@ from PIL import Image
 
 from pipelines.cli.main import main
 from pipelines.config.load import load_config
+from pipelines.config.sections import Config
 from pipelines.jobs import estimate
+from pipelines.networks.load import Networks
 from pipelines.run.folder import Run, RunError
 
 SETS = ["tune.steps=2", "refine.steps=3", "attack.steps=2", "engine.workers=2", "engine.threads=1"]
@@ -100,8 +102,12 @@ def test_seconds_are_those_of_the_steps_of_the_configuration(monkeypatch):
 
 
 def test_every_operator_of_the_configuration_is_timed():
+    def made(sets: tuple[str, ...]) -> tuple[Config, Networks]:
+        config = load_config("quick", sets=sets)
+        return config, Networks(config, torch.device("cpu"))
+
     def steps(*sets: str) -> list[int]:
-        return [steps for _, steps in estimate._operators(load_config("quick", sets=sets), torch.device("cpu"))]
+        return [steps for _, steps in estimate._operators(*made(sets))]
 
     base = ["tune.steps=5", "invert.refine_steps=4"]
     assert steps(*base, "attack.steps=3", "refine.steps=6") == [5, 6, 4, 3]
