@@ -77,7 +77,7 @@ def test_a_gradient_mode_that_was_left_off_does_no_harm(generator, faces, mask):
     torch.set_grad_enabled(False)
     try:
         assert torch.equal(run(generator, faces, mask, 0).picture, wanted)
-        refine(pictures[:1], pictures[:1], mask, [thumbnail], [0.5], settings=replace(REFINE, steps=1))
+        refine(pictures[:1], pictures[:1], mask, [thumbnail], [0.5], None, replace(REFINE, steps=1))
         assert not torch.is_grad_enabled()
     finally:
         torch.set_grad_enabled(True)
