@@ -1,8 +1,8 @@
-"""Refinement of the tuned face's residual in pixels: back towards the photo, identity kept away.
+"""Refinement of a face's residual in pixels: identity away, and as little as possible to be seen.
 
-Tuning makes a strong semantic change that shows; here the residual itself is optimised, starting from
-the tuned picture: what the photo needs comes back, what hides the identity stays.  (Ours; the paper stops
-at tuning.  See METHOD, "Seen when it was tried".)
+Tuning makes a strong semantic change that shows; here the residual itself is optimised, from the tuned picture or from the
+photo: what an eye sees of it (``perception``) against what recognisers see, each pixel within a bound.  (Ours; the paper
+stops at tuning.  See METHOD, "Seen when it was tried", and docs/results.md.)
 """
 
 from __future__ import annotations
@@ -17,50 +17,44 @@ from torch import Tensor
 
 from scol_ops.diversity import at_photo_scale, diversify
 from scol_ops.filters import damp_chroma
-from scol_ops.losses import (
-    IdentityFeature,
-    id_lock_loss,
-    identity_hinge_loss,
-    multiscale_ssim_loss,
-)
-from scol_ops.perception import colour_flip, perceived_colours, visible_difference
+from scol_ops.losses import IdentityFeature, id_lock_loss, identity_hinge_loss
+from scol_ops.perception import PIXELS_PER_DEGREE, VisibleDifference
 from scol_ops.tuning import DeadlineExceeded, TuneResult, confine, masked_psnr
 
-_STEERING = 0.1  # how much the logarithm of FLIP's weight moves in a step, for each e-fold off the target
+_ALMOST = 0.99  # of the bound: a residual that starts there can still move
+_WINDOW = 0.6  # the middle of the crop by side, where people look, and where JOD is measured
 
 
 @dataclass(frozen=True)
 class RefineSettings:
     """steps: Adam steps on the residual (0 switches the refinement off).  lr: in units of [-1, 1] a step.
-    start: share of the tuned residual that the search begins with.  l2_weight, ssim_weight, visible_weight: pull to the
-    photo, by pixels, by structure and by the squared change of what an eye sees.  flip_weight: pull to the photo by the
-    mean FLIP over the mask, which leaves most places alone and changes few (``perception.colour_flip``).  flip_target:
-    that FLIP, to which the weight is steered step by step, so that faces come out alike whatever the features'
-    gradients; 0: the weight stays.
-    id_lock: pull to the locked identity.  hinge: push from the original's.  diversity, blur, jpeg_quality: random
-    transformations before the features (expectation over transformation).  photo_scale: the features see the face at
-    the size that it has in the photo, where finer change is lost.  residual_sigma: low-pass of the residual in crop
-    pixels, 0 for none.  chroma: share of the residual's change of colour that stays; 0: lightness alone changes.
-    limit: largest change of a pixel in [-1, 1] units (before these two), 0 for none.
+    start: share of the tuned residual that the search begins with; 0: from the photo.
+    seen: weight of what an eye sees of the change, in JOD (``perception.VisibleDifference``).  surroundings: how much a
+    place outside the face's window counts in it, 0..1.
+    hinge: push from the original's identity.  id_lock: pull to the locked one.  draws: random transformations a step,
+    each before the features (expectation over transformation); diversity, blur, jpeg_quality: which.  photo_scale: the
+    features see the face at the size that it has in the photo, where finer change is lost.
+    limit: largest change of a pixel in [0, 1] units, 0 for none.  features: share of it at brows, eyes, nose and mouth.
+    chroma: share of the residual's change of colour that stays; 0: lightness alone changes.  residual_sigma: low-pass
+    of the residual in crop pixels, 0 for none.
     """
 
     steps: int
     lr: float
     start: float
-    l2_weight: float
-    ssim_weight: float
-    visible_weight: float
-    flip_weight: float
-    flip_target: float
-    id_lock: float
+    seen: float
+    surroundings: float
     hinge: float
+    id_lock: float
+    draws: int
     diversity: float
     blur: bool
     jpeg_quality: tuple[int, int] | None
     photo_scale: bool
-    residual_sigma: float
-    chroma: float
     limit: float
+    features: float
+    chroma: float
+    residual_sigma: float
 
 
 @torch.enable_grad()  # see ``tuning.tune``
@@ -98,33 +92,50 @@ def refine(
         return TuneResult(tuned, 0, 0.0)
     begin = time.monotonic()
     objective = _Objective(original, mask, identity, margins, locked, settings, seed, photo_side)
-    residual = (settings.start * (tuned - original)).clone().requires_grad_(True)
-    optimiser = torch.optim.Adam([residual], lr=settings.lr)
+    residual = _Residual(settings, settings.start * (tuned - original))
+    optimiser = torch.optim.Adam([residual.parameter], lr=residual.lr)
 
     def changed() -> Tensor:
-        return confine(original + damp_chroma(residual, settings.chroma), original, mask, settings.residual_sigma)
+        return confine(original + residual(), original, mask, settings.residual_sigma)
 
     history: list[dict[str, float]] = []
     for step in range(settings.steps):
         if deadline is not None and time.monotonic() > deadline:
             raise DeadlineExceeded(f"refinement step {step} of {settings.steps}")
         # Cosine to a tenth: large moves first, then settle.
-        rate = settings.lr * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
         for group in optimiser.param_groups:
-            group["lr"] = rate
-        loss, losses = objective(changed(), step)
+            group["lr"] = residual.lr * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
+        loss, losses = objective(changed())
         if not torch.isfinite(loss):
             raise FloatingPointError(f"loss {float(loss)} at refinement step {step}")
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
-        if settings.limit:
-            with torch.no_grad():
-                residual.clamp_(-settings.limit, settings.limit)
         history.append(losses)
     with torch.no_grad():
         result = changed().clamp(-1, 1)
     return TuneResult(result, len(history), time.monotonic() - begin, history)
+
+
+class _Residual:
+    """The change of the pixels, (1, 3, S, S) in [-1, 1] units, kept within its bound by a hyperbolic tangent: clamping
+    would let the gradient of what lies at the bound count for nothing, and draw contour lines on smooth skin.
+
+    Attributes:
+        parameter: what is optimised.
+        lr: its learning rate.
+    """
+
+    def __init__(self, settings: RefineSettings, first: Tensor) -> None:
+        self._limit, self._chroma = 2 * settings.limit, settings.chroma
+        self.lr = settings.lr / (self._limit or 1)
+        if self._limit:
+            first = torch.atanh((first / self._limit).clamp(-_ALMOST, _ALMOST))
+        self.parameter = first.detach().clone().requires_grad_(True)
+
+    def __call__(self) -> Tensor:
+        residual = self._limit * torch.tanh(self.parameter) if self._limit else self.parameter
+        return damp_chroma(residual, self._chroma)
 
 
 class _Objective:
@@ -144,48 +155,42 @@ class _Objective:
         self.original, self.mask, self.identity, self.margins = original, mask, identity, margins
         self.locked, self.settings, self.photo_side = locked, settings, photo_side
         self.rng = torch.Generator().manual_seed(seed)
-        self.flip_weight = settings.flip_weight
-        self.area = mask.sum().clamp_min(1e-6)
         with torch.no_grad():
             self.of_original = [f(original) for f in identity]
-            looks = settings.visible_weight or settings.flip_weight
-            self.colours = perceived_colours(original) if looks else None
+        self.visible = None
+        if settings.seen:
+            # A crop's pixel is so many of the photo's, which is what people look at.
+            size = original.shape[-1]
+            shrink = size / photo_side if photo_side is not None else 1.0
+            weight = _looked_at(size, settings.surroundings).to(original)
+            self.visible = VisibleDifference(original, PIXELS_PER_DEGREE * shrink, weight)
 
-    def __call__(self, picture: Tensor, step: int) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, picture: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The loss of a picture (1, 3, S, S), and its parts by name."""
         settings = self.settings
-        seen = picture
+        as_pasted = picture
         if settings.photo_scale and self.photo_side is not None:
-            seen = at_photo_scale(seen, self.photo_side)
-        seen = diversify(seen, self.rng, settings.diversity, settings.blur, settings.jpeg_quality)
-        features = [f(seen) for f in self.identity]
-        hinge = identity_hinge_loss(features, self.of_original, self.margins)
-        loss = settings.hinge * hinge + settings.l2_weight * (picture - self.original).square().mean()
-        losses = {"hinge": float(hinge.detach())}
-        if settings.ssim_weight:
-            loss = loss + settings.ssim_weight * multiscale_ssim_loss(picture, self.original)
-        if self.colours is not None:
-            loss = self._seen(picture, step, loss, losses)
-        if self.locked is not None and settings.id_lock:
-            lock = id_lock_loss(features, self.locked)
-            losses["id_lock"] = float(lock.detach())
-            loss = loss + settings.id_lock * lock
+            as_pasted = at_photo_scale(picture, self.photo_side)
+        hinge = lock = picture.new_zeros(())
+        for _ in range(settings.draws):
+            drawn = diversify(as_pasted, self.rng, settings.diversity, settings.blur, settings.jpeg_quality)
+            features = [f(drawn) for f in self.identity]
+            hinge = hinge + identity_hinge_loss(features, self.of_original, self.margins) / settings.draws
+            if self.locked is not None and settings.id_lock:
+                lock = lock + id_lock_loss(features, self.locked) / settings.draws
+        loss = settings.hinge * hinge + settings.id_lock * lock
+        losses = {"hinge": float(hinge.detach()), "id_lock": float(lock.detach())}
+        if self.visible is not None:
+            seen = self.visible(picture).sum()
+            losses["seen"] = float(seen.detach())
+            loss = loss + settings.seen * seen
         losses["psnr"] = masked_psnr(picture.detach(), self.original, self.mask)
         return loss, losses
 
-    def _seen(self, picture: Tensor, step: int, loss: Tensor, losses: dict[str, float]) -> Tensor:
-        """The loss with what an eye sees of the change added; steers the weight of FLIP."""
-        settings, perceived = self.settings, perceived_colours(picture)
-        if settings.visible_weight:
-            visible = visible_difference(perceived, self.colours)
-            losses["visible"] = float(visible.detach())
-            loss = loss + settings.visible_weight * visible
-        if settings.flip_weight:
-            flip = (colour_flip(perceived, self.colours) * self.mask[:, 0]).sum() / self.area
-            losses["flip"] = float(flip.detach())
-            loss = loss + self.flip_weight * flip
-            # Not before what tuning left has settled, or its large change would drive the weight too far up.
-            if settings.flip_target and 3 * step >= settings.steps:
-                off = math.log(max(float(flip.detach()), 1e-6) / settings.flip_target)
-                self.flip_weight *= math.exp(_STEERING * max(-1.0, min(1.0, off)))
-        return loss
+
+def _looked_at(size: int, surroundings: float) -> Tensor:
+    """(1, 1, size, size): 1 in the face's window, ``surroundings`` outside."""
+    weight = torch.full((1, 1, size, size), float(surroundings))
+    edge = round(size * (1 - _WINDOW) / 2)
+    weight[..., edge : size - edge, edge : size - edge] = 1
+    return weight
