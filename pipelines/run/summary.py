@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -25,6 +26,8 @@ def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
         "median": round(statistics.median(values), 4),
         "min": round(min(values), 4),
         "max": round(max(values), 4),
+        "p5": round(float(np.quantile(values, 0.05)), 4),
+        "p95": round(float(np.quantile(values, 0.95)), 4),
     }
 
 
@@ -44,13 +47,14 @@ def summary(run: Run | str) -> dict[str, Any]:
     """Totals of a run as they stand, from the manifests; see docs/manifests.md (`summary.json`).
 
     `faces` counts faces; `ok`, `weak`, `no_face`, `error`, `pending` count photos by their worst face.  `psnr`, `ssim`,
-    `flip`, `ism` are means over the faces that were published protected, `spread` has their distribution.
+    `flip`, `face_psnr`, `face_ssim`, `jod`, `jod_4k`, `ism`, `ism_jpeg`, `ism_worst` are means over the faces that were
+    published protected, `spread` has their distribution; null where no row has the measure.
     """
     run = as_run(run)
     photos = read_photos(run)
     counts = Counter(photos["status"].to_pylist())
     actions = Counter(photos["action"].to_pylist())
-    measures = ["psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg", "ism_worst"]
+    measures = ["psnr", "ssim", "flip", "face_psnr", "face_ssim", "jod", "jod_4k", "ism", "ism_jpeg", "ism_worst"]
     faces = read_stage(run, "publish", ["face_id", "status", "reason", "judge", "max_ism", *measures])
     face_counts = Counter(
         s for s, f in zip(faces["status"].to_pylist(), faces["face_id"].to_pylist(), strict=True) if f
