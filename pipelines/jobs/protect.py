@@ -28,7 +28,7 @@ from pipelines.run.logs import JsonLog
 from pipelines.run.observe import Observer
 from pipelines.run.presence import Presence
 from pipelines.run.schemas import LIGHT
-from pipelines.run.summary import summary
+from pipelines.run.summary import MEASURES, summary
 from pipelines.run.text import utc
 from pipelines.run.text_tables import aligned, number
 from pipelines.stages.declaration import Setting
@@ -263,7 +263,8 @@ def _totals(run: Run, done: RunSummary) -> tuple[dict[str, Any], bool]:
     plan = run.sha256("plan.parquet")
     if run.has("summary.json") and run.has("report.html") and not any(s.done for s in done.stages.values()):
         before = run.read_json("summary.json")
-        if before.get("plan") == plan and not before["interrupted"]:
+        # One that an older version wrote may lack measures.
+        if before.get("plan") == plan and not before["interrupted"] and before.keys() >= {*MEASURES}:
             return before, True
     for stage in STAGES:
         read_digest(run.store, stage, ["key"], LIGHT[stage], save=True)

@@ -22,14 +22,13 @@ from pipelines.report.run_faces import FacePictures, read_pictures
 from pipelines.run.errors import errors
 from pipelines.run.folder import Run, RunError
 from pipelines.run.schemas import ERROR, NO_FACE, OK, WEAK
-from pipelines.run.summary import summary
+from pipelines.run.summary import MEASURES, summary
 from pipelines.run.tables import as_run, read_photos, read_stage
 
 SAMPLE = 24  # faces shown of those that are well protected
 WEAK_SHOWN = 60  # weak faces shown with pictures; the rest by name
 PICTURE_BYTES = 9_000_000  # most base64 characters of pictures in a report
-_MEASURES = ("psnr", "ssim", "flip", "face_psnr", "face_ssim", "jod", "jod_4k", "ism", "ism_jpeg", "ism_worst")
-_FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "path", "judge", "max_ism", *_MEASURES]
+_FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "path", "judge", "max_ism", *MEASURES]
 Row = Mapping[str, Any]
 
 
