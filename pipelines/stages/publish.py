@@ -30,6 +30,7 @@ from scol_ops.distortions import NONE
 from scol_ops.metrics import flip, psnr, ssim, to_uint8
 from scol_ops.paste import face_mask
 from scol_ops.strengthening import Seen
+from scol_ops.visibility import face_jod
 
 _JPEG = "jpeg75+half"  # of the column `ism_jpeg`, whatever `publish.distortions` says
 
@@ -158,6 +159,8 @@ class _Publisher:
         for name, network in self.others.items():
             found[f"ism_{name}"] = look(network, one.embed(network), two, ()).saved
         reason = reason_of_weakness(judge, counted, self.bars, publish.judge_distorted)
+        if reason is None and found["jod"] is not None and found["jod"] < publish.min_jod:
+            reason = f"WEAK_LOOK: JOD {found['jod']:.2f} of the face window, below {publish.min_jod:g}"
         if reason is None and found["psnr"] < publish.min_psnr:
             reason = f"WEAK_QUALITY: {found['psnr']:.1f} dB over the face crop, below {publish.min_psnr:.1f}"
         if reason is None:
@@ -165,7 +168,7 @@ class _Publisher:
         return found | {"status": WEAK, "reason": reason, "failed_stage": "publish"}
 
     def _measured(self, row: Row, photo: Photo, saved: Photo) -> Row:
-        """What changed in a face's crop."""
+        """What changed in a face's crop, and what of it a viewer of the photo sees."""
         size = self.config.crop_size
         quad = torch.from_numpy(np.array(row["align.quad"]).reshape(1, 4, 2))
         before, after = (to_uint8(align_crops(p.pixels, quad, size)[0]) for p in (photo, saved))
@@ -176,4 +179,6 @@ class _Publisher:
             "ssim": ssim(before, after),
             "flip": flip(before, after, face),
             "face_psnr": psnr(before, after, face),
+            "face_ssim": ssim(before, after, face),
+            **face_jod(photo.pixels, saved.pixels, row["align.quad"]),
         }
