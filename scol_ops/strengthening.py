@@ -1,77 +1,45 @@
-"""The closed loop's rules: how much stronger each round works on a face that is still recognised, and which is kept.
+"""The closed loop's rules: the least change of a face that hides it, and no more than may be seen.
 
-A round goes on from the picture that the one before left: refinement with more weight on the identity and less on the
-photo, then the attack with a larger bound.  (Ours; the paper protects once and does not look.)  Pure rules on settings
-and numbers; who looks at the saved photo, and with which recogniser, is the caller's business.
+A face has two bars: the judge's cosines, and the JOD of its window.  The change is tried in shares, by halving, until the
+smallest that hides is found (``Search``).  Where the whole change does not hide, another round makes a stronger one:
+refinement from where the last round ended, with less weight on what is seen.  Where both bars cannot be met, the one of sight
+wins: a face is told as weak, never disfigured.  (Ours; the paper protects once and does not look.)  Pure rules on settings and
+numbers; who looks at the saved photo, and with which recogniser, is the caller's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from scol_ops.attack import AttackSettings
 from scol_ops.distortions import NONE
 from scol_ops.refinement import RefineSettings
 
 
 @dataclass(frozen=True)
 class StrengthenSettings:
-    """rounds: most rounds, 0 for none.  steps: refinement steps of a round.  hinge_factor: the hinge's weight grows by
-    it each round.  margin_step: the hinge's margins fall by it each round (cosine).  visible_factor: the weights that
-    hold the picture at the photo (``flip_weight``, ``visible_weight``, ``l2_weight``, ``ssim_weight``) shrink by it each
-    round, and ``flip_target`` grows.  eps_factor: the attack's bound and step size grow by it each round, up to a bound
-    of max_eps ([0, 1] units; never below the attack's own).  min_psnr: dB over the face crop; a round that falls below
-    it is faded until it does not (``faded``), and is the face's last.
+    """rounds: most rounds of a stronger change, 0 for none.  steps: refinement steps of a round.  seen_factor: the
+    weight of what is seen is divided by it each round.  looks: looks of the judge at shares of a change, after the one at
+    the whole; 0: the change stays whole.
     """
 
     rounds: int
     steps: int
-    hinge_factor: float
-    margin_step: float
-    visible_factor: float
-    eps_factor: float
-    max_eps: float
-    min_psnr: float
+    seen_factor: float
+    looks: int
 
 
 def refinement_of(settings: StrengthenSettings, base: RefineSettings, number: int) -> RefineSettings:
-    """The refinement's settings in round ``number`` (1 ..).  It starts from the whole of what is there, which the
-    refinement's low-pass and damping of colours go over once more."""
-    _check(number)
-    kept = settings.visible_factor**number
-    return replace(
-        base,
-        steps=settings.steps,
-        start=1.0,
-        hinge=base.hinge * settings.hinge_factor**number,
-        flip_weight=base.flip_weight / kept,
-        flip_target=base.flip_target * kept,
-        visible_weight=base.visible_weight / kept,
-        l2_weight=base.l2_weight / kept,
-        ssim_weight=base.ssim_weight / kept,
-    )
+    """The refinement's settings in round ``number`` (1 ..).  It starts from the whole of what is there.
 
-
-def margins_of(settings: StrengthenSettings, base: Sequence[float], number: int) -> tuple[float, ...]:
-    """The hinge's margins in round ``number`` (1 ..): cosines, not below -1."""
-    _check(number)
-    return tuple(max(-1.0, margin - settings.margin_step * number) for margin in base)
-
-
-def attack_of(settings: StrengthenSettings, base: AttackSettings, number: int) -> AttackSettings:
-    """The attack's settings in round ``number`` (1 ..)."""
-    _check(number)
-    eps = max(base.eps, min(settings.max_eps, base.eps * settings.eps_factor**number))
-    factor = eps / base.eps if base.eps else 1.0
-    return replace(base, eps=eps, step_size=base.step_size * factor)
-
-
-def _check(number: int) -> None:
+    Raises:
+        ValueError: a number below 1.
+    """
     if number < 1:
         raise ValueError(f"rounds are counted from 1, got {number}")
+    return replace(base, steps=settings.steps, start=1.0, seen=base.seen / settings.seen_factor**number)
 
 
 def unconfined(picture: Tensor, original: Tensor, mask: Tensor, least: float = 0.1) -> Tensor:
@@ -87,18 +55,14 @@ def unconfined(picture: Tensor, original: Tensor, mask: Tensor, least: float = 0
     return original + (picture - original) / mask.clamp_min(least)
 
 
-def faded(picture: Tensor, original: Tensor, psnr: float, least: float) -> Tensor:
-    """The picture with so much less of its change that its PSNR rises from ``psnr`` to ``least`` (dB).
-
-    Args:
-        picture, original: (1, 3, S, S) in [-1, 1].
+def faded(picture: Tensor, original: Tensor, share: float) -> Tensor:
+    """The picture with this share (0..1) of its change; both (1, 3, S, S).
 
     Raises:
-        ValueError: ``psnr`` is not below ``least``.
+        ValueError: a share out of range.
     """
-    if not psnr < least:
-        raise ValueError(f"{psnr} dB is not below {least} dB")
-    share = 10 ** ((psnr - least) / 20)
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share is 0..1, got {share}")
     return original + share * (picture - original)
 
 
@@ -143,15 +107,67 @@ class Seen:
         return max(cosine - bars.of(name) for name, cosine in self.cosines.items())
 
 
-def best_round(seen: Sequence[Seen], bars: Bars) -> int:
-    """Index of the round to keep: the first that passes, since later ones only change more; else the nearest to it.
+@dataclass(frozen=True)
+class Look:
+    """What one file showed of a face.
 
-    Raises:
-        ValueError: no rounds.
+    Attributes:
+        share: of the change, 0..1.
+        hidden: no cosine is above its bar.
+        unseen: the JOD of its window is not below its bar.
     """
-    if not seen:
-        raise ValueError("no rounds to choose from")
-    for i, one in enumerate(seen):
-        if one.excess(bars) <= 0:
-            return i
-    return min(range(len(seen)), key=lambda i: seen[i].excess(bars))
+
+    share: float
+    hidden: bool
+    unseen: bool
+
+
+@dataclass
+class Search:
+    """Halving for the smallest share of a change that hides, or the largest that may be seen.
+
+    Both grow with the share, as far as can be told: where a look contradicts another, the search still ends, and its
+    answer is one of the shares that were looked at.
+
+    Attributes:
+        most: looks after the first, which is at the whole change.
+    """
+
+    most: int
+    looks: list[Look] = field(default_factory=list)
+
+    def next(self) -> float | None:
+        """The share to look at next; None: the search has ended."""
+        if not self.looks:
+            return 1.0
+        if len(self.looks) > self.most:
+            return None
+        hides = [look.share for look in self.looks if look.hidden]
+        shows = [look.share for look in self.looks if not look.unseen]
+        bare = max((look.share for look in self.looks if not look.hidden), default=0.0)
+        # Until a share is found that both shows and does not hide: then no share does both, and sight decides.
+        if hides and not (shows and bare >= min(shows)):
+            return (max((s for s in [0.0, bare] if s < min(hides)), default=0.0) + min(hides)) / 2
+        if not shows:
+            return None
+        return (max((look.share for look in self.looks if look.unseen and look.share < min(shows)), default=0.0) + min(shows)) / 2
+
+    def told(self, look: Look) -> None:
+        """Take what a look at ``next`` showed."""
+        self.looks.append(look)
+
+    @property
+    def found(self) -> int:
+        """Index of the look to keep: the smallest share that hides unseen, else the largest unseen, else the smallest.
+
+        Raises:
+            ValueError: nothing was looked at.
+        """
+        if not self.looks:
+            raise ValueError("no looks to choose from")
+        order = range(len(self.looks))
+        both = [i for i in order if self.looks[i].hidden and self.looks[i].unseen]
+        unseen = [i for i in order if self.looks[i].unseen]
+        if both or not unseen:
+            return min(both or order, key=lambda i: self.looks[i].share)
+        return max(unseen, key=lambda i: self.looks[i].share)

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from scol_ops.metrics import check_pair
 
 DISPLAYS = ("standard_fhd", "standard_4k")
+_COLUMNS = {"standard_fhd": "jod", "standard_4k": "jod_4k"}
 WINDOW_SHARE = 0.6  # of a crop's side
 _NAME = "pycvvdp"
 _LEAST_SIDE = 8  # px; below, the pyramid has no band but its base
@@ -117,16 +118,19 @@ def face_window(quad: ArrayLike, width: int, height: int) -> tuple[int, int, int
     return left, top, right, bottom
 
 
-def face_jod(reference: NDArray[np.uint8], test: NDArray[np.uint8], quad: ArrayLike) -> dict[str, float | None]:
+def face_jod(
+    reference: NDArray[np.uint8], test: NDArray[np.uint8], quad: ArrayLike, displays: Iterable[str] = DISPLAYS
+) -> dict[str, float | None]:
     """``jod`` of a face's window in two photos of one size: `jod` on the display ``standard_fhd``, `jod_4k` on
     ``standard_4k``.
 
     Args:
         reference, test: uint8 (H, W, 3), sRGB, whole photos.
         quad: of ``face_window``.
+        displays: which of ``DISPLAYS``.
 
     Returns:
-        JOD; None for both where the window lies wholly beside the photo: nothing of it can be seen.
+        JOD; None where the window lies wholly beside the photo: nothing of it can be seen.
 
     Raises:
         ValueError: wrong types or shapes, not 8 finite numbers.
@@ -135,9 +139,9 @@ def face_jod(reference: NDArray[np.uint8], test: NDArray[np.uint8], quad: ArrayL
     try:
         left, top, right, bottom = face_window(quad, reference.shape[1], reference.shape[0])
     except OutsideError:
-        return {"jod": None, "jod_4k": None}
+        return {_COLUMNS[display]: None for display in displays}
     before, after = (np.ascontiguousarray(photo[top:bottom, left:right]) for photo in (reference, test))
-    return {"jod": jod(before, after, "standard_fhd"), "jod_4k": jod(before, after, "standard_4k")}
+    return {_COLUMNS[display]: jod(before, after, display) for display in displays}
 
 
 def _predicted(

@@ -33,13 +33,12 @@ _OMITTED_AT_DEFAULT: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("tune", "perceptual", "ssim", ("perceptual", "lpips_weight")),
     ("tune", "blur", False, ("blur",)),
     ("tune", "jpeg_quality", None, ("jpeg_quality",)),
-    ("refine", "chroma", 1, ("chroma",)),
     ("attack", "momentum", 0, ("momentum",)),
     ("attack", "translation_sigma", 0, ("translation_sigma",)),
     ("publish", "min_jod", 0, ("min_jod",)),
 )
 # What the closed loop goes by, of the section publish.
-_LOOKED_AT = ("judge", "max_ism", "max_ism_distorted", "distortions")
+_LOOKED_AT = ("judge", "max_ism", "max_ism_distorted", "min_jod", "distortions")
 
 
 def _none_word(value: Any) -> Any:
@@ -250,37 +249,29 @@ class RefineConfig(IdentitySection):
     margins: Numbers = _margins_field(REFINE_MARGINS)
     steps: int = Field(80, ge=0, le=10_000, description="Adam steps on the residual; 0: off")
     lr: float = Field(0.01, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
-    start: float = Field(0.5, ge=0, le=1, description="share of the tuned residual to begin with")
-    l2_weight: float = Field(5.0, ge=0, le=1e4, description="weight of the pixel L2 to the photo")
-    ssim_weight: float = Field(0.5, ge=0, le=1e4, description="weight of 1 - multi-scale SSIM to the photo")
-    flip_weight: float = Field(
-        1.0, ge=0, le=1e4, description="weight of the FLIP of the change, mean over the face: what a person sees of it"
+    start: float = Field(0.0, ge=0, le=1, description="share of the tuned residual to begin with; 0: from the photo")
+    seen: float = Field(
+        0.45, ge=0, le=1e4, description="weight of what a person sees of the change, JOD lost; 0: nobody looks"
     )
-    flip_target: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="`refine.flip_weight` is only the first one and moves until the change has this FLIP (of colours "
-        "alone, without edges: about 0.6 of the whole); 0: it stays",
+    surroundings: float = Field(
+        0.5, ge=0, le=1, description="how much a place outside the middle of the crop counts in it"
     )
-    visible_weight: float = Field(
-        100.0, ge=0, le=1e5, description="weight of the squared change of what an eye sees: no place may change too much"
-    )
+    hinge: float = Field(1.0, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
     id_lock: float = Field(0.0, ge=0, le=1e3, description="weight of the pull to the fused identity")
-    hinge: float = Field(0.35, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
+    draws: int = Field(1, ge=1, le=64, description="random transformations before the features, at each step")
     diversity: float = Field(1.0, ge=0, le=2, description="strength of random resize and shift before the features")
     blur: bool = Field(True, description="random blur as well (EOT)")
     jpeg_quality: QualityRange = Field(
         (60, 95), description="random JPEG of a quality in this range (1..100) as well (EOT); none: off"
     )
     photo_scale: bool = Field(True, description="the features see the face at the size that it has in the photo")
-    residual_sigma: float = Field(
-        2.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
-    )
+    limit: float = Field(10 / 255, ge=0, le=1, description="largest change of a pixel, in [0, 1] pixel units; 0: none")
     chroma: float = Field(
         0.25, ge=0, le=1, description="share of the change of colour that stays; 0: lightness alone changes"
     )
-    limit: float = Field(0.0, ge=0, le=2, description="largest change of a pixel in [-1, 1] units; 0: none")
+    residual_sigma: float = Field(
+        0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
+    )
 
 
 class InspectConfig(Section):
@@ -316,34 +307,19 @@ class AttackConfig(Section):
 
 
 class StrengthenConfig(Section):
-    """Closed loop: faces that the judge still knows in the photo's file, as saved or after `publish.distortions`, are
-    refined and attacked again, by stronger settings each round."""
+    """Closed loop: each face gets the smallest share of its change at which the judge does not know it in the photo's file,
+    as saved and after `publish.distortions`; where the whole does not hide it, and shows less than `publish.min_jod` allows,
+    it is refined and attacked again."""
 
-    rounds: int = Field(1, ge=0, le=20, description="most rounds of a face; 0: off, the stage is left out")
-    steps: int = Field(60, ge=0, le=10_000, description="refinement steps of a round")
-    hinge_factor: float = Field(1.6, ge=1, le=100, description="`refine.hinge` is multiplied by it each round")
-    margin_step: float = Field(0.1, ge=0, le=2, description="the margins of `refine` fall by it each round, cosine")
-    visible_factor: float = Field(
-        1.2,
-        ge=1,
-        le=100,
-        description="`refine.flip_weight`, `visible_weight`, `l2_weight`, `ssim_weight` are divided by it each round, "
-        "`flip_target` multiplied",
-    )
-    eps_factor: float = Field(
-        1.5, ge=1, le=100, description="`attack.eps` and its step are multiplied by it each round"
-    )
-    max_eps: float = Field(
-        8 / 255,
+    rounds: int = Field(1, ge=0, le=20, description="most rounds of a stronger change; 0: none")
+    steps: int = Field(40, ge=0, le=10_000, description="refinement steps of a round")
+    seen_factor: float = Field(2.0, ge=1, le=100, description="`refine.seen` is divided by it each round")
+    looks: int = Field(
+        4,
         ge=0,
-        le=1,
-        description="up to this bound of the attack, in [0, 1] pixel units; never below `attack.eps`",
-    )
-    min_psnr: float = Field(
-        34.0,
-        ge=0,
-        le=100,
-        description="dB over the face crop before saving; a round that falls below is faded to it, and the face's last",
+        le=16,
+        description="looks at shares of a change after that at the whole, each halving what is left to search; 0 with "
+        "no rounds: the stage is left out",
     )
 
 
@@ -505,14 +481,8 @@ class Config(Section):
             quality = getattr(self, section).jpeg_quality
             if quality is not None and not 1 <= quality[0] <= quality[1] <= 100:
                 raise ValueError(f"{section}.jpeg_quality: LOW,HIGH with 1 <= LOW <= HIGH <= 100, got {quality}")
-        if self.strengthen.rounds:
-            if not self.refines_again and not self.attack.enabled:
-                raise ValueError("strengthen.rounds: neither refinement nor attack is there to be strengthened")
-            if self.strengthen.min_psnr < self.publish.min_psnr:
-                raise ValueError(
-                    f"strengthen.min_psnr: {self.strengthen.min_psnr:g} dB is below publish.min_psnr, "
-                    f"{self.publish.min_psnr:g}: strengthened faces would be weak for their quality"
-                )
+        if self.strengthen.rounds and not self.refines_again and not self.attack.enabled:
+            raise ValueError("strengthen.rounds: neither refinement nor attack is there to be strengthened")
         for name in ("source", "target"):
             if getattr(self.fuse, name) == "random" and self.gallery.search != "exact":
                 raise ValueError(f"fuse.{name}: random needs gallery.search = exact, since indexes find what is similar")
@@ -544,7 +514,7 @@ class Config(Section):
 
     def has_stage(self, stage: str) -> bool:
         """Whether a run makes this stage of ``names.STAGES``: one without anything to do is left out."""
-        return stage != "strengthen" or self.strengthen.rounds > 0
+        return stage != "strengthen" or self.strengthen.rounds > 0 or self.strengthen.looks > 0
 
     @property
     def encoder_trunk(self) -> str:

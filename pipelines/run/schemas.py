@@ -39,8 +39,10 @@ HISTORY = pa.list_(
         ]
     )
 )
-ROUNDS = pa.list_(
-    pa.struct([("round", pa.int32()), ("psnr", pa.float32()), ("ism", pa.float32()), ("ism_worst", pa.float32())])
+LOOKS = pa.list_(
+    pa.struct(
+        [("round", pa.int32()), *((name, pa.float32()) for name in ("share", "psnr", "jod", "ism", "ism_worst"))]
+    )
 )
 _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
     "align": [
@@ -91,15 +93,18 @@ _PAYLOAD: dict[str, list[tuple[str, pa.DataType]]] = {
         ("protected", pa.binary()),
         ("rounds", pa.int32()),
         ("kept", pa.int32()),
+        ("share", pa.float32()),
         ("ended", pa.string()),
         ("psnr", pa.float32()),
         ("psnr_before", pa.float32()),
+        ("jod", pa.float32()),
+        ("jod_before", pa.float32()),
         ("ism", pa.float32()),
         ("ism_worst", pa.float32()),
         ("worst", pa.string()),
         ("ism_before", pa.float32()),
         ("ism_worst_before", pa.float32()),
-        ("history", ROUNDS),
+        ("looks", LOOKS),
     ],
     "publish": [
         ("path", pa.string()),

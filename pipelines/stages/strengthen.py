@@ -1,5 +1,5 @@
-"""Stage ``strengthen``: the closed loop.  The photo is made as it would be published, and the judge looks at its faces;
-those that it still knows go back, are changed more, and are looked at again.
+"""Stage ``strengthen``: the closed loop.  The photo is made as it would be published, and looked at; each face gets the
+smallest change at which the judge does not know it, and none that shows more than it may (``scol_ops.strengthening``).
 
 All faces of a photo go together, since they share a file.  The judge sees the very bytes that ``publish`` writes
 (`saving`), decoded again; nothing of it enters a gradient.  It works on the CPU, as publish's does.
@@ -34,40 +34,34 @@ from pipelines.stages.treatments import Attacker, Refiner, settings_of
 from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
 from scol_ops.refinement import RefineSettings
-from scol_ops.strengthening import (
-    Seen,
-    StrengthenSettings,
-    attack_of,
-    best_round,
-    faded,
-    margins_of,
-    refinement_of,
-    unconfined,
-)  # fmt: skip
+from scol_ops.strengthening import Look, Search, Seen, StrengthenSettings, faded, refinement_of, unconfined
 from scol_ops.tuning import DeadlineExceeded
+from scol_ops.visibility import DISPLAYS, face_jod
 
 # Why a face's loop ended.
-PASSED, ROUNDS, QUALITY, DIVERGED, TIME = "passed", "rounds", "quality", "diverged", "time"
-_FADES = 8  # then a round that is still below is left out
+PASSED, ROUNDS, SIGHT, DIVERGED, TIME = "passed", "rounds", "sight", "diverged", "time"
 _SEED = 0x5000  # apart from the seeds of tune, refine and attack, which are the face's own ^ 0, 1 and 2
 
 
 @dataclass(eq=False)
 class _Attempt:
-    """A picture of a face.
+    """A picture of a face: a share of a round's change.
 
     Attributes:
         number: its round; 0 is what the attack left.
-        picture: (1, 3, S, S), rounded to 8 bits; `png` the same, None of round 0.
+        share: of the round's change.
+        picture: (1, 3, S, S), rounded to 8 bits; `png` the same, None of the whole of round 0.
         psnr: dB over the crop.
-        seen: by the judge, in the latest file that had it; None before.
+        seen, jod: by the judge, and by eye, in the latest file that had it; None before.
     """
 
     number: int
+    share: float
     picture: Tensor
     png: bytes | None
     psnr: float
     seen: Seen | None = None
+    jod: float | None = None
 
 
 @dataclass(eq=False)
@@ -76,10 +70,11 @@ class _Face:
 
     Attributes:
         original: (1, 3, S, S), its crop; `mask`: (1, 1, S, S); `own`: (1, D), by the judge; `place`: in the photo.
-        tried: the pictures, by round.
+        tried: the pictures, in their order.
+        whole: the latest round's picture, of which shares are tried; `search`: among these.
         shown: the one in the latest file; `pixels`: of the file's window.
         rounds: begun so far.
-        ended: why it goes on no more, before its rounds are used up.
+        ended: why no further round is begun, before they are used up.
         seconds: spent on it, with its share of what its photo took.
     """
 
@@ -89,6 +84,8 @@ class _Face:
     own: Tensor
     place: Place
     tried: list[_Attempt]
+    whole: _Attempt
+    search: Search
     shown: _Attempt | None = None
     pixels: np.ndarray | None = None
     rounds: int = 0
@@ -96,10 +93,21 @@ class _Face:
     error: str | None = None
     seconds: float = 0.0
 
-    def attempt(self, number: int, png: bytes) -> _Attempt:
+    def attempt(self, number: int, png: bytes, share: float = 1.0) -> _Attempt:
         picture = decode_png(png)
         quality = psnr(to_uint8(self.original[0]), to_uint8(picture[0]))
-        return _Attempt(number, picture, png if number else None, quality)
+        return _Attempt(number, share, picture, png if number or share < 1 else None, quality)
+
+    def share(self, share: float) -> _Attempt:
+        """A share of the latest round's change."""
+        if share == 1:
+            return self.whole
+        return self.attempt(self.whole.number, encode_png(faded(self.whole.picture, self.original, share)), share)
+
+    @property
+    def known(self) -> bool:
+        """The latest round's whole change does not hide it, and shows less than it may."""
+        return not any(look.hidden for look in self.search.looks) and all(look.unseen for look in self.search.looks)
 
 
 def stage(setting: Setting) -> Stage:
@@ -134,7 +142,7 @@ class _Loop:
         networks = Networks(config)
         self.device = networks.device
         self.judge = Networks(config, torch.device("cpu")).judge
-        self.bars = bars_of(config, self.judge)
+        self.bars, self.min_jod = bars_of(config, self.judge), config.publish.min_jod
         self.settings = settings_of(StrengthenSettings, config.strengthen)
         self.refining = settings_of(RefineSettings, config.refine)
         self.refiner = Refiner(config, networks) if config.refines_again else None
@@ -167,23 +175,35 @@ class _Loop:
             pasting = Pasting(read_unchanged(self.reader, rows[0]), rows, self.config)
             for i, row in enumerate(rows):
                 place = Place(row, pasting.photo.width, pasting.photo.height)
-                own = place.of(pasting.photo).embed(self.judge)
-                face = _Face(row, pasting.originals[i : i + 1], pasting.masks[i : i + 1], own, place, [])
-                face.tried.append(face.attempt(0, row["protected"]))
-                faces.append(face)
-        self._show(pasting, faces, [face.tried[0] for face in faces])
-        for number in range(1, self.settings.rounds + 1):
-            going = [face for face in faces if face.ended is None and face.shown.seen.excess(self.bars) > 0]
-            for face in going:
+                own, original = place.of(pasting.photo).embed(self.judge), pasting.originals[i : i + 1]
+                picture = decode_png(row["protected"])
+                first = _Attempt(0, 1.0, picture, None, psnr(to_uint8(original[0]), to_uint8(picture[0])))
+                search = Search(self.settings.looks)
+                faces.append(_Face(row, original, pasting.masks[i : i + 1], own, place, [], first, search))
+        for number in range(self.settings.rounds + 1):
+            going = [face for face in faces if face.ended is None and (number == 0 or face.known)]
+            for face in going if number else ():
                 self._strengthen(face, number)
                 if face.error is not None:
                     return faces
-            if any(face.tried[-1] is not face.shown for face in faces):
-                self._show(pasting, faces, [face.tried[-1] for face in faces])
-        best = [face.tried[best_round([a.seen for a in face.tried], self.bars)] for face in faces]
+            self._search(pasting, faces, [face for face in going if face.ended is None])
+        best = [face.tried[face.search.found - len(face.search.looks)] for face in faces]
         if any(attempt is not face.shown for face, attempt in zip(faces, best, strict=True)):
             self._show(pasting, faces, best)
         return faces
+
+    def _search(self, pasting: Pasting, faces: list[_Face], going: Sequence[_Face]) -> None:
+        """Find the share of their latest round's change that these faces keep; the others stay as they are shown."""
+        while asked := {face: share for face in going if (share := face.search.next()) is not None}:
+            going = list(asked)
+            with self._photo_time(going):
+                for face, share in asked.items():
+                    face.tried.append(face.share(share))
+            self._show(pasting, faces, [face.tried[-1] if face in asked else face.shown for face in faces])
+            for face in going:
+                last = face.tried[-1]
+                hidden, unseen = last.seen.excess(self.bars) <= 0, last.jod is None or last.jod >= self.min_jod
+                face.search.told(Look(last.share, hidden, unseen))
 
     @contextmanager
     def _photo_time(self, faces: list[_Face]) -> Iterator[None]:
@@ -203,23 +223,20 @@ class _Loop:
                 window = face.place.of(photo)
                 if attempt is not face.shown or not np.array_equal(window.pixels, face.pixels):
                     attempt.seen = look(self.judge, face.own, window, self.config.publish.distortions)
+                    quad = np.array(face.row["align.quad"]).reshape(4, 2)
+                    attempt.jod = face_jod(pasting.photo.pixels, photo.pixels, quad, DISPLAYS[:1])["jod"]
                 face.shown, face.pixels = attempt, window.pixels
 
     def _strengthen(self, face: _Face, number: int) -> None:
-        """A round of one face: another picture, or none and why."""
-        if face.shown.psnr < self.settings.min_psnr:  # as it came: a stronger change would be below as well
-            face.ended = QUALITY
-            return
+        """A round of one face: a stronger change to search in, or none and why."""
         begin, left = time.monotonic(), self.limit - face.seconds
         face.rounds = number
         try:
             if left <= 0:
                 raise DeadlineExceeded(f"before round {number}")
             with face_time(left * 1.1, left):
-                found = face.attempt(number, encode_png(self._stronger(face, number, begin + left)))
-                if found.psnr < self.settings.min_psnr:
-                    face.ended = QUALITY
-                    found = self._faded(face, found)
+                face.whole = face.attempt(number, encode_png(self._stronger(face, number, begin + left)))
+                face.search = Search(self.settings.looks)
         except FloatingPointError:  # the settings of this round are too strong for this face, wherever it is tried
             face.ended = DIVERGED
         except (DeadlineExceeded, ItemTimeout):  # what there is has been judged, and is published
@@ -227,35 +244,20 @@ class _Loop:
         except Exception as error:
             raise_if_unfit(error)
             face.error = reason_of(error)
-        else:
-            if found.psnr >= self.settings.min_psnr:
-                face.tried.append(found)
         face.seconds += time.monotonic() - begin
 
-    def _faded(self, face: _Face, found: _Attempt) -> _Attempt:
-        """So much of a change as the stated quality allows."""
-        least, whole = self.settings.min_psnr, found
-        aim = least
-        for _ in range(_FADES):
-            found = face.attempt(whole.number, encode_png(faded(whole.picture, face.original, whole.psnr, aim)))
-            if found.psnr >= least:
-                break
-            aim += least - found.psnr + 0.01  # rounding to 8 bits undoes the fading of what changes by a few levels
-        return found
-
     def _stronger(self, face: _Face, number: int, deadline: float) -> Tensor:
-        """(1, 3, S, S): from the picture in the latest file on, by this round's settings."""
+        """(1, 3, S, S): from the latest round's picture on, by this round's settings."""
         row = face.row
-        original, mask, picture = (t.to(self.device) for t in (face.original, face.mask, face.shown.picture))
+        original, mask, picture = (t.to(self.device) for t in (face.original, face.mask, face.whole.picture))
         seed = (row["seed"] ^ _SEED) + 2 * number
         if self.refiner is not None:
             start, fused = unconfined(picture, original, mask), row.get("fuse.fused")
-            margins = margins_of(self.settings, self.config.refine.margin_of_each(), number)
+            margins = self.config.refine.margin_of_each()
             refining = refinement_of(self.settings, self.refining, number)
             picture = self.refiner(row, fused, start, original, mask, margins, refining, seed, deadline).picture
         if self.attacker is not None:
-            attacking = attack_of(self.settings, self.attacking, number)
-            picture = self.attacker(row, picture, mask, attacking, seed + 1, deadline)[0].picture
+            picture = self.attacker(row, picture, mask, self.attacking, seed + 1, deadline)[0].picture
         return picture
 
     def _answer(self, face: _Face, broken: bool) -> Row:
@@ -265,22 +267,28 @@ class _Loop:
         if broken:  # another face failed, so the photo is not published
             return row
         first, last = face.tried[0], face.shown
+        passed = last.seen.excess(self.bars) <= 0 and (last.jod is None or last.jod >= self.min_jod)
         return row | {
             "protected": last.png,
             "rounds": face.rounds,
             "kept": last.number,
-            "ended": PASSED if last.seen.excess(self.bars) <= 0 else face.ended or ROUNDS,
+            "share": last.share,
+            "ended": PASSED if passed else face.ended or (ROUNDS if face.known else SIGHT),
             "psnr": last.psnr,
             "psnr_before": first.psnr,
+            "jod": last.jod,
+            "jod_before": first.jod,
             "ism": last.seen.saved,
             "ism_worst": last.seen.cosines[last.seen.worst],
             "worst": last.seen.worst,
             "ism_before": first.seen.saved,
             "ism_worst_before": first.seen.cosines[first.seen.worst],
-            "history": [
+            "looks": [
                 {
                     "round": attempt.number,
+                    "share": attempt.share,
                     "psnr": attempt.psnr,
+                    "jod": attempt.jod,
                     "ism": attempt.seen.saved,
                     "ism_worst": attempt.seen.cosines[attempt.seen.worst],
                 }
