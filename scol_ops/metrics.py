@@ -41,7 +41,7 @@ def to_uint8(pictures: Tensor) -> NDArray[np.uint8]:
     return levels.movedim(-3, -1).cpu().numpy()
 
 
-def _check_pair(reference: NDArray, test: NDArray, mask: NDArray | None) -> NDArray[np.bool_]:
+def check_pair(reference: NDArray, test: NDArray, mask: NDArray | None = None) -> NDArray[np.bool_]:
     """The mask, all true where there is none; raises ValueError for anything but two pictures of one size."""
     for picture in (reference, test):
         if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8:
@@ -73,7 +73,7 @@ def psnr(reference: NDArray[np.uint8], test: NDArray[np.uint8], mask: NDArray[np
     Raises:
         ValueError: wrong types or shapes, empty mask.
     """
-    mask = _check_pair(reference, test, mask)
+    mask = check_pair(reference, test, mask)
     error = (reference.astype(np.int32) - test.astype(np.int32))[mask]
     squared = float(np.mean(error * error, dtype=np.float64))
     return math.inf if squared == 0 else 10 * math.log10(255**2 / squared)
@@ -95,7 +95,7 @@ def ssim(reference: NDArray[np.uint8], test: NDArray[np.uint8], mask: NDArray[np
     Raises:
         ValueError: wrong types or shapes, smaller than a window, no window's centre in the mask.
     """
-    mask = _check_pair(reference, test, mask)
+    mask = check_pair(reference, test, mask)
     if min(mask.shape) < _SSIM_WINDOW:
         raise ValueError(f"SSIM needs {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, got {mask.shape[0]} x {mask.shape[1]}")
     _, full = structural_similarity(
@@ -131,7 +131,7 @@ def flip(
     Raises:
         ValueError: wrong types or shapes, empty mask, pixels_per_degree not positive.
     """
-    mask = _check_pair(reference, test, mask)
+    mask = check_pair(reference, test, mask)
     return float(flip_map(reference, test, pixels_per_degree)[mask].mean(dtype=np.float64))
 
 
@@ -139,7 +139,7 @@ def flip_map(
     reference: NDArray[np.uint8], test: NDArray[np.uint8], pixels_per_degree: float = 67.02
 ) -> NDArray[np.float32]:
     """LDR-FLIP of each pixel, (H, W), 0 to 1; arguments, source and errors as those of ``flip``."""
-    _check_pair(reference, test, None)
+    check_pair(reference, test, None)
     if not (math.isfinite(pixels_per_degree) and pixels_per_degree > 0):
         raise ValueError(f"pixels_per_degree must be positive, got {pixels_per_degree}")
     error, _, _ = flip_evaluator.evaluate(
@@ -170,7 +170,7 @@ def photo_difference(reference: NDArray[np.uint8], test: NDArray[np.uint8], stri
     Raises:
         ValueError: wrong types or shapes, smaller than 11 x 11.
     """
-    _check_pair(reference, test, None)
+    check_pair(reference, test, None)
     height, width = reference.shape[:2]
     squares = changes = 0
     largest = 0
