@@ -33,6 +33,7 @@ from pipelines.evaluate.pairs import OK
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import PhotoError
 from pipelines.report import html
+from pipelines.report.windows import window_of
 from pipelines.run.folder import Run
 from pipelines.run.text import utc
 from scol_ops.alignment import ffhq_quads
@@ -41,8 +42,7 @@ VERSION = 1  # of the key and of the answers
 PAGE, KEY = "viewer.html", "viewer-key.json"
 LEFT, RIGHT, BOTH = "left", "right", "both"  # where the original stands
 MOST_PAIRS, MOST_UNALTERED = 200, 0.9
-WINDOW = 0.8  # side of what is shown, as a share of the FFHQ crop's
-LARGEST = 640  # px; of a larger window its middle is shown, so that two of them fit a screen
+WINDOW = 0.8  # side of what is shown, as a share of the FFHQ crop's: the whole head
 _SPARE = 4  # candidates a pair: photos may have gone, faces may be unchanged
 _COLUMNS = ("face_id", "person_id", "status", "same_size", "same_bytes", "url", "protected_url", "landmarks")
 
@@ -95,27 +95,8 @@ def _hash(*fields: object, size: int = 8) -> str:
 # ---- windows ---------------------------------------------------------------------------------------------------------
 
 
-def window_of(landmarks: NDArray[np.float64], width: int, height: int) -> tuple[int, int, int, int]:
-    """The square about a face's FFHQ crop's middle that is shown, cut to the photo: (left, top, right, bottom), pixels.
-
-    Args:
-        landmarks: (5, 2), pixel centres at whole numbers. width, height: of the photo.
-
-    Returns:
-        right and bottom are the first column and row that are no longer shown; an empty window where the face lies
-        outside the photo.
-    """
-    quad = ffhq_quads(torch.from_numpy(landmarks)[None])[0].numpy()
-    middle, side = quad.mean(0) + 0.5, float(np.linalg.norm(quad[1] - quad[0]))
-    side = max(1, round(min(WINDOW * side, LARGEST)))
-    left, top = (round(float(v) - side / 2) for v in middle)
-    low = [min(max(v, 0), end) for v, end in ((left, width), (top, height))]
-    high = [min(max(v + side, 0), end) for v, end in ((left, width), (top, height))]
-    return low[0], low[1], high[0], high[1]
-
-
 def read_face(row: Mapping[str, Any]) -> Shown | None:
-    """A face's two windows; None where a photo has gone, or the face is the same in both."""
+    """A face's two windows; None where a photo has gone, or the face is the same in both or lies beside the photo."""
     try:
         data = read_bytes(row["protected_url"])
         one, two = decode(read_bytes(row["url"])).pixels, decode(data).pixels
@@ -123,10 +104,13 @@ def read_face(row: Mapping[str, Any]) -> Shown | None:
         return None
     if one.shape != two.shape:
         return None
-    landmarks = np.array(row["landmarks"], np.float64).reshape(5, 2)
-    left, top, right, bottom = window_of(landmarks, one.shape[1], one.shape[0])
+    landmarks = torch.tensor(row["landmarks"], dtype=torch.float64).reshape(1, 5, 2)
+    try:
+        left, top, right, bottom = window_of(ffhq_quads(landmarks)[0].numpy(), one.shape[1], one.shape[0], WINDOW)
+    except ValueError:
+        return None
     before, after = (np.ascontiguousarray(p[top:bottom, left:right]) for p in (one, two))
-    if not before.size or np.array_equal(before, after):
+    if np.array_equal(before, after):
         return None
     return Shown(row, before, after, digest_of(data))
 

@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipelines.report.charts import number
-from pipelines.report.pictures import AMPLIFICATION, PICTURE_SIDE
+from pipelines.report.pictures import AMPLIFICATION, HEAT_TOP, PICTURE_SIDE, heat_scale
 
 # Written out so that a name can neither hide a part of itself nor reverse the line that it stands in.
 _SPELLED = {c: f"\\u{c:04x}" for c in (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F),
@@ -42,6 +42,7 @@ def _environment() -> jinja2.Environment:
         del environment.filters[name]
     environment.filters |= {"number": number, "whole": "{:,}".format}
     environment.globals |= {"amplification": AMPLIFICATION, "picture_side": PICTURE_SIDE}
+    environment.globals |= {"heat_top": HEAT_TOP, "heat_scale": heat_scale()}
     return environment
 
 

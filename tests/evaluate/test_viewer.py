@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -21,7 +22,9 @@ from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.statistics import wilson
 from pipelines.evaluate.viewer import BOTH, LEFT, RIGHT, Draw
 from pipelines.report import html
+from pipelines.report.windows import LARGEST, window_of
 from pipelines.run.folder import Run
+from scol_ops.alignment import ffhq_quads
 from tests.helpers.browser import CHROMIUM, Browser
 
 LANDMARKS = np.array([[80, 80], [120, 80], [100, 105], [85, 125], [115, 125]], np.float32)
@@ -123,16 +126,21 @@ def test_draws_that_cannot_be(pairs, unaltered):
         Draw(pairs, unaltered)
 
 
+def window(landmarks: np.ndarray = LANDMARKS, side: int = SIDE) -> tuple[int, int, int, int]:
+    quad = ffhq_quads(torch.from_numpy(landmarks.astype(np.float64))[None])[0].numpy()
+    return window_of(quad, side, side, viewer.WINDOW)
+
+
 def test_the_window_is_the_middle_of_the_crop_in_whole_pixels():
-    left, top, right, bottom = viewer.window_of(LANDMARKS.astype(float), SIDE, SIDE)
-    assert right - left == bottom - top and all(isinstance(v, int) for v in (left, top, right, bottom))
+    left, top, right, bottom = window()
+    assert abs(right - left - bottom + top) <= 1 and all(isinstance(v, int) for v in (left, top, right, bottom))
     assert left < 75 and right > 125 and top < 75 and bottom > 130  # the face is in it
-    moved = viewer.window_of(LANDMARKS.astype(float) - [75, 0], SIDE, SIDE)
+    moved = window(LANDMARKS - [75, 0])
     assert moved[0] == 0 and moved[2] < right - 60  # cut at the photo's edge
-    beside = viewer.window_of(LANDMARKS.astype(float) + [5000, 0], SIDE, SIDE)
-    assert beside[0] == beside[2]
-    huge = viewer.window_of(LANDMARKS.astype(float) * 20, 20 * SIDE, 20 * SIDE)
-    assert huge[2] - huge[0] == huge[3] - huge[1] == viewer.LARGEST
+    with pytest.raises(ValueError, match="outside the photo"):
+        window(LANDMARKS + [5000, 0])
+    huge = window(LANDMARKS * 20, 20 * SIDE)
+    assert LARGEST - 2 <= min(huge[2] - huge[0], huge[3] - huge[1]) <= max(huge[2] - huge[0], huge[3] - huge[1]) <= LARGEST
 
 
 def test_the_page_shows_the_photos_own_pixels(run):
@@ -143,7 +151,7 @@ def test_the_page_shows_the_photos_own_pixels(run):
     assert list(shown) == [p["id"] for p in key["pairs"]] and len(shown) == 20
     for pair in key["pairs"]:
         i = int(pair["face_id"][:16], 16)
-        left, top, right, bottom = viewer.window_of(LANDMARKS.astype(float), SIDE, SIDE)
+        left, top, right, bottom = window()
         one, two = (p[top:bottom, left:right] for p in (picture(i), altered(i)))
         expected = {LEFT: (one, two), RIGHT: (two, one), BOTH: (one, one)}[pair["original"]]
         assert all(np.array_equal(a, b) for a, b in zip(shown[pair["id"]], expected, strict=True))
