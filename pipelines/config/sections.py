@@ -36,6 +36,7 @@ _OMITTED_AT_DEFAULT: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("refine", "chroma", 1, ("chroma",)),
     ("attack", "momentum", 0, ("momentum",)),
     ("attack", "translation_sigma", 0, ("translation_sigma",)),
+    ("publish", "min_jod", 0, ("min_jod",)),
 )
 # What the closed loop goes by, of the section publish.
 _LOOKED_AT = ("judge", "max_ism", "max_ism_distorted", "distortions")
@@ -371,6 +372,13 @@ class PublishConfig(Section):
         None, ge=-1, le=1, description="the bar after `publish.distortions`; none: the same as of the file as saved"
     )
     min_psnr: float = Field(0.0, ge=0, le=100, description="weak below this PSNR over the face crop, dB; 0: no limit")
+    min_jod: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="weak below this JOD of the face window (10: no difference is seen, 9: three of four viewers tell "
+        "both apart); 0: no limit",
+    )
     on_fail: Literal["skip", "copy"] = Field(
         "skip", description="a photo with a failed face: leave it out, or copy it unprotected"
     )

@@ -28,7 +28,7 @@ from pipelines.run.logs import JsonLog
 from pipelines.run.observe import Observer
 from pipelines.run.presence import Presence
 from pipelines.run.schemas import LIGHT
-from pipelines.run.summary import summary
+from pipelines.run.summary import MEASURES, summary
 from pipelines.run.text import utc
 from pipelines.run.text_tables import aligned, number
 from pipelines.stages.declaration import Setting
@@ -263,7 +263,8 @@ def _totals(run: Run, done: RunSummary) -> tuple[dict[str, Any], bool]:
     plan = run.sha256("plan.parquet")
     if run.has("summary.json") and run.has("report.html") and not any(s.done for s in done.stages.values()):
         before = run.read_json("summary.json")
-        if before.get("plan") == plan and not before["interrupted"]:
+        # One that an older version wrote may lack measures.
+        if before.get("plan") == plan and not before["interrupted"] and before.keys() >= {*MEASURES}:
             return before, True
     for stage in STAGES:
         read_digest(run.store, stage, ["key"], LIGHT[stage], save=True)
@@ -294,8 +295,11 @@ def table_of(result: dict[str, Any]) -> str:
         *([("faces strengthened", again["faces"]), ("  in rounds", again["rounds"])] if again else []),
         ("without a face (copied)", result["no_face"]),
         ("failed", result["error"]),
-        ("PSNR of the face crop, dB", number(result["psnr"], 2)),
-        ("SSIM of the face crop", number(result["ssim"], 3)),
+        ("JOD of the face (10: equal)", number(result["jod"], 2)),
+        ("  5 % of the faces below", number((result["spread"]["jod"] or {}).get("p5"), 2)),
+        ("PSNR of the face, dB", number(result["face_psnr"], 2)),
+        ("SSIM of the face", number(result["face_ssim"], 3)),
+        ("FLIP of the face", number(result["flip"], 3)),
         (f"ISM by {result['judge'] or 'the judge'}", number(result["ism"], 3)),
         ("seconds a face (all stages)", number(result.get("seconds_per_face"), 1)),
         ("seconds in all", number(result.get("seconds"), 1)),

@@ -13,6 +13,9 @@ from pipelines.run.schemas import SOURCE
 from pipelines.run.summary import summary
 from pipelines.run.tables import read_stage
 from pipelines.run.text import duration
+from pipelines.run.text_tables import number
+
+_MEASURES = ("jod", "face_psnr", "face_ssim", "flip", "psnr", "ssim")  # of `summary`
 
 
 def status(url: str) -> dict[str, Any]:
@@ -41,7 +44,8 @@ def status(url: str) -> dict[str, Any]:
         "faces": len(faces) - faces.null_count,
         "stages": stages,
         "drivers": drivers,
-        **{word: totals[word] for word in (*words, "psnr", "ssim", "ism", "judge")},
+        **{word: totals[word] for word in (*words, *_MEASURES, "ism", "judge")},
+        "jod_p5": (totals["spread"]["jod"] or {}).get("p5"),
     }
 
 
@@ -67,6 +71,11 @@ def status_lines(found: dict[str, Any]) -> list[str]:
         text = ", ".join(pools) or "none yet"
         lines.append(f"workers  {text}" + (f"; {driver['restarts']} replaced" if driver.get("restarts") else ""))
     lines += [f"{word:8} {found[word]:>7}" for word in ("ok", "weak", "no_face", "error", "pending")]
+    if found.get("jod") is not None:
+        lines.append(
+            f"faces so far  JOD {found['jod']:.2f}, 5 % below {found['jod_p5']:.2f}; over the face PSNR "
+            f"{number(found['face_psnr'])} dB, SSIM {number(found['face_ssim'], 3)}, FLIP {number(found['flip'], 3)}"
+        )
     for driver in living:
         for row in driver.get("last_errors", [])[-5:]:
             lines.append(f"last error  {row['failed_stage']}  {row['face_id'] or row['photo_id']}: {row['reason']}")

@@ -22,14 +22,13 @@ from pipelines.report.run_faces import FacePictures, read_pictures
 from pipelines.run.errors import errors
 from pipelines.run.folder import Run, RunError
 from pipelines.run.schemas import ERROR, NO_FACE, OK, WEAK
-from pipelines.run.summary import summary
+from pipelines.run.summary import MEASURES, summary
 from pipelines.run.tables import as_run, read_photos, read_stage
 
 SAMPLE = 24  # faces shown of those that are well protected
 WEAK_SHOWN = 60  # weak faces shown with pictures; the rest by name
 PICTURE_BYTES = 9_000_000  # most base64 characters of pictures in a report
-_MEASURES = ("psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg", "ism_worst")
-_FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "path", "judge", "max_ism", *_MEASURES]
+_FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "path", "judge", "max_ism", *MEASURES]
 Row = Mapping[str, Any]
 
 
@@ -81,10 +80,13 @@ def _histograms(faces: Sequence[Row], totals: Row) -> list[Histogram]:
     judge = f" by {totals['judge']}" if totals["judge"] else ""
     lower = "ISM, cosine (lower: better protected)"
     charts = {
+        "jod": ("JOD of the face window", "JOD (10: no difference; higher: less visible)"),
+        "face_psnr": ("PSNR of the face", "PSNR, dB (higher: less visible)"),
+        "face_ssim": ("SSIM of the face", "SSIM (higher: less visible)"),
         "psnr": ("PSNR of the face crop", "PSNR, dB (higher: less visible)"),
         "ism": (f"ISM{judge}", lower, marks),
         "ism_jpeg": (f"ISM{judge}, after JPEG 75 and half size", lower, marks),
-        "flip": ("FLIP", "FLIP, 0 to 1 (lower: less visible)"),
+        "flip": ("FLIP of the face", "FLIP, 0 to 1 (lower: less visible)"),
     }
     columns = {name: [r[name] for r in done] for name in charts}
     shown = [name for name in charts if name in ("psnr", "ism") or any(v is not None for v in columns[name])]
@@ -110,9 +112,11 @@ def _tiles(t: Row) -> list[Tile]:
         Tile("faces weak", "–" if t["weak_share"] is None else f"{100 * t['weak_share']:.1f} %",
              WEAK if t["weak_share"] else ""),
         *strengthened,
-        Tile("PSNR of the face crop, mean", number(t["psnr"], 2, "dB")),
-        Tile("SSIM of the face crop, mean", number(t["ssim"], 3)),
-        Tile("FLIP, mean", number(t["flip"], 3)),
+        Tile("JOD of the face window, mean", number(t["jod"], 2)),
+        Tile("JOD, 5 % of the faces below", number((t["spread"]["jod"] or {}).get("p5"), 2)),
+        Tile("PSNR of the face, mean", number(t["face_psnr"], 2, "dB")),
+        Tile("SSIM of the face, mean", number(t["face_ssim"], 3)),
+        Tile("FLIP of the face, mean", number(t["flip"], 3)),
         Tile("ISM, mean", number(t["ism"], 3)),
         Tile("work a face, all stages",
              number(work / t["faces"], 1, "s") if t["faces"] and work and not t["pending"] else "–"),
@@ -148,7 +152,7 @@ def _figure(row: Row, pictures: FacePictures | None, budget: Budget) -> FaceFigu
         return None
     who = _face_words(row)
     shown = triple((pictures.original, pictures.protected, difference), who, budget)
-    words = f"PSNR {number(row['psnr'], 1, 'dB')} · SSIM {number(row['ssim'], 3)} · ISM {number(row['ism'], 3)}"
+    words = f"JOD {number(row['jod'], 2)} · PSNR {number(row['psnr'], 1, 'dB')} · ISM {number(row['ism'], 3)}"
     if not pictures.saved:
         words += " (before saving: the saved file could not be read)"
     return FaceFigure(who, words, shown, row["status"], row["reason"] or "") if shown else None

@@ -58,6 +58,7 @@ def versions() -> dict[str, str | None]:
         "faiss-cpu",
         "scikit-image",
         "flip-evaluator",
+        "cvvdp",
         "facenet-pytorch",
         "random-face",
         "lpips",

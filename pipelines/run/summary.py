@@ -7,12 +7,16 @@ import statistics
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.run.folder import Run, stages_of
 from pipelines.run.schemas import ERROR, OK, STATUSES, WEAK
 from pipelines.run.tables import as_run, read_photos, read_stage
+
+# Columns of `publish`: their means and distributions are told.
+MEASURES = ("psnr", "ssim", "flip", "face_psnr", "face_ssim", "jod", "jod_4k", "ism", "ism_jpeg", "ism_worst")
 
 
 def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
@@ -25,6 +29,8 @@ def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
         "median": round(statistics.median(values), 4),
         "min": round(min(values), 4),
         "max": round(max(values), 4),
+        "p5": round(float(np.quantile(values, 0.05)), 4),
+        "p95": round(float(np.quantile(values, 0.95)), 4),
     }
 
 
@@ -44,14 +50,14 @@ def summary(run: Run | str) -> dict[str, Any]:
     """Totals of a run as they stand, from the manifests; see docs/manifests.md (`summary.json`).
 
     `faces` counts faces; `ok`, `weak`, `no_face`, `error`, `pending` count photos by their worst face.  `psnr`, `ssim`,
-    `flip`, `ism` are means over the faces that were published protected, `spread` has their distribution.
+    `flip`, `face_psnr`, `face_ssim`, `jod`, `jod_4k`, `ism`, `ism_jpeg`, `ism_worst` are means over the faces that were
+    published protected, `spread` has their distribution; null where no row has the measure.
     """
     run = as_run(run)
     photos = read_photos(run)
     counts = Counter(photos["status"].to_pylist())
     actions = Counter(photos["action"].to_pylist())
-    measures = ["psnr", "ssim", "flip", "face_psnr", "ism", "ism_jpeg", "ism_worst"]
-    faces = read_stage(run, "publish", ["face_id", "status", "reason", "judge", "max_ism", *measures])
+    faces = read_stage(run, "publish", ["face_id", "status", "reason", "judge", "max_ism", *MEASURES])
     face_counts = Counter(
         s for s, f in zip(faces["status"].to_pylist(), faces["face_id"].to_pylist(), strict=True) if f
     )
@@ -62,7 +68,7 @@ def summary(run: Run | str) -> dict[str, Any]:
         column = read_stage(run, stage, ["seconds"])["seconds"]
         seconds[stage] = round(float(pc.sum(column).as_py() or 0.0), 3)
     judged = face_counts[OK] + face_counts[WEAK]
-    spreads = {name: _statistics(faces[name]) for name in measures}
+    spreads = {name: _statistics(faces[name]) for name in MEASURES}
     judges = {j for j in faces["judge"].to_pylist() if j}
     limits = {round(m, 4) for m in faces["max_ism"].to_pylist() if m is not None}
     return {

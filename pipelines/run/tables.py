@@ -19,7 +19,8 @@ def as_run(run: Run | str) -> Run:
 
 
 def read_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Rows of a stage that count now, in the order of paths; photos that have not come so far have none.
+    """Rows of a stage that count now, in the order of paths; photos that have not come so far have none. Columns that
+    parts of an older version lack are null.
 
     Raises:
         RunError: not a run's folder, or an unknown stage.
@@ -30,7 +31,7 @@ def read_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None)
         raise RunError(f"no stage {stage!r}; there are {', '.join(SCHEMAS)}")
     keys = run.plan([stage])[stage]
     if columns is None or not set(columns) <= set(LIGHT[stage].names):
-        return run.store.read_rows(stage, keys.to_pylist(), columns, schema=SCHEMAS[stage])
+        return run.store.read_rows(stage, keys.to_pylist(), columns, schema=SCHEMAS[stage], later=SCHEMAS[stage])
     return in_order(read_digest(run.store, stage, list(dict.fromkeys(["key", *columns])), LIGHT[stage]), keys, stage).select(
         list(columns)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,7 @@ from scol_ops.distortions import NONE
 from scol_ops.metrics import flip, psnr, ssim, to_uint8
 from scol_ops.paste import face_mask
 from scol_ops.strengthening import Seen
+from scol_ops.visibility import face_window, jod
 
 _JPEG = "jpeg75+half"  # of the column `ism_jpeg`, whatever `publish.distortions` says
 
@@ -158,6 +160,8 @@ class _Publisher:
         for name, network in self.others.items():
             found[f"ism_{name}"] = look(network, one.embed(network), two, ()).saved
         reason = reason_of_weakness(judge, counted, self.bars, publish.judge_distorted)
+        if reason is None and found["jod"] is not None and found["jod"] < publish.min_jod:
+            reason = f"WEAK_LOOK: JOD {found['jod']:.2f} of the face window, below {publish.min_jod:g}"
         if reason is None and found["psnr"] < publish.min_psnr:
             reason = f"WEAK_QUALITY: {found['psnr']:.1f} dB over the face crop, below {publish.min_psnr:.1f}"
         if reason is None:
@@ -165,7 +169,7 @@ class _Publisher:
         return found | {"status": WEAK, "reason": reason, "failed_stage": "publish"}
 
     def _measured(self, row: Row, photo: Photo, saved: Photo) -> Row:
-        """What changed in a face's crop."""
+        """What changed in a face's crop, and what of it a viewer of the photo sees."""
         size = self.config.crop_size
         quad = torch.from_numpy(np.array(row["align.quad"]).reshape(1, 4, 2))
         before, after = (to_uint8(align_crops(p.pixels, quad, size)[0]) for p in (photo, saved))
@@ -176,4 +180,16 @@ class _Publisher:
             "ssim": ssim(before, after),
             "flip": flip(before, after, face),
             "face_psnr": psnr(before, after, face),
+            "face_ssim": ssim(before, after, face),
+            **_looks(row["align.quad"], photo, saved),
         }
+
+
+def _looks(quad: Sequence[float], photo: Photo, saved: Photo) -> Row:
+    """JOD of a face's window, at the photo's own pixels; null where the window lies beside the photo."""
+    try:
+        left, top, right, bottom = face_window(quad, photo.width, photo.height)
+    except ValueError:
+        return {"jod": None, "jod_4k": None}
+    before, after = (np.ascontiguousarray(p.pixels[top:bottom, left:right]) for p in (photo, saved))
+    return {"jod": jod(before, after), "jod_4k": jod(before, after, "standard_4k")}

@@ -115,8 +115,11 @@ def result(**more) -> dict:
         "no_face": 0,
         "error": 1,
         "pending": 0,
-        "psnr": 33.456,
-        "ssim": None,
+        "jod": 9.236,
+        "face_psnr": 33.456,
+        "face_ssim": None,
+        "flip": 0.0321,
+        "spread": {"jod": {"p5": 8.714}},
         "judge": "faceres",
         "ism": 0.25,
         "seconds_per_face": 41.04,
@@ -128,9 +131,11 @@ def result(**more) -> dict:
 def test_table_has_a_line_for_everything_that_counts() -> None:
     rows = {line[:28].strip(): line[28:].strip() for line in table_of(result()).splitlines()}
     assert rows["photos"] == "3" and rows["photos protected"] == "2" and rows["of them weak"] == "1"
-    assert (
-        rows["failed"] == "1" and rows["PSNR of the face crop, dB"] == "33.46" and rows["SSIM of the face crop"] == "-"
-    )
+    assert rows["failed"] == "1" and rows["PSNR of the face, dB"] == "33.46" and rows["SSIM of the face"] == "-"
+    assert rows["JOD of the face (10: equal)"] == "9.24" and rows["5 % of the faces below"] == "8.71"
+    assert rows["FLIP of the face"] == "0.032"
+    older = {line[:28].strip(): line[28:].strip() for line in table_of(result(jod=None, spread={"jod": None})).splitlines()}
+    assert older["JOD of the face (10: equal)"] == older["5 % of the faces below"] == "-"
     assert rows["faces weak, %"] == "50.0" and "faces strengthened" not in rows
     again = {"judged": 2, "faces": 1, "rounds": 3, "ended": {"rounds": 1}}
     rows = {line[:28].strip(): line[28:].strip() for line in table_of(result(strengthened=again)).splitlines()}

@@ -77,6 +77,7 @@ def make_run(folder: Path, photos: list[dict], run_json: bool = True) -> Run:
                                             "ended": "passed" if i % 3 < 2 else "rounds"},
                              "publish": {"path": item["path"], "out_path": item["path"], "action": "protected",
                                          "psnr": 30 + i % 7 / 2, "ssim": 0.95, "flip": 0.1, "face_psnr": 28.0,
+                                         "face_ssim": 0.94, "jod": 9.0 + i % 10 / 10, "jod_4k": 9.5,
                                          "judge": "faceres", "max_ism": 0.545,
                                          "ism": 0.3 + i % 5 / 50 + (0.4 if status == "weak" else 0)}}
                     row |= value.get(stage, {})
@@ -174,6 +175,8 @@ def test_counts_and_banner(mixed):
     assert (tiles["photos"], tiles["faces"]) == ("78", "52")
     assert (tiles["photos protected"], tiles["photos weak"], tiles["photos failed"]) == ("40", "5", "32")
     assert tiles["photos without a face"] == "1" and tiles["photos not reached"] == "0"
+    assert 9 < float(tiles["JOD of the face window, mean"]) < 10 and tiles["SSIM of the face, mean"] == "0.940"
+    assert 9 <= float(tiles["JOD, 5 % of the faces below"]) < float(tiles["JOD of the face window, mean"])
     # 51 faces have a verdict, 5 of them weak; the made-up loop sent two of three back
     strengthened = [row["rounds"] for row in read_stage(mixed[0], "strengthen").to_pylist() if row["status"] == "ok"]
     again = [rounds for rounds in strengthened if rounds]

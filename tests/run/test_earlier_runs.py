@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipelines.cli.main import main
+from pipelines.run.tables import read_stage
 
 PLACE = Path("/tmp/scol-run-of-8f165d5")
 SETTINGS = ("gallery.synthetic=12", "tune.steps=1", "refine.steps=1", "attack.steps=1", "invert.refine_steps=1")
@@ -51,11 +52,16 @@ def test_it_goes_on_without_redoing_a_face(place: Path) -> None:
         ("source", "align", "invert", "fuse", "tune", "attack", "publish"), 0
     )
     assert (result["photos"], result["faces"], result["published"], result["error"]) == (3, 1, 1, 1)
+    # Columns that are younger than its rows are null, beside older ones too.
+    assert result["psnr"] > 10 and (result["jod"], result["face_ssim"], result["spread"]["jod"]) == (None, None, None)
+    old = read_stage(f"{PLACE}/out.run", "publish", ["path", "jod", "distorted"]).to_pylist()
+    assert len(old) == 3 and all(row["jod"] is None for row in old)
 
     # Publishing again needs rows of `align` that an earlier version wrote, without its later columns.
     (place / "out" / "person.jpg").unlink()
     result = protect()
     done = {name: stage["done"] for name, stage in result["engine"]["stages"].items()}
     assert done.pop("publish") == 1 and not any(done.values())
+    assert 0 < result["jod"] < 10 and result["spread"]["jod"]["n"] == 1 and result["face_ssim"] < 1
     again = (place / "out" / "person.jpg").read_bytes()
     assert hashlib.sha256(again).digest() == hashlib.sha256(output).digest()

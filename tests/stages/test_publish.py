@@ -12,21 +12,24 @@ from PIL import Image
 
 from pipelines.archive.listing import list_source, source_table
 from pipelines.config.load import load_config
+from pipelines.stages.crops import decode_png, encode_png, to_tensor
 from pipelines.stages.declaration import Setting, load
 from pipelines.stages.publish import stage
 from pipelines.stages.rows import error_rows
+from scol_ops.metrics import to_uint8
+from scol_ops.visibility import face_window, jod
 
 SETTINGS = ["engine.device=cpu", "publish.distortions=half", "strengthen.rounds=0"]
 
 
-def published(aligned: pa.Table, source: pa.Table, out: Path, *sets: str) -> list[dict]:
-    """What ``publish`` says of the rows of ``align``, whose crops stand for protected faces."""
+def published(aligned: pa.Table, source: pa.Table, out: Path, *sets: str, protected: pa.Array | None = None) -> list[dict]:
+    """What ``publish`` says of the rows of ``align``, whose crops stand for protected faces unless others are given."""
     config = load_config("quick", sets=[*SETTINGS, *sets])
     weights = dict.fromkeys(("publish",), "w")
     wanted = stage(Setting(config, weights, out=str(out)))
     assert {"content", "crop", "width", "height"} <= set(wanted.joins["align"])
     rows = aligned.select(["key", "photo_id", "face_id", "status", "reason", "failed_stage", "seed"])
-    rows = rows.append_column("protected", aligned["crop"])
+    rows = rows.append_column("protected", aligned["crop"] if protected is None else protected)
     for name in wanted.joins["align"]:
         rows = rows.append_column(f"align.{name}", aligned[name])
     for name in ("url", "path"):
@@ -99,3 +102,55 @@ def test_rows_of_before_the_digest_are_published(photo, tmp_path: Path) -> None:
     Image.fromarray(np.zeros((50, 60, 3), np.uint8)).save(path)
     (row,) = published(older, source, tmp_path / "out")
     assert row["reason"].startswith("CHANGED: ")
+
+
+def striped(aligned: pa.Table, levels: int) -> pa.Array:
+    """The crops of the rows of ``align``, with stripes of a few levels all over."""
+    found = []
+    for crop in aligned["crop"].to_pylist():
+        pixels = to_uint8(decode_png(crop)[0])
+        stripes = (np.arange(len(pixels)) // 8 % 2 * 2 - 1)[:, None, None] * levels
+        found.append(encode_png(to_tensor((pixels.astype(int) + stripes).clip(0, 255).astype(np.uint8))))
+    return pa.array(found, pa.binary())
+
+
+def test_a_face_is_measured_as_it_is_seen(photo, tmp_path: Path) -> None:
+    """JOD of the face's window in the photo and the file, by the columns' own definition; the more shows, the lower."""
+    path, source, aligned = photo(100)
+    rows = [published(aligned, source, tmp_path / "out", protected=striped(aligned, n))[0] for n in (2, 6, 18)]
+    for row in rows:
+        assert row["status"] in ("ok", "weak") and row["action"] == "protected"
+    jods = [row["jod"] for row in rows]
+    assert 9.99 > jods[0] > jods[1] > jods[2] > 0 and all(row["jod_4k"] > row["jod"] - 0.5 for row in rows)
+    assert rows[0]["face_ssim"] > rows[1]["face_ssim"] > rows[2]["face_ssim"] > 0
+    before, after = (np.array(Image.open(p)) for p in (path, tmp_path / "out" / "a.bmp"))
+    left, top, right, bottom = face_window(aligned["quad"][0].as_py(), before.shape[1], before.shape[0])
+    window = [np.ascontiguousarray(p[top:bottom, left:right]) for p in (before, after)]
+    assert rows[2]["jod"] == pytest.approx(jod(*window)) and rows[2]["jod_4k"] == pytest.approx(jod(*window, "standard_4k"))
+    assert rows[2]["jod"] < jod(before, after) - 0.3  # what lies beside the face does not flatter it
+
+
+def test_a_face_that_shows_its_change_is_weak(photo, tmp_path: Path) -> None:
+    _, source, aligned = photo(100)
+    face = {"protected": striped(aligned, 12)}
+    bars = ("publish.max_ism=1", "publish.max_ism_distorted=1")  # the identity passes
+    (free,) = published(aligned, source, tmp_path / "out", *bars, **face)
+    assert free["status"] == "ok" and 2 < free["jod"] < 9.9
+    (well,) = published(aligned, source, tmp_path / "out", *bars, f"publish.min_jod={free['jod'] - 0.01}", **face)
+    assert well["status"] == "ok"
+    (weak,) = published(aligned, source, tmp_path / "out", *bars, "publish.min_jod=9.9", "publish.min_psnr=90", **face)
+    assert (weak["status"], weak["failed_stage"], weak["action"]) == ("weak", "publish", "protected")
+    assert weak["reason"] == f"WEAK_LOOK: JOD {free['jod']:.2f} of the face window, below 9.9"
+    (quality,) = published(aligned, source, tmp_path / "out", *bars, "publish.min_psnr=90", **face)
+    assert quality["reason"].startswith("WEAK_QUALITY: ")
+    (known,) = published(aligned, source, tmp_path / "out", "publish.max_ism=-1", "publish.min_jod=9.9", **face)
+    assert known["reason"].startswith("WEAK_IDENTITY: ")
+
+
+def test_a_bar_of_the_look_that_is_off_is_in_no_key() -> None:
+    """Photos of runs from before the setting are not published anew."""
+    assert "min_jod" not in load_config("standard", sets=["publish.min_jod=0"]).canonical("publish")
+    bars = [load_config("standard", sets=[f"publish.min_jod={bar}"]).canonical("publish") for bar in (0, 9, 9.5)]
+    assert len(set(bars)) == 3
+    same = [load_config("standard", sets=[f"publish.min_jod={bar}"]).canonical("strengthen") for bar in (0, 9)]
+    assert same[0] == same[1]
