@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.archive.paths import SourceError
-from pipelines.archive.reading import read_bytes
+from pipelines.archive.reading import digest_of, read_bytes
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import MAX_BYTES, PhotoError
 from pipelines.report.pictures import Pixels, difference
@@ -77,7 +77,8 @@ def _face_rows(
     photo_ids = {face.rsplit("-", 1)[0] for face in wanted}
     plan = run.plan()
     chosen = plan.filter(pa.array([p in photo_ids for p in plan["photo_id"].to_pylist()], pa.bool_()))
-    rows = run.store.read_rows(stage, chosen[stage].to_pylist(), ["face_id", *columns])
+    keys, schema = chosen[stage].to_pylist(), SCHEMAS[stage]
+    rows = run.store.read_rows(stage, keys, ["face_id", *columns], later=schema)  # older versions had fewer columns
     return {row["face_id"]: row for row in rows.to_pylist() if row["face_id"] in wanted} if rows.num_rows else {}
 
 
@@ -94,7 +95,7 @@ def read_pictures(run: Run | str, face_ids: Iterable[str], windows: bool = False
         RunError, StoreError: see `run.tables.read_stage`.
     """
     face_ids = list(face_ids)
-    aligned = _face_rows(run, face_ids, "align", ["crop", "quad", "width", "height"])
+    aligned = _face_rows(run, face_ids, "align", ["crop", "content", "quad", "width", "height"])
     published = _face_rows(run, face_ids, "publish", ["action", "out_path"])
     urls = _photo_urls(run, face_ids) if windows else {}
     made: dict[str, Pixels] | None = None
@@ -115,7 +116,7 @@ def read_pictures(run: Run | str, face_ids: Iterable[str], windows: bool = False
             out[face] = FacePictures(original, made.get(face))
         else:
             url = urls.get(face.rsplit("-", 1)[0])
-            both = None if url is None else _windows(read(url), saved, row)
+            both = None if url is None else _windows(read(url, row["content"]), saved, row)
             out[face] = FacePictures(original, cut, saved=True, windows=both)
     return out
 
@@ -142,9 +143,11 @@ def _windows(original: Pixels | None, saved: Pixels, row: Mapping[str, Any]) -> 
     return tuple(np.ascontiguousarray(photo[top:bottom, left:right]) for photo in (original, saved))
 
 
-def _read_photo(url: str) -> Pixels | None:
+def _read_photo(url: str, content: str | None = None) -> Pixels | None:
+    """None where it cannot be read, or is not the file of this content (`align.content`; None: whichever it is)."""
     try:
-        return decode(read_bytes(url, 2 * MAX_BYTES)).pixels
+        data = read_bytes(url, 2 * MAX_BYTES)
+        return decode(data).pixels if content in (None, digest_of(data)) else None
     except (SourceError, PhotoError):
         return None
 
