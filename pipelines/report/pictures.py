@@ -71,7 +71,7 @@ def heat_map(original: Pixels, lost: NDArray[np.float32]) -> Pixels:
     return np.round(grey[..., None] * (1 - opacity) + colours * opacity).astype(np.uint8)
 
 
-def heat_scale(steps: int = 8) -> list[tuple[float, str]]:
+def heat_scale(steps: int = 9) -> list[tuple[float, str]]:
     """The colours over mid grey: (JOD lost at the step's lower end, as SVG writes the colour)."""
     shares = np.arange(steps, dtype=np.float32) / (steps - 1)
     colours, opacity = heat_colours(shares)

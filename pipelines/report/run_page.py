@@ -275,7 +275,7 @@ def render(
     above = {r["face_id"] for r in visible}
     drawn = _by_jod([r for r in good if r["face_id"] not in above][:sample])
     # Every section's share of the room is set aside, so that many weak faces leave something to compare them with.
-    counts = (len(visible), sample, weak)
+    counts = (len(visible), len(drawn), len(weakest[:weak]))
     shares = [Budget(picture_bytes * count // max(1, sum(counts))) for count in counts]
     most, more = _figures(visible, run, shares[0], windows=True, heat=True)
     shown, unshown = _figures(weakest[:weak], run, shares[2])
