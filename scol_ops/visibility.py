@@ -39,6 +39,10 @@ _JODS = 10.0  # of the raw heat map's 1
 _lock = threading.RLock()
 
 
+class OutsideError(ValueError):
+    """A face's window that lies wholly beside the photo."""
+
+
 def jod(reference: NDArray[np.uint8], test: NDArray[np.uint8], display: str = "standard_fhd") -> float:
     """How different two pictures look to a person who sees both, by ColorVideoVDP.
 
@@ -98,7 +102,7 @@ def face_window(quad: ArrayLike, width: int, height: int) -> tuple[int, int, int
         ``photo[top:bottom, left:right]`` is the window.
 
     Raises:
-        ValueError: not 8 finite numbers, or a window that lies wholly beside the photo.
+        OutsideError: a ValueError; the window lies wholly beside the photo. ValueError: not 8 finite numbers.
     """
     corners = np.asarray(quad, np.float64)
     if corners.size != 8 or not np.isfinite(corners).all():
@@ -109,8 +113,31 @@ def face_window(quad: ArrayLike, width: int, height: int) -> tuple[int, int, int
     left, right = max(0, math.floor(x - half)), min(width, math.ceil(x + half))
     top, bottom = max(0, math.floor(y - half)), min(height, math.ceil(y + half))
     if left >= right or top >= bottom:
-        raise ValueError(f"the face's window about ({x:.1f}, {y:.1f}) lies outside the photo of {width} x {height} px")
+        raise OutsideError(f"the face's window about ({x:.1f}, {y:.1f}) lies outside the photo of {width} x {height} px")
     return left, top, right, bottom
+
+
+def face_jod(reference: NDArray[np.uint8], test: NDArray[np.uint8], quad: ArrayLike) -> dict[str, float | None]:
+    """``jod`` of a face's window in two photos of one size: `jod` on the display ``standard_fhd``, `jod_4k` on
+    ``standard_4k``.
+
+    Args:
+        reference, test: uint8 (H, W, 3), sRGB, whole photos.
+        quad: of ``face_window``.
+
+    Returns:
+        JOD; None for both where the window lies wholly beside the photo: nothing of it can be seen.
+
+    Raises:
+        ValueError: wrong types or shapes, not 8 finite numbers.
+    """
+    check_pair(reference, test)
+    try:
+        left, top, right, bottom = face_window(quad, reference.shape[1], reference.shape[0])
+    except OutsideError:
+        return {"jod": None, "jod_4k": None}
+    before, after = (np.ascontiguousarray(photo[top:bottom, left:right]) for photo in (reference, test))
+    return {"jod": jod(before, after, "standard_fhd"), "jod_4k": jod(before, after, "standard_4k")}
 
 
 def _predicted(

@@ -41,10 +41,11 @@ from scol_ops.distortions import NONE, Distortion
 from scol_ops.metrics import candidate_ranks, flip_map, photo_difference, psnr, ssim, to_uint8
 from scol_ops.models.recognisers import Recogniser
 from scol_ops.paste import face_mask
+from scol_ops.visibility import face_jod
 from scol_ops.warp import GeometryError, crop_transform, invert_affine, transform_points
 
 # Raise these when results change: rows are then made anew.
-MEASURE_VERSION = "2"
+MEASURE_VERSION = "3"
 EMBED_VERSION = "1"
 NO_FACE, SHAPE, ERROR = "no_face", "shape_differs", "error"
 UNPROTECTED, OTHER = "unprotected", "other"
@@ -104,7 +105,8 @@ def column(measure: str, recogniser: str = "", variant: str = NONE, subject: str
 
 
 IDENTITY = ("ism", "mate", "rank")
-PICTURE = ("psnr", "ssim", "flip", "face_psnr", "face_flip", "mean_change", "max_change")
+PICTURE = ("psnr", "ssim", "flip", "face_psnr", "face_ssim", "face_flip", "mean_change", "max_change")
+LOOK = ("jod", "jod_4k")  # of the files as they are: `visibility.face_jod`
 LPIPS = "lpips"
 LPIPS_SIDE = 64  # smaller pictures do not pass its networks
 LPIPS_PIXELS = 2_000_000  # larger photos have no LPIPS as a whole: its maps would take gigabytes
@@ -120,7 +122,7 @@ def face_schema(settings: Settings) -> pa.Schema:
         pa.field("landmarks", pa.list_(pa.float32(), 10)),
         pa.field("seconds", pa.float32()),
     ]
-    names = [column(m, "", v) for v in settings.variants for m in settings.picture] + list(settings.whole)
+    names = [*LOOK, *(column(m, "", v) for v in settings.variants for m in settings.picture), *settings.whole]
     for recogniser in settings.recognisers:
         for variant in settings.variants:
             for subject in ("", UNPROTECTED):
@@ -438,6 +440,8 @@ class Measurer:
         pairs = [(before.distorted(d), after.distorted(d), place.distorted(d)) for d in self.distortions]
         out: dict[str, Any] = {"has_mate": mate is not None}
         out |= self._pictures([(one, three) for one, _, three in pairs])
+        if original.shape == protected.shape:
+            out |= face_jod(original, protected, spot.quad[0].numpy())
         embedded = self.eyes.embed([w for pair in pairs for w in pair[:2]])
         for number, recogniser in enumerate(self.settings.recognisers):
             found = embedded[number]
@@ -511,7 +515,8 @@ class Measurer:
                 "max_change": int(change.max()),
             }
             if face.any():
-                found |= {"face_psnr": psnr(a, b, face), "face_flip": float(seen[face].mean(dtype=np.float64))}
+                found |= {"face_psnr": psnr(a, b, face), "face_ssim": ssim(a, b, face)}
+                found["face_flip"] = float(seen[face].mean(dtype=np.float64))
             if self.eyes.lpips is not None:
                 found[LPIPS] = self.eyes.distance(a, b)
             out |= {column(measure, "", variant): value for measure, value in found.items()}

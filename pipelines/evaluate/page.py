@@ -48,27 +48,29 @@ class Example:
 
 
 class Examples:
-    """Collects what the faces are ordered by: 8 bytes a face.
+    """Collects what the faces are ordered by: 12 bytes a face.
 
     `hidden`: cosine to the original above the recogniser's own threshold, mean over the recognisers that count; `seen`:
-    FLIP over the crop. Lower is better in both.
+    JOD lost, or, where no face has a JOD (photos of another size), FLIP over the face. Lower is better in both.
     """
 
     def __init__(self, judges: Sequence[Judge]) -> None:
         self._judges = [j for j in judges if not j.inside] or list(judges)
-        self._values: dict[str, list[np.ndarray]] = {"hidden": [], "seen": []}
+        self._values: dict[str, list[np.ndarray]] = {"hidden": [], "jod": [], "face_flip": []}
 
     def add(self, table: pa.Table) -> None:
         """Rows of the faces' table, in the order in which they are written."""
         margins = [table[column("ism", j.name)].to_numpy(zero_copy_only=False) - j.card_threshold for j in self._judges]
         self._values["hidden"].append(np.mean(margins, 0).astype(np.float32))
-        self._values["seen"].append(table["flip"].to_numpy(zero_copy_only=False).astype(np.float32))
+        for name, sign in (("jod", -1), ("face_flip", 1)):
+            self._values[name].append(sign * table[name].to_numpy(zero_copy_only=False).astype(np.float32))
 
     def positions(self) -> dict[tuple[str, str], list[int]]:
         """(order, kind) -> rows of the faces' table."""
         out = {}
-        for order, pieces in self._values.items():
-            values = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+        found = {k: np.concatenate(v) if v else np.zeros(0, np.float32) for k, v in self._values.items()}
+        seen = found["jod"] if np.isfinite(found["jod"]).any() else found["face_flip"]
+        for order, values in (("hidden", found["hidden"]), ("seen", seen)):
             ranked = np.argsort(values, kind="stable")[: int(np.isfinite(values).sum())]  # NaN goes last
             n = min(EXAMPLES, max(1, len(ranked) // len(_KINDS)))
             middle = max(0, (len(ranked) - n) // 2)
@@ -110,7 +112,8 @@ def _figure(example: Example, judges: Sequence[Judge], budget: Budget) -> FaceFi
     number_of = int(row["face_id"].rsplit("-", 1)[1]) + 1
     who = row["path"] if number_of == 1 else f"{row['path']}, face {number_of}"
     words = [f"{j.name} {number(row[column('ism', j.name)], 3)}" for j in judges]
-    words += [f"PSNR {number(row['psnr'], 1, 'dB')}", *(f"{m.upper()} {number(row[m], 3)}" for m in ("ssim", "flip"))]
+    words += [f"JOD {number(row['jod'], 2)}", f"PSNR of the face {number(row['face_psnr'], 1, 'dB')}"]
+    words += [f"{m.upper()} {number(row[f'face_{m}'], 3)}" for m in ("ssim", "flip")]
     shown = triple((*crops, difference(*crops)), who, budget, ("original", "protected")) if crops is not None else ()
     return FaceFigure(who, " · ".join(words), shown)
 
@@ -118,7 +121,7 @@ def _figure(example: Example, judges: Sequence[Judge], budget: Budget) -> FaceFi
 def _figures(examples: Sequence[Example], judges: Sequence[Judge]) -> dict[str, dict[str, list[FaceFigure]]]:
     """Figures by the words that head them: what they are ordered by, kind."""
     budget = Budget(PICTURE_BYTES)
-    orders = {"hidden": "how well the identity is hidden", "seen": "how little can be seen (FLIP)"}
+    orders = {"hidden": "how well the identity is hidden", "seen": "how little can be seen"}
     titles = {order: f"Ordered by {words}" for order, words in orders.items()}
     found: dict[str, dict[str, list[FaceFigure]]] = {title: {} for title in titles.values()}
     for example in examples:
@@ -182,12 +185,15 @@ def distortion_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 _MEASURES = {
+    "jod": "JOD of the face window",
+    "jod_4k": "JOD of the face window, 4K display",
     "psnr": "PSNR of the face crop, dB",
     "ssim": "SSIM of the face crop",
     "flip": "FLIP of the face crop",
     "lpips": "LPIPS of the face crop",
     "photo_lpips": "LPIPS of the photo",
     "face_psnr": "PSNR of the face alone, dB",
+    "face_ssim": "SSIM of the face alone",
     "face_flip": "FLIP of the face alone",
     "mean_change": "mean change of the crop, levels of 255",
     "max_change": "largest change of the crop, levels",
@@ -198,9 +204,15 @@ _MEASURES = {
     "photo_max_change": "largest change of the photo, levels",
 }
 
+# Those of what a viewer looks at.
+_FACE = {
+    "jod": "JOD of the face window", "face_psnr": "PSNR of the face, dB", "face_ssim": "SSIM of the face",
+    "face_flip": "FLIP of the face",
+}  # fmt: skip
+
 
 def _digits(measure: str) -> int:
-    return 2 if "psnr" in measure or "change" in measure else 3
+    return 2 if any(word in measure for word in ("jod", "psnr", "change")) else 3
 
 
 def distorted_picture_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -291,8 +303,10 @@ def _tiles(figures: Mapping[str, Any]) -> list[Tile]:
     if average is not None:
         cell = average[PROTECTED][NONE]
         found += [("Rank-1-U, % (average)", _percent(cell["rank1_u"])), ("ISM (average)", _interval(cell["ism"]))]
-    for name, words in (("psnr", "PSNR of the face crop, dB"), ("ssim", "SSIM"), ("flip", "FLIP")):
+    for name, words in _FACE.items():
         found.append((words, _interval(figures["picture"][name][NONE], _digits(name))))
+        if name == "jod":
+            found.append(("JOD, 5 % of the faces below", _spread(figures, name, 2)[0]))
     split = ((name, *value.partition(" ")) for name, value in found)
     return [Tile(name, value, small=interval) for name, value, _, interval in split]
 
@@ -303,8 +317,8 @@ def _histograms(summary: Summary, judges: Sequence[Judge]) -> list[Histogram]:
         mark = (judge.card_threshold, "its threshold")
         for measure, words in (("ism", "cosine to the original"), ("mate", "cosine to another photo of the person")):
             charts.append(_histogram(summary, column(measure, judge.name), f"{judge.name}: {words}", "cosine", [mark]))
-    for name, axis in (("psnr", "PSNR, dB"), ("ssim", "SSIM"), ("flip", "FLIP")):
-        charts.append(_histogram(summary, name, f"{name.upper()} of the face crop", axis))
+    for name, words in _FACE.items():
+        charts.append(_histogram(summary, name, words.removesuffix(", dB"), words))
     return charts
 
 

@@ -25,6 +25,7 @@ from pipelines.run.text_tables import markdown, number
 from pipelines.stages.crops import as_codes, decode_png, geometry_in_crop, to_tensor
 from scol_ops.metrics import flip, psnr, ssim, to_uint8
 from scol_ops.paste import face_mask
+from scol_ops.visibility import face_jod
 
 ORIGINAL = "original"
 # Stage of the method -> the manifests' column of its picture, or of the code that the pristine generator draws.
@@ -45,6 +46,7 @@ _COLUMNS = {
     "attack": ["protected"],
     "strengthen": ["protected"],
 }
+_MEASURES = {"psnr": psnr, "ssim": ssim, "flip": flip}  # over the face
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +134,9 @@ def stage_lines(
         settings, gallery: of the evaluation. say: takes progress, one line each.
 
     Returns:
-        a line for each of `STAGES` that some face has: `stage`; `faces`, `faces_with_mate`: counts; `psnr` (dB),
-        `ssim`, `flip` (over the face): means against the original's crop, None for the original; `judges`: by
+        a line for each of `STAGES` that some face has: `stage`; `faces`, `faces_with_mate`: counts; `jod` (of the
+        middle of the crop, at the crop's pixels, not the photo's), `psnr` (dB), `ssim`, `flip` (these over the face):
+        means against the original's crop, None for the original; `judges`: by
         recogniser the mean cosines `ism` to the original and `mate` to another photo of the person, the shares
         `accepted_own`, `accepted_mate` of those above the recogniser's own threshold, and `rank1_u`.
 
@@ -171,7 +174,10 @@ def _measure(
     crops = {stage: to_uint8(picture[0]) for stage, picture in pictures.items()}
     original = crops[ORIGINAL]
     found: dict[str, dict[str, float]] = {ORIGINAL: {}} | {
-        stage: {"psnr": psnr(original, crop), "ssim": ssim(original, crop), "flip": flip(original, crop, face)}
+        stage: {
+            "jod": face_jod(original, crop, [0, 0, 0, size, size, size, size, 0])["jod"],
+            **{name: measure(original, crop, face) for name, measure in _MEASURES.items()},
+        }
         for stage, crop in crops.items()
         if stage != ORIGINAL
     }
@@ -210,14 +216,14 @@ def _line(stage: str, faces: Sequence[Mapping[str, float]], eyes: Eyes) -> dict[
             "rank1_u": mean(rank, 1),
         }
     with_mate = sum(column("mate", eyes.networks[0].name) in face for face in faces)
-    pictures = {name: mean(name) for name in ("psnr", "ssim", "flip")}
+    pictures = {name: mean(name) for name in ("jod", *_MEASURES)}
     return {"stage": stage, "faces": len(faces), "faces_with_mate": with_mate, **pictures, "judges": judges}
 
 
 def stage_words(lines: Sequence[Mapping[str, Any]]) -> str:
     """Markdown of `stage_lines`: a table for each recogniser."""
     parts = []
-    head = ("after", "faces", "PSNR, dB", "SSIM", "FLIP of the face", "cosine to the original", "accepted as it, %")
+    head = ("after", "faces", "JOD of the crop's middle", "PSNR of the face, dB", "SSIM", "FLIP", "cosine to the original", "accepted as it, %")
     head += ("cosine to another photo", "accepted as it, %", "Rank-1-U, %")
     for judge in lines[0]["judges"] if lines else ():
         rows: list[Sequence[object]] = [head]
@@ -227,7 +233,7 @@ def stage_words(lines: Sequence[Mapping[str, Any]]) -> str:
                 (
                     line["stage"],
                     line["faces"],
-                    number(line["psnr"]),
+                    *(number(line[name]) for name in ("jod", "psnr")),
                     *(number(line[name], 3) for name in ("ssim", "flip")),
                     *(number(found[m], d, s) for m, d, s in (("ism", 3, 1), ("accepted_own", 1, 100))),
                     *(number(found[m], d, s) for m, d, s in (("mate", 3, 1), ("accepted_mate", 1, 100))),

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.evaluate.measure import IDENTITY, OTHER, UNPROTECTED, Settings, column
+from pipelines.evaluate.measure import IDENTITY, LOOK, OTHER, UNPROTECTED, Settings, column
 from pipelines.evaluate.pairs import OK
 from pipelines.evaluate.statistics import ClusterBootstrap, Distribution, Estimate
 from scol_ops.distortions import NONE
@@ -24,6 +24,7 @@ FARS = (1e-2, 1e-3)
 LOST = ("photos_missing", "photos_ambiguous", "photos_unreadable", "photos_shape_differs", "photos_error")
 # Of the pictures' measures: range of the distribution.
 _RANGES = {
+    "jod": (0.0, 10.0),
     "psnr": (0.0, 100.0),
     "ssim": (-1.0, 1.0),
     "flip": (0.0, 1.0),
@@ -117,8 +118,8 @@ class Collector:
         self._counting = [j for j in judges if not j.inside]
         names = [(judge.name, *cell, m) for judge in judges for cell in self._cells for m in self._measures]
         names += [(AVERAGE, *cell, m) for cell in self._cells for m in self._measures]
-        self._pictures = [column(m, "", v) for v in settings.variants for m in settings.picture]
-        self._pictures += list(settings.whole)
+        pictures = (column(m, "", v) for v in settings.variants for m in settings.picture)
+        self._pictures = [*LOOK, *pictures, *settings.whole]
         self._identity_names = names
         self._bootstrap = ClusterBootstrap([*map(str, range(len(names))), *self._pictures], people)
         self.counts: Counter[str] = Counter()

@@ -22,9 +22,9 @@ from pipelines.config.sections import Config
 from pipelines.evaluate import judges
 from pipelines.evaluate.judges import inside_of
 from pipelines.evaluate.measure import column
-from pipelines.experiments.comparison import compare
+from pipelines.experiments.comparison import JOD_HEAD, PICTURES, PICTURES_HEAD, compare
 from pipelines.experiments.datasets import read_dataset
-from pipelines.experiments.faces import SEEN, Faces, estimates, less, mean, read_faces
+from pipelines.experiments.faces import SEEN, Faces, estimates, jod_cells, less, mean, read_faces
 from pipelines.experiments.methods import Method, identity_sets, without
 from pipelines.experiments.protocol import develop, lay_out, reported
 from pipelines.experiments.tables import Options, write
@@ -148,19 +148,19 @@ def table(found: Sequence[Measured], people: int) -> str:
             lines.append((one.variant.name, judge, faces, base, one.seconds[judge]))
     parts = []
     for seen in SEEN:
-        rows = [("variant", "judged by", "faces", "Rank-1-U, %", "ISM", "ISM less the base's", *_PICTURES, "s a face")]
+        look = JOD_HEAD if seen == NONE else ()  # JOD is of the file as saved
+        head = ("variant", "judged by", "faces", "Rank-1-U, %", "ISM", "ISM less the base's", *look, *PICTURES_HEAD)
+        rows = [(*head, "s a face")]
         for name, judge, faces, base, seconds in lines:
             own, change = estimates(faces), {} if base is None else estimates(less(faces, base))
-            cells = (estimate(own[column(m, "", seen)], d) for m, d in (("psnr", 2), ("ssim", 3), ("flip", 3)))
+            cells = [estimate(own[column(m, "", seen)], d) for m, d in PICTURES]
+            cells = [*(jod_cells(faces) if look else ()), *cells]
             identity = estimate(own[column("rank1_u", "", seen)], 1, 100), estimate(own[column("ism", "", seen)])
             moved = estimate(change.get(column("ism", "", seen)))
             rows.append((name, judge, f"{len(faces)} of {people}", *identity, moved, *cells, number(seconds, 1)))
         parts.append(f"{'As saved' if seen == NONE else f'After {seen}'}:\n\n{markdown(rows)}")
     means = f"Means are over {', '.join(chosen)}." if chosen else "No recogniser judges all variants: no means."
     return "\n\n".join([*parts, means])
-
-
-_PICTURES = ("PSNR, dB", "SSIM", "FLIP")
 
 
 def record(found: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -22,7 +22,9 @@ from scol_ops.distortions import NONE
 Say = Callable[[str], None]
 UNPROTECTED = Method("unprotected", "folder")
 DISTORTION = "jpeg75+half"  # after which every table shows the photos again
-_PICTURES = (("psnr", 2), ("ssim", 3), ("flip", 3))  # measure, decimals
+PICTURES = (("face_psnr", 2), ("face_ssim", 3), ("face_flip", 3))  # measure, decimals
+PICTURES_HEAD = ("PSNR of the face, dB", "SSIM of the face", "FLIP of the face")
+JOD_HEAD = ("JOD", "JOD, 5 %")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ class Line:
         return None if found is None else found[PROTECTED][variant]
 
     def picture(self, measure: str, variant: str = NONE) -> dict[str, Any] | None:
-        return self.figures["picture"][measure][variant]
+        return self.figures["picture"][measure].get(variant)
+
+    def jod(self, variant: str = NONE) -> tuple[str, str]:
+        """Cells of `JOD_HEAD`: the mean and the 5 % quantile, of the file as saved; dashes for another variant."""
+        spread = self.figures["distributions"]["jod"] if variant == NONE else {}
+        return estimate(self.picture("jod", variant), 2, interval=False), number(spread.get("p5"))
 
     def to_dict(self) -> dict[str, Any]:
         """For the JSON file: without settings that all lines share."""
@@ -136,16 +143,17 @@ def lost_faces(lines: Sequence[Line]) -> str:
 
 
 def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants: Sequence[str]) -> str:
-    """Markdown: Rank-1-U by recogniser before and after distortions, ISM, what it cost, and of ours the share of faces
-    that its own judge calls weak and how many faces the closed loop sent back."""
+    """Markdown: Rank-1-U by recogniser before and after distortions, ISM, what it cost (JOD of the file as saved alone),
+    and of ours the share of faces that its own judge calls weak and how many faces the closed loop sent back."""
     head = ["method", "photos as", *(f"Rank-1-U {name}, %" for name in recognisers), "Rank-1-U average, % [95 %]"]
-    rows = [[*head, "ISM", "accepted as original, %", "PSNR, dB", "SSIM", "FLIP", "weak, %", "went back", "s a face"]]
+    head += ["ISM", "accepted as original, %", *JOD_HEAD, *PICTURES_HEAD]
+    rows = [[*head, "weak, %", "went back", "s a face"]]
     for line in lines:
         made = line.made
         own = number(made.weak, 1, 100), number(made.strengthened, 0), number(made.seconds_per_face, 1)
         for variant in variants:
             cells, average = [line.cell(name, variant) for name in recognisers], line.cell(AVERAGE, variant) or {}
-            pictures = (estimate(line.picture(m, variant), d, interval=False) for m, d in _PICTURES)
+            pictures = (estimate(line.picture(m, variant), d, interval=False) for m, d in PICTURES)
             rows.append(
                 [
                     line.method.name,
@@ -154,6 +162,7 @@ def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants
                     estimate(average.get("rank1_u"), 1, 100),
                     estimate(average.get("ism")),
                     estimate(average.get("verified_own_1e-2"), 1, 100, False),
+                    *line.jod(variant),
                     *pictures,
                     *(own if variant == NONE else ("-", "-", "-")),
                 ]

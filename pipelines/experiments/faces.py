@@ -14,15 +14,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipelines.evaluate.measure import PICTURE, column
+from pipelines.evaluate.measure import LOOK, PICTURE, column
 from pipelines.evaluate.pairs import OK
 from pipelines.evaluate.statistics import ClusterBootstrap
 from pipelines.experiments.comparison import DISTORTION
+from pipelines.run.text_tables import estimate, number
 from scol_ops.distortions import NONE
 
 SEEN = (NONE, DISTORTION)
 MEASURES = ("rank1_u", "ism", *PICTURE)
-COLUMNS = tuple((measure, seen) for seen in SEEN for measure in MEASURES)
+COLUMNS = (*((measure, NONE) for measure in LOOK), *((measure, seen) for seen in SEEN for measure in MEASURES))
 # Photo's path -> (len(COLUMNS),), NaN where the face lacks a measure.
 Faces = Mapping[str, NDArray[np.float64]]
 
@@ -38,7 +39,7 @@ def read_faces(file: str | Path, judge: str, subject: str = "") -> dict[str, NDA
     table = table.filter(pc.and_(pc.equal(table["status"], OK), pc.is_valid(table["person_id"])))
 
     def values(measure: str, seen: str) -> NDArray[np.float64]:
-        if measure in PICTURE:
+        if measure in (*LOOK, *PICTURE):
             name = column(measure, "", seen)
         else:
             name = column("rank" if measure == "rank1_u" else measure, judge, seen, subject)
@@ -68,3 +69,11 @@ def estimates(faces: Faces) -> dict[str, dict[str, Any] | None]:
     if faces:
         bootstrap.add(list(faces), np.stack(list(faces.values())))
     return {name: None if found is None else found.to_dict() for name, found in bootstrap.estimates().items()}
+
+
+def jod_cells(faces: Faces) -> tuple[str, str]:
+    """Cells of `comparison.JOD_HEAD`: the mean of the files as saved with its interval, and the 5 % quantile."""
+    values = np.array([row[COLUMNS.index(("jod", NONE))] for row in faces.values()], np.float64)
+    known = values[np.isfinite(values)]
+    lowest = float(np.quantile(known, 0.05)) if len(known) else None
+    return estimate(estimates(faces)["jod"], 2), number(lowest)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from pipelines.config.sections import StrengthenConfig
 from pipelines.run.folder import Run
@@ -13,7 +15,7 @@ from pipelines.run.tables import read_stage
 from pipelines.run.text_tables import markdown, number
 from pipelines.stages.strengthen import PASSED
 
-MEASURES = ("psnr", "ssim", "flip", "ism", "ism_worst")  # of `publish`
+MEASURES = ("jod", "psnr", "face_ssim", "flip", "ism", "ism_worst")  # of `publish`; the first, and SSIM, may be null
 OUTCOMES = ("passed at once", "went back, stronger", "went back, as before", "known, but too much changed to go back")
 LEAST_PSNR = StrengthenConfig().min_psnr  # dB over the crop: the stated quality, a face below it is counted
 
@@ -30,11 +32,12 @@ def by_outcome(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Args:
         rows: one a face that was judged, columns of ``strengthen`` (`rounds`, `kept`, `ended`) and of ``publish``
-            (`status` and ``MEASURES``).
+            (`status` and ``MEASURES``; parts of older versions lack some).
 
     Returns:
-        `faces` (a name of ``OUTCOMES`` or "all"), `number`, means of the measures, and `weak`, `below`: shares, 0..1,
-        of faces whose verdict is weak, and whose PSNR is below ``LEAST_PSNR``.
+        `faces` (a name of ``OUTCOMES`` or "all"), `number`, means of the measures over the faces that have them (None
+        where none has), `jod_p5`: the 5 % quantile, and `weak`, `below`: shares, 0..1, of faces whose verdict is weak,
+        and whose PSNR is below ``LEAST_PSNR``.
     """
     rows = list(rows)
     groups = {name: [row for row in rows if outcome(row) == name] for name in OUTCOMES} | {"all": rows}
@@ -42,13 +45,20 @@ def by_outcome(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "faces": name,
             "number": len(found),
-            **{measure: fmean(row[measure] for row in found) for measure in MEASURES},
+            **{measure: _of(found, measure, np.mean) for measure in MEASURES},
+            "jod_p5": _of(found, "jod", lambda values: np.quantile(values, 0.05)),
             "weak": fmean(row["status"] == WEAK for row in found),
             "below": fmean(row["psnr"] < LEAST_PSNR for row in found),
         }
         for name, found in groups.items()
         if found
     ]
+
+
+def _of(rows: Sequence[Mapping[str, Any]], measure: str, what: Callable[[list[float]], Any]) -> float | None:
+    """A statistic of a measure over the rows that have it."""
+    values = [row[measure] for row in rows if row.get(measure) is not None]
+    return float(what(values)) if values else None
 
 
 def of_run(run: Run | str) -> list[dict[str, Any]]:
@@ -66,10 +76,11 @@ def of_run(run: Run | str) -> list[dict[str, Any]]:
 
 def table(figures: Sequence[Mapping[str, Any]]) -> str:
     """Markdown of ``by_outcome``."""
-    head = ["faces that", "number", "PSNR, dB", "SSIM", "FLIP of the face", "cosine", "worst, as saved or after"]
-    rows = [[*head, "weak, %", f"below {LEAST_PSNR:g} dB, %"]]
+    head = ["faces that", "number", "JOD", "JOD, 5 %", "PSNR of the crop, dB", "SSIM of the face", "FLIP of the face"]
+    rows = [[*head, "cosine", "worst, as saved or after", "weak, %", f"below {LEAST_PSNR:g} dB, %"]]
     for line in figures:
-        measures = (number(line[name], 2 if name == "psnr" else 3) for name in MEASURES)
+        names = ("jod", "jod_p5", *MEASURES[1:])
+        measures = (number(line[name], 2 if name in ("jod", "jod_p5", "psnr") else 3) for name in names)
         shares = (number(line[name], 0, 100) for name in ("weak", "below"))
         rows.append([line["faces"], str(line["number"]), *measures, *shares])
     return markdown(rows)

@@ -18,8 +18,8 @@ from pipelines.evaluate import judges
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import column
 from pipelines.evaluate.stages import Probe, read_probes
-from pipelines.experiments.comparison import DISTORTION, Line, compare
-from pipelines.experiments.faces import COLUMNS, Faces, estimates, mean, read_faces
+from pipelines.experiments.comparison import DISTORTION, JOD_HEAD, PICTURES, PICTURES_HEAD, Line, compare
+from pipelines.experiments.faces import COLUMNS, Faces, estimates, jod_cells, mean, read_faces
 from pipelines.experiments.methods import Method
 from pipelines.experiments.sheet import Pixels
 from pipelines.experiments.tables import ExperimentError, Options
@@ -147,7 +147,7 @@ def as_configured(options: Options) -> Method:
 
 
 _LATER = (f"Rank-1-U after {DISTORTION}, %", "ISM after it")
-HEAD = ("", "faces", "Rank-1-U, %", "ISM", "PSNR, dB", "SSIM", "FLIP", *_LATER)
+HEAD = ("", "faces", "Rank-1-U, %", "ISM", *JOD_HEAD, *PICTURES_HEAD, *_LATER)
 
 
 def summary(name: str, faces: Faces, paths: Sequence[str], pictures: bool = True) -> tuple[str, ...]:
@@ -158,7 +158,8 @@ def summary(name: str, faces: Faces, paths: Sequence[str], pictures: bool = True
     def identity(seen: str) -> tuple[str, str]:
         return estimate(found[column("rank1_u", "", seen)], 1, 100), estimate(found[column("ism", "", seen)])
 
-    cells = [estimate(found[m], d) if pictures else "-" for m, d in (("psnr", 2), ("ssim", 3), ("flip", 3))]
+    cells = [*(jod_cells(some) if pictures else ("-", "-"))]
+    cells += [estimate(found[m], d) if pictures else "-" for m, d in PICTURES]
     return (name, str(len(some)), *identity(NONE), *cells, *identity(DISTORTION))
 
 
@@ -190,4 +191,4 @@ def configuration(subject: Subject) -> Config:
 def face_words(faces: Faces, path: str) -> tuple[str, str]:
     """Below a protected face."""
     found = one_face(faces, path)
-    return f"ISM {number(found.get('ism'), 3)}", f"PSNR {number(found.get('psnr'), 1)}"
+    return f"ISM {number(found.get('ism'), 3)}", f"JOD {number(found.get('jod'), 2)}"

@@ -17,7 +17,17 @@ from pipelines.config.load import load_config
 from pipelines.evaluate import judges
 from pipelines.evaluate.summary import AVERAGE
 from pipelines.experiments import costs
-from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, Line, compare, lost_faces, record
+from pipelines.experiments.comparison import (
+    DISTORTION,
+    JOD_HEAD,
+    PICTURES,
+    PICTURES_HEAD,
+    UNPROTECTED,
+    Line,
+    compare,
+    lost_faces,
+    record,
+)
 from pipelines.experiments.datasets import read_dataset
 from pipelines.experiments.methods import ATTACKS, Method, identity_sets, without
 from pipelines.experiments.oracle import Oracle, make_swaps
@@ -140,7 +150,7 @@ def replaced(inside: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str
 def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
     names = judges.available()
     head = ("method", *(f"{n}, Rank-1-U %" for n in names), "average", *(f"paper: {n}" for n in _COLUMNS))
-    rows = [(*head, "PSNR, dB", "SSIM", "FLIP", "average after " + DISTORTION)]
+    rows = [(*head, *JOD_HEAD, *PICTURES_HEAD, "average after " + DISTORTION)]
     groups: dict[str, dict[str, Line]] = {}
     for line in lines:
         method, _, judge = line.method.name.partition(_WITHOUT)
@@ -153,9 +163,11 @@ def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
         )
         paper = PAPER_1.get(method, (None,) * len(_COLUMNS))
         each = {id(line): line for line in own}.values()
-        psnr, ssim, flip = (_mean([line.picture(m) for line in each]) for m in ("psnr", "ssim", "flip"))
         average, after = (number(_mean(found), 1, 100) for found in (ranks, later))
-        quality = number(psnr, 2), number(ssim, 3), number(flip, 3)
+        quality = [number(_mean([line.picture(m) for line in each]), d) for m, d in (("jod", 2), *PICTURES)]
+        # The worst of a method's lines: quantiles of different pictures of the same faces have no mean.
+        lowest = [p5 for p5 in (line.figures["distributions"]["jod"].get("p5") for line in each) if p5 is not None]
+        quality.insert(1, number(min(lowest, default=None)))
         cells = (estimate(rank, 1, 100) for rank in ranks)
         rows.append((method, *cells, average, *(number(p, 1) for p in paper), *quality, after))
     return markdown(rows)
@@ -200,17 +212,18 @@ def _value(line: Line) -> float | None:
 
 
 def _head_and_identity(line: Line) -> tuple[str, ...]:
-    """The varied value (or the line's name), ISM, Rank-1-U, PSNR."""
+    """The varied value (or the line's name), ISM, Rank-1-U, JOD, PSNR (of the crop, as the paper's)."""
     value, cell = _value(line), line.cell(AVERAGE) or {}
     identity = estimate(cell.get("ism")), estimate(cell.get("rank1_u"), 1, 100)
     psnr = estimate(line.picture("psnr"), 2, interval=False)
-    return (line.method.name if value is None else f"{value:g}", *identity, psnr)
+    return (line.method.name if value is None else f"{value:g}", *identity, line.jod()[0], psnr)
 
 
 def table2(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
-    rows = [("lambda", "ISM", "Rank-1-U, %", "PSNR, dB", "SSIM", "FLIP", "paper: ISM", "paper: PSNR, dB")]
+    head = ("lambda", "ISM", "Rank-1-U, %", "JOD", "PSNR, dB", "SSIM of the face", "FLIP of the face")
+    rows = [(*head, "paper: ISM", "paper: PSNR, dB")]
     for line in lines:
-        pictures = (estimate(line.picture(m), interval=False) for m in ("ssim", "flip"))
+        pictures = (estimate(line.picture(m), interval=False) for m in ("face_ssim", "face_flip"))
         ism, psnr = PAPER_2.get(_value(line), (None, None))
         rows.append((*_head_and_identity(line), *pictures, number(ism, 3), number(psnr, 2)))
     return markdown(rows)
@@ -227,7 +240,7 @@ def _swap_table(head: str, paper: Mapping[float, tuple[float, float]], names: tu
     def table(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
         by = f" ({ORACLE})" if any(found.swapper == ORACLE for found in swaps.values()) else ""
         columns = (f"DSR{by}, %", "of unprotected, %", "of recognised swaps, %", f"deepfake PSNR{by}, dB")
-        rows = [(head, "ISM", "Rank-1-U, %", "PSNR, dB", *columns, *(f"paper: {n}" for n in names))]
+        rows = [(head, "ISM", "Rank-1-U, %", "JOD", "PSNR, dB", *columns, *(f"paper: {n}" for n in names))]
         for line in lines:
             theirs = (number(value) for value in paper.get(_value(line), (None, None)))
             rows.append((*_head_and_identity(line), *_swap_cells(swaps.get(line.method.name)), *theirs))

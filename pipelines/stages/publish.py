@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +30,7 @@ from scol_ops.distortions import NONE
 from scol_ops.metrics import flip, psnr, ssim, to_uint8
 from scol_ops.paste import face_mask
 from scol_ops.strengthening import Seen
-from scol_ops.visibility import face_window, jod
+from scol_ops.visibility import face_jod
 
 _JPEG = "jpeg75+half"  # of the column `ism_jpeg`, whatever `publish.distortions` says
 
@@ -181,15 +180,5 @@ class _Publisher:
             "flip": flip(before, after, face),
             "face_psnr": psnr(before, after, face),
             "face_ssim": ssim(before, after, face),
-            **_looks(row["align.quad"], photo, saved),
+            **face_jod(photo.pixels, saved.pixels, row["align.quad"]),
         }
-
-
-def _looks(quad: Sequence[float], photo: Photo, saved: Photo) -> Row:
-    """JOD of a face's window, at the photo's own pixels; null where the window lies beside the photo."""
-    try:
-        left, top, right, bottom = face_window(quad, photo.width, photo.height)
-    except ValueError:
-        return {"jod": None, "jod_4k": None}
-    before, after = (np.ascontiguousarray(p.pixels[top:bottom, left:right]) for p in (photo, saved))
-    return {"jod": jod(before, after), "jod_4k": jod(before, after, "standard_4k")}

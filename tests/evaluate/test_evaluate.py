@@ -146,14 +146,22 @@ def test_what_the_pictures_lost(trees, figures):
     assert same["psnr"] == same["photo_psnr"] == float("inf") and same["same_bytes"]
     assert (same["ssim"], same["flip"], same["max_change"], same["photo_max_change"]) == (1, 0, 0, 0)
     assert same["psnr@jpeg75+half"] == float("inf")  # both are distorted alike
+    assert same["jod"] == same["jod_4k"] == 10 and same["face_ssim"] == 1
     small = rows["Finn/0.jpg"]
     assert small["same_size"] is False and small["photo_psnr"] is None and 20 < small["psnr"] < 60
+    assert small["jod"] is None and small["jod_4k"] is None and 0.8 < small["face_ssim"] < 1
     assert 130 < small["box"][2] < SIDE and 40 < small["box"][0] < 110  # in pixels of the original, not of half of it
     assert 0 < small["mean_change"] < small["max_change"]
     later = rows["Ada/0.jpg"]
     assert later["face_psnr@jpeg75+half"] < 25 and later["max_change@jpeg75+half"] > 50
     assert set(figures["picture"]["face_flip"]) == set(figures["picture"]["psnr"]) == {"none", "jpeg75+half"}
-    assert set(figures["picture"]["photo_psnr"]) == {"none"}
+    assert set(figures["picture"]["photo_psnr"]) == set(figures["picture"]["jod"]) == {"none"}
+    assert "jod@jpeg75+half" not in later and later["jod"] < 6 and later["face_ssim"] < 0.8
+    jods = [row["jod"] for row in rows.values() if row["jod"] is not None]
+    assert len(jods) == figures["picture"]["jod"]["none"]["n"] == 4
+    assert figures["picture"]["jod"]["none"]["value"] == pytest.approx(np.mean(jods))
+    assert figures["picture"]["jod"]["none"]["low"] < figures["picture"]["jod"]["none"]["high"]
+    assert figures["distributions"]["jod"]["p5"] == pytest.approx(min(jods), abs=0.01)
     assert figures["distributions"]["ism_faceres@jpeg75+half"]["n"] == 5
     assert rows["Ada/0.jpg"]["psnr"] < 25 and rows["Ada/0.jpg"]["flip"] > 0.1
     assert figures["picture"]["flip"]["none"]["n"] == 5 and figures["picture"]["psnr"]["none"]["n"] == 3
@@ -263,7 +271,7 @@ def test_a_hostile_name_is_text_wherever_it_stands(trees, figures, tmp_path):
     said = [Answers("a.json", nasty, "1", {"a": {"original": "left", "score": 3, "publish": None}})]
     key = {"page": "p", "seed": 0, "pairs": [{"id": "a", "original": "left", "face_id": "f", "person_id": nasty}]}
     told["viewers"] = viewer_figures(key, said)
-    columns = [column(m, nasty) for m in ("ism", "mate")] + ["psnr", "ssim", "flip"]
+    columns = [column(m, nasty) for m in ("ism", "mate")] + ["jod", "face_psnr", "face_ssim", "face_flip"]
     found = {name: Distribution(-1, 1) for name in columns}
     found[columns[0]].add(np.array([0.5, 0.25]))
     row = faces(trees)["Ada/0.jpg"]
@@ -399,6 +407,7 @@ def test_the_face_alone_is_measured_as_well(trees):
 
     beside, within = measured(*(spot.quad[0, 0].numpy().astype(int).clip(8) + 8)), measured(*nose)
     assert beside["face_psnr"] == float("inf") and beside["face_flip"] < 0.001 < beside["flip"]
+    assert beside["face_ssim"] > beside["ssim"] and within["face_ssim"] < within["ssim"]
     assert within["face_psnr"] < within["psnr"] < 45 and within["face_flip"] > within["flip"] > 0.001
     # 64 levels, and what resampling adds.
     assert 40 < beside["max_change"] < 128 and 40 < within["max_change"] < 128 and 0 < within["mean_change"] < 1

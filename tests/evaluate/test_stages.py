@@ -156,7 +156,9 @@ def test_stages(result):
     assert lines["original"]["faces_with_mate"] == 2 and lines["inverted"]["faces_with_mate"] == 1
     assert lines["attacked"]["judges"]["mobilefacenet"]["rank1_u"] == 0.5
     assert lines["inverted"]["judges"]["mobilefacenet"]["rank1_u"] == 1  # Hugo's code
-    assert lines["inverted"]["psnr"] < 25
+    assert lines["inverted"]["psnr"] < 25 and lines["inverted"]["jod"] < 8 and lines["original"]["jod"] is None
+    words = stages.stage_words(result["stages"])
+    assert "JOD of the crop's middle" in words and f"| inverted | 1 | {lines['inverted']['jod']:.2f} |" in words
     assert lines["strengthened"]["judges"]["mobilefacenet"]["rank1_u"] == 1  # Ada as attacked, and Ben
     for judge in JUDGES:  # before saving as in the saved file, in which JPEG changes little
         crop, saved = lines["attacked"]["judges"][judge], result["identity"][judge]["protected"]["none"]
@@ -191,7 +193,7 @@ def test_command(run, tree):
     assert "| faceres | protected | 50.0 [" in got.output and "By stage, judged by faceres" in got.output
     rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in got.output.splitlines()]
     (attacked,) = (row for row in rows if row[0] == "attacked")
-    assert attacked[1] == "3" and attacked[-1] == "50.0" and len(attacked) == 10
+    assert attacked[1] == "3" and attacked[-1] == "50.0" and len(attacked) == 11
     got = CliRunner().invoke(main, [*command[:5], "--stages", str(tree / "photos"), *command[7:]])
     assert got.exit_code == 2 and got.output.startswith("error: "), got.output
     got = CliRunner().invoke(main, ["evaluate", str(tree / "photos/Finn"), *command[2:]])

@@ -196,6 +196,8 @@ def test_means_and_differences_by_hand():
     assert got[1]["judges"]["a"]["ism@jpeg75+half"] is None
     text = ablation.table([base, other], 4)
     rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in text.splitlines() if line[:1] == "|"]
+    assert rows[0][6:8] == ["JOD", "JOD, 5 %"] and rows[2][6].startswith("0.50") and rows[2][7] == "0.50"
+    assert "JOD" not in text.partition("After")[2]
     assert rows[2][:3] == ["base", "mean of 2", "2 of 4"] and rows[2][5] == "-"
     assert rows[6][:3] == ["other", "mean of 2", "2 of 4"] and rows[6][5] == "-0.200 [-0.200, -0.200]"
     assert rows[6][3] == "50.0 [50.0, 50.0]" and len({len(r) for r in rows}) == 1
@@ -233,7 +235,7 @@ def test_an_ablation_runs_and_goes_on(ray_cluster, tmp_path, monkeypatch):
     assert {j: (c["method"], c["inside"]) for j, c in other["judges"].items()} == {
         "faceres": ("other-judged-by-faceres", ["mobilefacenet"])
     }
-    assert base["mean"]["psnr"]["value"] > 10 and (tmp_path / "out/trees/other-judged-by-faceres").is_dir()
+    assert base["mean"]["psnr"]["value"] > 10 and 0 < base["mean"]["jod"]["value"] <= 10 and (tmp_path / "out/trees/other-judged-by-faceres").is_dir()
     assert -1 < other["mean"]["less_base"]["ism@jpeg75+half"]["value"] < 1
     # Faces, codes and fusion are the same for all, so they were made once.
     parts = {stage: len(list((tmp_path / "out/run").rglob(f"{stage}/**/*.parquet"))) for stage in ("fuse", "tune")}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scol_ops.alignment import ffhq_quads
-from scol_ops.visibility import DISPLAYS, face_window, jod, jod_map
+from scol_ops.visibility import DISPLAYS, OutsideError, face_jod, face_window, jod, jod_map
 
 # Of `pair(height, width)` saved as BMP, by the package's own command in an environment that has all it asks for:
 #   python -m pycvvdp.run_cvvdp -r reference.bmp -t test.bmp -d DISPLAY --device cpu --heatmap raw --result FILE
@@ -116,11 +116,25 @@ def test_face_window_is_the_middle_of_the_crop():
 def test_face_window_beside_the_photo_or_of_no_square_is_refused():
     square = np.array([[100, 50], [100, 150], [200, 150], [200, 50]], float)
     for shift in ((-200, 0), (600, 0), (0, -150), (0, 500)):
-        with pytest.raises(ValueError, match="outside"):
+        with pytest.raises(OutsideError, match="outside"):
             face_window(square + shift, 640, 480)
     for wrong in (square[:3], square * np.nan):
         with pytest.raises(ValueError, match="8 finite"):
             face_window(wrong, 640, 480)
+
+
+def test_face_jod_is_that_of_the_window():
+    reference, test = pair(200, 220)
+    quad = [[70, 30], [70, 130], [170, 130], [170, 30]]
+    window = [p[50:110, 90:150] for p in (reference, test)]
+    found = face_jod(reference, test, quad)
+    assert found == {"jod": jod(*window), "jod_4k": jod(*window, "standard_4k")} and found["jod"] < found["jod_4k"]
+    beside = np.array(quad) + [400, 0]
+    assert face_jod(reference, test, beside) == {"jod": None, "jod_4k": None}
+    with pytest.raises(ValueError, match="8 finite"):
+        face_jod(reference, test, quad[:2])
+    with pytest.raises(ValueError, match="differ in size"):
+        face_jod(reference, test[:-1], beside)
 
 
 def test_the_package_leaves_no_traces():
