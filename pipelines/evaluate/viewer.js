@@ -6,7 +6,8 @@
   const pairs = [...$("pairs").children].map((e) => e.dataset);
   const form = $("form"), shelf = `scol-viewer-${page}`;
   const random = () => [...crypto.getRandomValues(new Uint8Array(8))].map((v) => v.toString(16).padStart(2, "0")).join("");
-  let state = { session: random(), viewer: "", at: 0, answers: {} };
+  const fresh = () => ({ session: random(), viewer: "", at: 0, answers: {} });
+  let state = fresh();
   let zoom = 1, shown = "left", mode = "side", timer = 0, picture = null;
 
   // A browser may refuse to keep anything for a page that is a file.
@@ -126,6 +127,7 @@
     side: () => view("side"), flicker: () => view("flicker"), turn: () => view("turn"),
     zoom: () => { zoom = 3 - zoom; draw(); },
     back: () => { take(); if (state.at > 0) show(state.at - 1); },
+    anew: () => { state = fresh(); keep(); $("viewer").value = ""; $("kept").hidden = true; $("viewer").focus(); },
     finish, download, return: () => show(state.at),
   };
   const keys = { s: "side", f: "flicker", t: "turn", z: "zoom", b: "back" };
@@ -154,7 +156,10 @@
   });
   addEventListener("resize", draw); // also when the window moves to a screen of another ratio
 
-  if (recall()) $("kept").textContent = `${known().length} answers are kept from before.`;
+  if (recall() && known().length) {
+    $("kept").hidden = false;
+    $("kept").firstChild.textContent = `${known().length} answers of ${state.viewer || "somebody"} are kept from before.`;
+  }
   $("viewer").value = state.viewer;
   only("start");
 })();

@@ -369,6 +369,15 @@ def test_answered_in_chromium(run, tmp_path):
         assert json.loads(file.read_text())["answers"] == json.loads(browser.js("document.getElementById('text').value"))[
             "answers"
         ]
+        # Whoever comes back goes on; the next person at the same computer starts anew.
+        browser.open(alone.as_uri() + "#again")
+        browser.call("Page.reload")
+        browser.wait("document.readyState === 'complete' && !document.getElementById('kept').hidden")
+        assert "8 answers of Ann L" in browser.js("document.getElementById('kept').textContent")
+        browser.click("[data-do=anew]")
+        browser.click("[data-do=begin]")
+        browser.wait("document.getElementById('where').textContent === 'Pair 1 of 8'")
+        assert browser.js("document.getElementById('progress').value") == 0
         assert not browser.errors, browser.errors
     got = answers.record_answers(run.url, [str(file)])
     assert (got["altered"]["right"], got["altered"]["answers"], got["unaltered"]["accused"]) == (6, 6, 0)
