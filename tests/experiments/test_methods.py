@@ -88,8 +88,7 @@ def test_the_attacked_recogniser_is_not_scored(lines):
     rows = [r.split(" | ") for r in text.splitlines()]
     assert rows[0][7:9] == ["JOD", "JOD, 5 %"] and rows[2][7:9] == ["10.00", "10.00"]
     assert 5 < float(rows[3][8]) <= float(rows[3][7]) < 9.9
-    later = protection_table(lines, ("faceres",), ("jpeg75+half",)).splitlines()[2].split(" | ")
-    assert later[6:8] == ["-", "-"]  # JOD is of the file as saved
+    assert unprotected.jod("jpeg75+half") == ("-", "-")  # JOD is of the file as saved
     assert rows[3][2] == "inside" and rows[2][2] == "0.0" and len({len(r) for r in rows}) == 1
 
 
