@@ -1,6 +1,7 @@
 """What viewers said of `viewer.html`: their files are read, held against the key, and added up.
 
-Nothing is measured again: the light path changes `viewers` in OUT/evaluation.json and its section in OUT/evaluation.html.
+Nothing is measured again: the light path changes `viewers` in OUT/evaluation.json and its section in
+OUT/evaluation.html.
 """
 
 from __future__ import annotations
@@ -159,8 +160,8 @@ def _once(sets: Sequence[Answers]) -> None:
     first: dict[str, str] = {}
     for answers in sets:
         if answers.session in first:
-            other = first[answers.session]
-            raise EvaluateError("BAD_ANSWERS", f"{answers.source} and {other} are of one sitting; leave one of them out")
+            both = f"{answers.source} and {first[answers.session]}"
+            raise EvaluateError("BAD_ANSWERS", f"{both} are of one sitting; leave one of them out")
         first[answers.session] = answers.source
 
 
@@ -210,8 +211,8 @@ def viewer_figures(key: Mapping[str, Any], sets: Sequence[Answers]) -> dict[str,
         key: see `read_key`. sets: of each viewer.
 
     Returns:
-        `page`, `read` (time), `viewers` (how many); of `altered` and `unaltered` pairs `pairs` (on the page), `answers`,
-        `unsure`, `differ` (share that named an original; of unaltered pairs these are false accusations), `score`
+        `page`, `read` (time), `viewers` (how many); of `altered` and `unaltered` pairs `pairs` (on the page),
+        `answers`, `unsure`, `differ` (share that named an original; of unaltered pairs these are false accusations), `score`
         (BT.500, 1 to 5), `publish`; of altered ones `right`, `wrong`, `picked` (share of right picks, not sure counted
         as half: as if by a coin), `picked_of_decided` (not sure left out); `by_viewer`. Shares are 0 to 1, with 95 %
         intervals: Wilson's for what was picked, bootstrap over people for `score` and `publish`.

@@ -1,7 +1,7 @@
 """A test with eyes: one page of pairs of face windows for viewers who do not know which of the two is the original.
 
-What a measure calls small a person may see at a glance, so people are asked: which one is the original, how much does it
-disturb (ITU-R BT.500-15, five-grade impairment scale), and would you publish it.  Order and place are drawn; a share
+What a measure calls small a person may see at a glance, so people are asked: which one is the original, how much does
+it disturb (ITU-R BT.500-15, five-grade impairment scale), and would you publish it.  Order and place are drawn; a share
 of the pairs shows the unaltered photo twice, which tells how often viewers see a change where there is none.  What is
 shown are the photo's own pixels, cut on pixel boundaries and never resampled.
 
@@ -116,8 +116,8 @@ def read_face(row: Mapping[str, Any]) -> Shown | None:
 
 
 def side_by_side(left: Pixels, right: Pixels) -> str:
-    """Two windows of one shape as ONE lossless PNG in a data URL: neither has a size or an encoding of its own that tells
-    which it is, and a pair of equal ones is made no differently."""
+    """Two windows of one shape as ONE lossless PNG in a data URL: neither has a size or an encoding of its own that
+    tells which it is, and a pair of equal ones is made no differently."""
     out = io.BytesIO()
     Image.fromarray(np.concatenate([left, right], 1)).save(out, "PNG")
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -48,7 +48,8 @@ def heat_colours(share: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArr
         share: of the scale, any shape; below 0 and above 1 it is clipped.
 
     Returns:
-        colours (..., 3), 0 to 255, that grow darker all along, for those who see no colours; opacity (..., 1), 0 to 0.85.
+        colours (..., 3), 0 to 255, that grow darker all along, for those who see no colours; opacity (..., 1), 0 to
+        0.85.
     """
     share = np.clip(share, 0, 1)[..., None]
     place = share * (len(_HEAT) - 1)

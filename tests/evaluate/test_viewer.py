@@ -47,7 +47,8 @@ def row(folder: Path, i: int, protected: np.ndarray | None, **changes) -> dict:
     one = save(folder / f"originals/secretname{i}.png", picture(i))
     two = save(folder / f"protected/secretname{i}.png", picture(i) if protected is None else protected)
     return {"face_id": f"{i:016x}-00", "person_id": f"person{i // 2}", "status": "ok", "same_size": True,
-            "same_bytes": False, "url": one, "protected_url": two, "landmarks": LANDMARKS.reshape(-1).tolist()} | changes
+            "same_bytes": False, "url": one, "protected_url": two,
+            "landmarks": LANDMARKS.reshape(-1).tolist()} | changes  # fmt: skip
 
 
 def altered(i: int) -> np.ndarray:
@@ -140,7 +141,7 @@ def test_the_window_is_the_middle_of_the_crop_in_whole_pixels():
     with pytest.raises(ValueError, match="outside the photo"):
         window(LANDMARKS + [5000, 0])
     huge = window(LANDMARKS * 20, 20 * SIDE)
-    assert LARGEST - 2 <= min(huge[2] - huge[0], huge[3] - huge[1]) <= max(huge[2] - huge[0], huge[3] - huge[1]) <= LARGEST
+    assert all(LARGEST - 2 <= side <= LARGEST for side in (huge[2] - huge[0], huge[3] - huge[1]))
 
 
 def test_the_page_shows_the_photos_own_pixels(run):
@@ -366,9 +367,8 @@ def test_answered_in_chromium(run, tmp_path):
         browser.click("[data-do=download]")
         file = browser.downloaded()
         assert file.name == "viewer-answers-Ann-L.json"
-        assert json.loads(file.read_text())["answers"] == json.loads(browser.js("document.getElementById('text').value"))[
-            "answers"
-        ]
+        text = browser.js("document.getElementById('text').value")
+        assert json.loads(file.read_text())["answers"] == json.loads(text)["answers"]
         # Whoever comes back goes on; the next person at the same computer starts anew.
         browser.open(alone.as_uri() + "#again")
         browser.call("Page.reload")

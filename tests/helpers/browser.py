@@ -44,7 +44,7 @@ class Browser:
             os.dup2(ends[1], 4)
 
         log = (folder / "chromium.log").open("wb")
-        self._process = subprocess.Popen(command, preexec_fn=join, pass_fds=(3, 4), stdout=log, stderr=log)  # noqa: PLW1509
+        self._process = subprocess.Popen(command, preexec_fn=join, pass_fds=(3, 4), stdout=log, stderr=log)
         log.close()
         for fd in (*ends, ours[0], theirs[1]):
             os.close(fd)

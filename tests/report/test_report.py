@@ -237,8 +237,8 @@ def test_a_hostile_name_is_text_wherever_it_stands(tmp_path):
     assert sum(SPELLED in attributes.get("aria-label", "") for attributes in page.all("svg")) == 1  # the judge's
     assert page.text.count(SPELLED) == sum(page.sections[key].count(SPELLED) for key in page.sections) + 1
     sections = {key: words.count(SPELLED) for key, words in page.sections.items()}
-    assert sections == {"totals": 1, "seen": 5, "faces": 0, "weak": 4, "distributions": 1, "time": 0, "failures": 5, "others": 2,
-                        "settings": 6}, sections
+    assert sections == {"totals": 1, "seen": 5, "faces": 0, "weak": 4, "distributions": 1, "time": 0, "failures": 5,
+                        "others": 2, "settings": 6}, sections
     assert text.count('<bdi class="name">') == 10
 
 
