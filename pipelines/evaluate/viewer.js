@@ -69,9 +69,10 @@
     $("where").textContent = `Pair ${state.at + 1} of ${pairs.length}`;
     $("progress").value = known().length;
     shown = "left"; picture = null;
+    delete $("stage").dataset.pair; // the last pair must not be taken for this one
     clearInterval(timer); mode = "side";
     const image = new Image();
-    image.onload = () => { if (pairs[state.at] === pair) { picture = image; draw(); } };
+    image.onload = () => { if (pairs[state.at] === pair) { picture = image; draw(); $("stage").dataset.pair = pair.id; } };
     image.onerror = () => { $("said").textContent = "This pair cannot be shown; go on with the next one."; };
     image.src = pair.picture;
     only("trial");

@@ -350,7 +350,7 @@ def test_answered_in_chromium(run, tmp_path):
         browser.key("Enter")
         for number, pair in enumerate(key["pairs"]):
             browser.wait(f"document.getElementById('where').textContent === 'Pair {number + 1} of 8'")
-            browser.wait("document.querySelector('#one canvas').width > 0 && !document.getElementById('one').hidden")
+            browser.wait(f"document.getElementById('stage').dataset.pair === '{pair['id']}'")
             if number == 0:
                 first(browser, canvas, *shown[pair["id"]])
             original = "u" if pair["original"] == BOTH else pair["original"][0]
