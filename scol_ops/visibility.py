@@ -5,7 +5,7 @@ by the authors' package ``cvvdp``.  JOD is "just objectionable difference": 10 i
 viewers who see both pictures tell them apart.  Pictures here are numpy uint8 (H, W, 3) RGB, sRGB, as in ``metrics``.
 
 The package's own ``__init__`` wants ffmpeg, Hugging Face's hub, matplotlib and more, for videos and a metric of another
-kind.  ``_package`` loads the still pictures' part alone, at the first call (torchvision, which it needs, takes seconds).
+kind.  ``_package`` loads the still pictures' part alone, at the first call (torchvision takes seconds).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DISPLAYS = ("standard_fhd", "standard_4k")
 WINDOW_SHARE = 0.6  # of a crop's side
 _NAME = "pycvvdp"
 _LEAST_SIDE = 8  # px; below, the pyramid has no band but its base
-_MOST_SIDE = 1080  # px, the height of the smaller display; three seconds and a gigabyte for a square of it
+_MOST_SIDE = 1080  # px, the height of the smaller display; a square of it takes about 1.5 s of a core, 0.7 GB
 _JODS = 10.0  # of the raw heat map's 1
 # A metric keeps its last picture's pyramid, and ``sys.modules`` is everybody's.
 _lock = threading.RLock()
@@ -52,8 +52,8 @@ def jod(reference: NDArray[np.uint8], test: NDArray[np.uint8], display: str = "s
 
     Args:
         reference, test: uint8 (H, W, 3), sRGB.
-        display: which screen it is looked at, from twice its height: ``standard_fhd``, 24 inches, 1920 x 1080, 38 pixels
-            a degree of visual angle; ``standard_4k``, 30 inches, 3840 x 2160, 75 pixels a degree, on which less is seen.
+        display: the screen, seen from twice its height: ``standard_fhd``, 24 inches, 1920 x 1080, 38 pixels a degree of
+            visual angle; ``standard_4k``, 30 inches, 3840 x 2160, 75 pixels a degree.
 
     Returns:
         JOD: 10 for equal pictures, less for a larger difference; it can fall below 0.
@@ -93,8 +93,8 @@ def face_window(quad: ArrayLike, width: int, height: int) -> tuple[int, int, int
     Brows to chin, with little hair and background beside it, whose sameness would flatter every measure.
 
     Args:
-        quad: 8 numbers or (4, 2), the crop's corners in the photo as of ``alignment.ffhq_quads``: a square, which may be
-            turned; the window is not, it has the square's centre and 0.6 of its side.
+        quad: 8 numbers or (4, 2), the crop's corners in the photo as of ``alignment.ffhq_quads``: a square, which may
+            be turned; the window is not, it has the square's centre and 0.6 of its side.
         width, height: of the photo, px.
 
     Returns:
@@ -113,7 +113,7 @@ def face_window(quad: ArrayLike, width: int, height: int) -> tuple[int, int, int
     left, right = max(0, math.floor(x - half)), min(width, math.ceil(x + half))
     top, bottom = max(0, math.floor(y - half)), min(height, math.ceil(y + half))
     if left >= right or top >= bottom:
-        raise OutsideError(f"the face's window about ({x:.1f}, {y:.1f}) lies outside the photo of {width} x {height} px")
+        raise OutsideError(f"the window about ({x:.1f}, {y:.1f}) lies outside the photo of {width} x {height} px")
     return left, top, right, bottom
 
 

@@ -223,7 +223,8 @@ def _line(stage: str, faces: Sequence[Mapping[str, float]], eyes: Eyes) -> dict[
 def stage_words(lines: Sequence[Mapping[str, Any]]) -> str:
     """Markdown of `stage_lines`: a table for each recogniser."""
     parts = []
-    head = ("after", "faces", "JOD of the crop's middle", "PSNR of the face, dB", "SSIM", "FLIP", "cosine to the original", "accepted as it, %")
+    head = ("after", "faces", "JOD of the crop's middle", "PSNR of the face, dB", "SSIM", "FLIP")
+    head += ("cosine to the original", "accepted as it, %")
     head += ("cosine to another photo", "accepted as it, %", "Rank-1-U, %")
     for judge in lines[0]["judges"] if lines else ():
         rows: list[Sequence[object]] = [head]

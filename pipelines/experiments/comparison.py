@@ -143,8 +143,8 @@ def lost_faces(lines: Sequence[Line]) -> str:
 
 
 def protection_table(lines: Sequence[Line], recognisers: Sequence[str], variants: Sequence[str]) -> str:
-    """Markdown: Rank-1-U by recogniser before and after distortions, ISM, what it cost (JOD of the file as saved alone),
-    and of ours the share of faces that its own judge calls weak and how many faces the closed loop sent back."""
+    """Markdown: Rank-1-U by recogniser before and after distortions, ISM, what it cost (JOD as saved alone), and of
+    ours the share of faces that its own judge calls weak and how many faces the closed loop sent back."""
     head = ["method", "photos as", *(f"Rank-1-U {name}, %" for name in recognisers), "Rank-1-U average, % [95 %]"]
     head += ["ISM", "accepted as original, %", *JOD_HEAD, *PICTURES_HEAD]
     rows = [[*head, "weak, %", "went back", "s a face"]]

@@ -22,6 +22,7 @@ from pipelines.cli.main import main
 from pipelines.cli.options import _PROFILES
 from pipelines.config.load import PROFILES, load_config
 from pipelines.config.names import STAGES
+from pipelines.jobs.status import status_lines
 from pipelines.run.folder import Run
 from pipelines.run.schemas import face_id
 from pipelines.run.text import to_json
@@ -199,6 +200,15 @@ def test_status(run: Path) -> None:
     assert found["stages"]["tune"]["rows"] == {"ok": 2, "error": 2}
     shown = scol("status", str(run)).output
     assert "tune             3/3 photos" in shown and "pending        1" in shown
+    assert (found["jod"], found["jod_p5"]) == (None, None) and "JOD" not in shown  # rows of an older version
+
+
+def test_status_tells_what_is_seen_of_the_faces() -> None:
+    counts = dict.fromkeys(("photos", "faces", "ok", "weak", "no_face", "error", "pending"), 1)
+    measures = {"jod": 9.234, "jod_p5": 8.5, "face_psnr": 31.27, "face_ssim": None, "flip": 0.1}
+    lines = status_lines(counts | measures | {"drivers": [], "stages": {}})
+    line = "faces so far  JOD 9.23, 5 % below 8.50; over the face PSNR 31.27 dB, SSIM -, FLIP 0.100"
+    assert line in lines
 
 
 def test_errors(run: Path) -> None:

@@ -54,7 +54,8 @@ def line(method: Method, rank: float, ism: float = 0.2, psnr: float = 33.0) -> L
     } | {"jod": {"none": estimate(9.25)}}
     names = ("mobilefacenet", "dlib_resnet", "faceres", "average")
     spread = {"jod": {"p5": 8.5 - 0.5 * rank}}
-    return Line(method, Made("", 1.0), {"identity": {n: variants for n in names}, "picture": picture, "distributions": spread})
+    figures = {"identity": {n: variants for n in names}, "picture": picture, "distributions": spread}
+    return Line(method, Made("", 1.0), figures)
 
 
 def cells(text: str) -> dict[str, list[str]]:

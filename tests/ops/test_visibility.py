@@ -22,7 +22,7 @@ MEASURED = {
 
 
 def pair(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture with some grain, and the same with ripples on its right two thirds: of whole numbers, alike anywhere."""
+    """A picture with some grain, and the same with ripples on its right two thirds: whole numbers, alike anywhere."""
     y, x = np.mgrid[:height, :width]
     grain = np.random.default_rng(7).integers(-6, 7, (height, width, 3))
     reference = np.stack([60 + (3 * x + 2 * y + 40 * c) % 97 + (x * y // 50) % 23 for c in range(3)], -1) + grain
@@ -138,7 +138,7 @@ def test_face_jod_is_that_of_the_window():
 
 
 def test_the_package_leaves_no_traces():
-    """Neither names nor paths nor handlers of its own stay behind; and nothing of it is loaded before it is asked for."""
+    """No names, paths or handlers of its own stay behind, and nothing of it is loaded before it is asked for."""
     code = """
 import sys, logging
 import numpy as np
@@ -148,7 +148,8 @@ path = list(sys.path)
 picture = np.zeros((20, 20, 3), np.uint8)
 assert visibility.jod(picture, picture) == 10
 names = ("pycvvdp", "interp", "third_party", "ffmpeg", "torch.utils.benchmark")
-print([n for n in sys.modules if n in names or n.startswith("pycvvdp.")], sys.path == path, logging.getLogger().handlers)
+left = [n for n in sys.modules if n in names or n.startswith("pycvvdp.")]
+print(left, sys.path == path, logging.getLogger().handlers)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,9 @@ from scol_ops.visibility import face_window, jod
 SETTINGS = ["engine.device=cpu", "publish.distortions=half", "strengthen.rounds=0"]
 
 
-def published(aligned: pa.Table, source: pa.Table, out: Path, *sets: str, protected: pa.Array | None = None) -> list[dict]:
+def published(
+    aligned: pa.Table, source: pa.Table, out: Path, *sets: str, protected: pa.Array | None = None
+) -> list[dict]:
     """What ``publish`` says of the rows of ``align``, whose crops stand for protected faces unless others are given."""
     config = load_config("quick", sets=[*SETTINGS, *sets])
     weights = dict.fromkeys(("publish",), "w")
@@ -126,7 +128,8 @@ def test_a_face_is_measured_as_it_is_seen(photo, tmp_path: Path) -> None:
     before, after = (np.array(Image.open(p)) for p in (path, tmp_path / "out" / "a.bmp"))
     left, top, right, bottom = face_window(aligned["quad"][0].as_py(), before.shape[1], before.shape[0])
     window = [np.ascontiguousarray(p[top:bottom, left:right]) for p in (before, after)]
-    assert rows[2]["jod"] == pytest.approx(jod(*window)) and rows[2]["jod_4k"] == pytest.approx(jod(*window, "standard_4k"))
+    assert rows[2]["jod"] == pytest.approx(jod(*window))
+    assert rows[2]["jod_4k"] == pytest.approx(jod(*window, "standard_4k"))
     assert rows[2]["jod"] < jod(before, after) - 0.3  # what lies beside the face does not flatter it
 
 
