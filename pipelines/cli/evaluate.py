@@ -68,6 +68,25 @@ from pipelines.cli.options import guarded, json_option, tell
 @click.option(
     "--models", "store", metavar="STORE", help="Model store whose recognisers and LPIPS take part (scol models)."
 )
+@click.option(
+    "--viewer",
+    is_flag=True,
+    help="Also write viewer.html: pairs of faces for people who do not know which is the original.",
+)
+@click.option("--viewer-pairs", type=click.IntRange(1, 200), default=40, help="Most pairs on that page.")
+@click.option(
+    "--viewer-unaltered",
+    type=click.FloatRange(0, 0.9),
+    default=0.25,
+    help="Share of them that shows the original twice.",
+)
+@click.option(
+    "--viewer-answers",
+    metavar="FILE|FOLDER",
+    multiple=True,
+    help="What a viewer said, or a folder of viewer-answers-*.json, is added up and stored in OUT; nothing is measured; "
+    "repeatable.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: as the machine has cores]")
 @click.option("--ray-address", metavar="HOST:PORT", help="Join this Ray cluster.")
 @json_option
@@ -89,6 +108,10 @@ def evaluate(
     references,
     no_photo,
     store,
+    viewer,
+    viewer_pairs,
+    viewer_unaltered,
+    viewer_answers,
     workers,
     ray_address,
     as_json,
@@ -102,15 +125,18 @@ def evaluate(
 
     Exit status: 0 if every photo could be compared, 1 if some could not, 2 if the evaluation could not start.
     """
-    from pipelines.evaluate import job, page
+    from pipelines.evaluate import answers, job, page
     from pipelines.evaluate.stages import stage_words
     from pipelines.evaluate.summary import LOST
+    from pipelines.evaluate.viewer import Draw
     from pipelines.jobs.progress import Reporter
     from pipelines.run.text import to_json
     from scol_ops.distortions import STANDARD
 
     if no_distortions and distortions:
         raise click.UsageError("--distortion and --no-distortions exclude each other")
+    if viewer and viewer_answers:
+        raise click.UsageError("--viewer and --viewer-answers exclude each other: first the page, then what was said")
     options = job.Options(
         originals,
         protected,
@@ -127,9 +153,14 @@ def evaluate(
         drop=drop,
         photo=not no_photo,
         store=store,
+        viewer=Draw(viewer_pairs, viewer_unaltered) if viewer else None,
         workers=workers,
         ray_address=ray_address,
     )
+    if viewer_answers:
+        said = answers.record_answers(options.folder, viewer_answers, tell)
+        click.echo(to_json(said) if as_json else answers.viewer_words(said))
+        return
     reporter = Reporter(sys.stderr)
     try:
         result = job.evaluate(options, tell, reporter)
@@ -141,7 +172,11 @@ def evaluate(
         click.echo(page.table_words(result.figures))
         if stages is not None:
             click.echo("\n" + stage_words(result.figures.get("stages", [])) + "\n")
+        if "viewers" in result.figures:
+            click.echo("\n" + answers.viewer_words(result.figures["viewers"]) + "\n")
         click.echo(f"page: {result.out}/evaluation.html")
+        if viewer:
+            click.echo(f"for viewers: {result.out}/viewer.html (keep viewer-key.json)")
     counts = result.figures["counts"]
     lost = sum(counts.get(name, 0) for name in LOST)
     if lost:

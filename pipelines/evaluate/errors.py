@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class EvaluateError(ValueError):
-    """`str()` is `CODE: words`. Codes: EMPTY, NO_PAIRS, BAD_PEOPLE, BAD_SETTING, OUT_IN_TREE."""
+    """`str()` is `CODE: words`. Codes: EMPTY, NO_PAIRS, BAD_PEOPLE, BAD_SETTING, OUT_IN_TREE; of a test with
+    viewers: NO_FACES, NO_VIEWER_PAGE, BAD_ANSWERS."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")

@@ -22,12 +22,14 @@ from pipelines.archive.paths import absolute
 from pipelines.archive.source import lies_inside
 from pipelines.evaluate import judges as recogniser_list
 from pipelines.evaluate import measure
+from pipelines.evaluate.answers import carried
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Gallery, Settings, face_schema, reference_schema, reference_source_schema
 from pipelines.evaluate.page import Examples, choose_examples, write_page
 from pipelines.evaluate.pairs import OK, Pairing
 from pipelines.evaluate.stages import stage_lines
 from pipelines.evaluate.summary import FARS, Collector, Judge, Summary, clusters, far_word, thresholds
+from pipelines.evaluate.viewer import Draw, write_viewer
 from pipelines.run.environment import machine, versions
 from pipelines.run.folder import Run, default_run
 from pipelines.run.text import to_json, utc
@@ -61,6 +63,7 @@ class Options:
         workers: processes; None: as the machine has. ray_address: of the Ray cluster to join.
         work: folder of what is finished, which several evaluations may share; by default OUT/work.
         store: URL of the model store, whose recognisers and LPIPS take part; None for the default one.
+        viewer: the page of pairs for viewers (`evaluate.viewer`); None: none is made.
     """
 
     originals: str
@@ -82,6 +85,7 @@ class Options:
     device: str = "auto"
     work: str | None = None
     store: str | None = None
+    viewer: Draw | None = None
 
     @property
     def folder(self) -> str:
@@ -126,7 +130,8 @@ def evaluate(
         say: takes messages, one line each. progress, stop: see `cluster.Engine`.
 
     Returns:
-        the result, written to OUT: `faces.parquet`, `evaluation.json`, `evaluation.html`.
+        the result, written to OUT: `faces.parquet`, `evaluation.json`, `evaluation.html`, and where it is asked for
+        `viewer.html` with its key.
 
     Raises:
         EvaluateError, SourceError, OutputError: trees, people or settings that cannot be used. RunError: no run.
@@ -154,16 +159,20 @@ def evaluate(
         judges = _judges(measured, inside)
         summary, examples = collect(run, measured, judges)
         lines = [] if source is None else stage_lines(source, pairing.rows(), settings, gallery, say)
+        viewers = carried(run, say)
         figures = _about(options, settings, inside, inside_from, url) | {
             "counts": _counts(measured, summary),
             "protected_without_original_examples": c.extra_examples,
             "recognisers": [_judge_words(j) for j in judges],
             **figures_of(summary),
             **({"stages": lines} if lines else {}),
+            **({"viewers": viewers} if viewers else {}),
             "seconds": round(time.monotonic() - begin, 1),
         }
     run.write("evaluation.json", (to_json(figures) + "\n").encode())
     write_page(run, figures, summary, judges, choose_examples(examples, run.path("faces.parquet")))
+    if options.viewer is not None:
+        write_viewer(run, options.viewer, options.seed, say)
     return Result(run.url, figures)
 
 

@@ -15,6 +15,7 @@ import torch
 from cluster.files import Files
 from pipelines.archive.paths import SourceError
 from pipelines.archive.reading import read_bytes
+from pipelines.evaluate.answers import section_values
 from pipelines.evaluate.measure import CROP, OTHER, UNPROTECTED, Spot, column
 from pipelines.evaluate.pairs import MATES
 from pipelines.evaluate.summary import AVERAGE, FARS, LOST, PROTECTED, Judge, Summary, far_name
@@ -358,5 +359,6 @@ def write_page(
         charts=_histograms(summary, judges),
         counts=[("what", "number"), *count_rows(figures)],
         recognisers=_recogniser_rows(figures),
+        **section_values(figures.get("viewers")),
     )
     run.write("evaluation.html", page.encode())

@@ -31,6 +31,25 @@ class Estimate:
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "people": self.people}
 
 
+def wilson(successes: float, n: int) -> dict[str, float | int] | None:
+    """A share and its 95 % interval (Wilson, "Probable inference, the law of succession, and statistical inference",
+    JASA 22, 1927), as if all answers were independent.
+
+    Args:
+        successes: 0 to n; halves are allowed.
+        n: answers.
+
+    Returns:
+        `value`, `low`, `high` in 0 to 1, and `n`; None where nobody answered.
+    """
+    if not n:
+        return None
+    z, share = 1.959964, successes / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return {"value": share, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "n": n}
+
+
 class ClusterBootstrap:
     """Means of many quantities over faces, with intervals over people.
 

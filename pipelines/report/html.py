@@ -19,7 +19,7 @@ import jinja2
 from markupsafe import Markup
 
 from pipelines.report.charts import number
-from pipelines.report.pictures import AMPLIFICATION, PICTURE_SIDE
+from pipelines.report.pictures import AMPLIFICATION, HEAT_TOP, PICTURE_SIDE, heat_scale
 
 # Written out so that a name can neither hide a part of itself nor reverse the line that it stands in.
 _SPELLED = {c: f"\\u{c:04x}" for c in (*range(0x20), *range(0x7F, 0xA0), 0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F),
@@ -42,25 +42,33 @@ def _environment() -> jinja2.Environment:
         del environment.filters[name]
     environment.filters |= {"number": number, "whole": "{:,}".format}
     environment.globals |= {"amplification": AMPLIFICATION, "picture_side": PICTURE_SIDE}
-    for name, file in (("style", "report.css"), ("script", "report.js")):
-        text = resources.files("pipelines.report").joinpath(file).read_text(encoding="utf-8")
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        environment.globals |= {name: Markup(text), f"{name}_hash": f"sha256-{digest}"}
+    environment.globals |= {"heat_top": HEAT_TOP, "heat_scale": heat_scale()}
     return environment
 
 
-def render(template: str, **values: Any) -> str:
+@functools.cache
+def _asset(kind: str, file: str) -> dict[str, Any]:
+    """A page's own `style` or `script`, and its hash for the content security policy."""
+    text = resources.files("pipelines").joinpath(file).read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return {kind: Markup(text), f"{kind}_hash": f"sha256-{digest}"}
+
+
+def render(template: str, style: str = "report/report.css", script: str = "report/report.js", **values: Any) -> str:
     """A page.
 
     Args:
-        template: its path within `pipelines`; it extends `report/base.html`, which says what it must set.
+        template: its path within `pipelines`; it extends `report/base.html`, which says what it must set, or writes
+            the policy, `style` and `script` itself.
+        style, script: paths within `pipelines` of the page's own style and script.
         values: what it writes, untrusted text as it is.
 
     Raises:
         jinja2.TemplateError: the template has a mistake, or lacks a value.
     """
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return _environment().get_template(template).render(values, now=now)
+    own = _asset("style", style) | _asset("script", script)
+    return _environment().get_template(template).render(values | own, now=now)
 
 
 def part(macro: str, *values: Any) -> str:

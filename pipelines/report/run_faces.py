@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import pyarrow as pa
 from PIL import Image
 
 from pipelines.archive.paths import SourceError
-from pipelines.archive.reading import read_bytes
+from pipelines.archive.reading import digest_of, read_bytes
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import MAX_BYTES, PhotoError
 from pipelines.report.pictures import Pixels, difference
 from pipelines.run.folder import Run
+from pipelines.run.schemas import SCHEMAS, SOURCE
 
 _LAST = ("attack", "strengthen")  # a face's last picture is of the later one that has any
 
@@ -29,11 +31,14 @@ class FacePictures:
         original: as it was aligned.
         protected: None where the run has none yet.
         saved: `protected` was cut out of the saved file; otherwise it is as the last stage left it.
+        windows: original photo and saved file about the face in the photo's own pixels, uint8 (H, W, 3) each; None
+            where one of them cannot be read any more, or has changed its size.
     """
 
     original: Pixels
     protected: Pixels | None
     saved: bool = False
+    windows: tuple[Pixels, Pixels] | None = None
 
     def difference(self) -> Pixels | None:
         """See `pictures.difference`; None where there is no picture after, or one of another size."""
@@ -72,47 +77,77 @@ def _face_rows(
     photo_ids = {face.rsplit("-", 1)[0] for face in wanted}
     plan = run.plan()
     chosen = plan.filter(pa.array([p in photo_ids for p in plan["photo_id"].to_pylist()], pa.bool_()))
-    rows = run.store.read_rows(stage, chosen[stage].to_pylist(), ["face_id", *columns])
+    keys, schema = chosen[stage].to_pylist(), SCHEMAS[stage]
+    rows = run.store.read_rows(stage, keys, ["face_id", *columns], later=schema)  # older versions had fewer columns
     return {row["face_id"]: row for row in rows.to_pylist() if row["face_id"] in wanted} if rows.num_rows else {}
 
 
-def read_pictures(run: Run | str, face_ids: Iterable[str]) -> dict[str, FacePictures]:
+def read_pictures(run: Run | str, face_ids: Iterable[str], windows: bool = False) -> dict[str, FacePictures]:
     """Before and after of some faces: the original from the manifests, the protected one from the saved file.
 
     Where the saved file cannot be read (moved, another machine) the picture after is the one that the last stage left
     in the manifests.
 
+    Args:
+        windows: also cut the windows, for which the original photos are read.
+
     Raises:
         RunError, StoreError: see `run.tables.read_stage`.
     """
     face_ids = list(face_ids)
-    aligned = _face_rows(run, face_ids, "align", ["crop", "quad", "width", "height"])
+    aligned = _face_rows(run, face_ids, "align", ["crop", "content", "quad", "width", "height"])
     published = _face_rows(run, face_ids, "publish", ["action", "out_path"])
+    urls = _photo_urls(run, face_ids) if windows else {}
     made: dict[str, Pixels] | None = None
     out: dict[str, FacePictures] = {}
-    last: tuple[str, Any] = ("", None)  # faces of one photo come one after the other
+    read = functools.lru_cache(2)(_read_photo)  # faces of one photo come one after the other
     for face in face_ids:
         row, done = aligned.get(face), published.get(face)
         original = _decode(row["crop"]) if row else None
         if original is None:
             continue
-        cut = None
+        cut = saved = None
         if done and done["action"] == "protected" and done["out_path"] and row["quad"] is not None:
-            if last[0] != done["out_path"]:
-                last = (done["out_path"], _read_photo(done["out_path"]))
-            cut = _cut(last[1], row, len(original))
+            saved = read(done["out_path"])
+            cut = _cut(saved, row, len(original))
         if cut is None:
             if made is None:
                 made = {f: p for stage in _LAST for f, p in read_crops(run, face_ids, stage, "protected").items()}
             out[face] = FacePictures(original, made.get(face))
         else:
-            out[face] = FacePictures(original, cut, saved=True)
+            url = urls.get(face.rsplit("-", 1)[0])
+            both = None if url is None else _windows(read(url, row["content"]), saved, row)
+            out[face] = FacePictures(original, cut, saved=True, windows=both)
     return out
 
 
-def _read_photo(url: str) -> Pixels | None:
+def _photo_urls(run: Run | str, face_ids: Iterable[str]) -> dict[str, str]:
+    """URLs of the original photos of some faces, by photo_id."""
+    run = run if isinstance(run, Run) else Run(str(run))
+    wanted, plan = {face.rsplit("-", 1)[0] for face in face_ids}, run.plan(["photo_id", SOURCE])
+    chosen = plan.filter(pa.array([p in wanted for p in plan["photo_id"].to_pylist()], pa.bool_()))
+    rows = run.store.read_rows(SOURCE, chosen[SOURCE].to_pylist(), ["photo_id", "url"], schema=SCHEMAS[SOURCE])
+    return {row["photo_id"]: row["url"] for row in rows.to_pylist()}
+
+
+def _windows(original: Pixels | None, saved: Pixels, row: Mapping[str, Any]) -> tuple[Pixels, Pixels] | None:
+    """The face's window in both photos; None where they do not have the size that the face was found in."""
+    if original is None or original.shape != saved.shape:
+        return None
+    from pipelines.report.windows import window_of  # late: it loads PyTorch
+
     try:
-        return decode(read_bytes(url, 2 * MAX_BYTES)).pixels
+        left, top, right, bottom = window_of(row["quad"], row["width"], row["height"])
+    except ValueError:
+        return None
+    return tuple(np.ascontiguousarray(photo[top:bottom, left:right]) for photo in (original, saved))
+
+
+def _read_photo(url: str, content: str | None = None) -> Pixels | None:
+    """None where it cannot be read, or is not the file of this content (`align.content`; None: whichever it is)."""
+    try:
+        data = read_bytes(url, 2 * MAX_BYTES)
+        return decode(data).pixels if content in (None, digest_of(data)) else None
     except (SourceError, PhotoError):
         return None
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from pipelines.report import html
 from pipelines.report.charts import Histogram, Tile, number, ticks_between
-from pipelines.report.pictures import Budget, FaceFigure, triple
+from pipelines.report.pictures import AMPLIFICATION, Budget, FaceFigure, Pixels, difference, heat_map, look, triple
 from pipelines.report.run_faces import FacePictures, read_pictures
 from pipelines.run.errors import errors
 from pipelines.run.folder import Run, RunError
@@ -25,9 +25,10 @@ from pipelines.run.schemas import ERROR, NO_FACE, OK, WEAK
 from pipelines.run.summary import MEASURES, summary
 from pipelines.run.tables import as_run, read_photos, read_stage
 
+SEEN = 24  # faces shown of those whose change is most visible
 SAMPLE = 24  # faces shown of those that are well protected
 WEAK_SHOWN = 60  # weak faces shown with pictures; the rest by name
-PICTURE_BYTES = 9_000_000  # most base64 characters of pictures in a report
+PICTURE_BYTES = 12_000_000  # most base64 characters of pictures in a report
 _FACE_COLUMNS = ["photo_id", "face_id", "status", "reason", "path", "judge", "max_ism", *MEASURES]
 Row = Mapping[str, Any]
 
@@ -145,29 +146,59 @@ def _face_words(row: Row) -> str:
     return f"{row['path']}, face {int(row['face_id'].rsplit('-', 1)[1]) + 1}" if row["face_id"] else row["path"]
 
 
-def _figure(row: Row, pictures: FacePictures | None, budget: Budget) -> FaceFigure | None:
-    """None where the budget is used up, or the face has no picture after."""
-    difference = None if pictures is None else pictures.difference()
-    if difference is None:
+def _figure(row: Row, pictures: FacePictures | None, budget: Budget, heat: bool) -> FaceFigure | None:
+    """None where the budget is used up, or the face has no picture after. `heat`: see `_figures`."""
+    changed = None if pictures is None else pictures.difference()
+    if changed is None:
         return None
     who = _face_words(row)
-    shown = triple((pictures.original, pictures.protected, difference), who, budget)
+    if pictures.windows is None:
+        shown = triple((pictures.original, pictures.protected, changed), who, budget)
+    else:
+        shown = look(*pictures.windows, *_third(*pictures.windows, heat), who, budget)
     words = f"JOD {number(row['jod'], 2)} · PSNR {number(row['psnr'], 1, 'dB')} · ISM {number(row['ism'], 3)}"
     if not pictures.saved:
         words += " (before saving: the saved file could not be read)"
     return FaceFigure(who, words, shown, row["status"], row["reason"] or "") if shown else None
 
 
-def _figures(rows: Sequence[Row], run: Run, budget: Budget) -> tuple[list[FaceFigure], list[Row]]:
-    """Figures of faces, and the faces that got none."""
+def _third(original: Pixels, protected: Pixels, heat: bool) -> tuple[Pixels, str, str]:
+    """What tells of the change in a window, its label and its description."""
+    if not heat:
+        words = f"Difference, {AMPLIFICATION} times amplified"
+        return difference(original, protected), f"difference × {AMPLIFICATION}", words
+    from scol_ops.visibility import jod_map  # late: seconds that a report without faces need not take
+
+    return heat_map(original, jod_map(original, protected)), "where it is seen", "Where the change is seen"
+
+
+def _figures(
+    rows: Sequence[Row], run: Run, budget: Budget, windows: bool = False, heat: bool = False
+) -> tuple[list[FaceFigure], list[Row]]:
+    """Figures of faces, and the faces that got none.
+
+    Args:
+        windows: in the photos' own pixels, where the photos can be read; else aligned crops.
+        heat: the third picture of a window is a map of where the change is seen; else the difference.
+    """
     figures, rest = [], []
     for start in range(0, len(rows), 16):
         chunk = rows[start : start + 16]
-        pictures = read_pictures(run, [r["face_id"] for r in chunk])
+        pictures = read_pictures(run, [r["face_id"] for r in chunk], windows)
         for row in chunk:
-            figure = _figure(row, pictures.get(row["face_id"]), budget)
+            figure = _figure(row, pictures.get(row["face_id"]), budget, heat)
             figures.append(figure) if figure else rest.append(row)
     return figures, rest
+
+
+def _by_jod(faces: Iterable[Row]) -> list[Row]:
+    """The most visible change first; faces without JOD (of older runs) after the others, in the order given."""
+    return sorted(faces, key=lambda r: (r["jod"] is None, r["jod"] if r["jod"] is not None else 0.0))
+
+
+def _most_visible(faces: Sequence[Row], most: int) -> list[Row]:
+    known = (r for r in faces if r["status"] in (OK, WEAK) and r["jod"] is not None and math.isfinite(r["jod"]))
+    return _by_jod(known)[:most]
 
 
 def _sample(faces: Sequence[Row], seed: int) -> list[Row]:
@@ -228,7 +259,9 @@ def _read_json(run: Run, name: str) -> dict[str, Any]:
         return {}  # not finished, or damaged
 
 
-def render(run: Run | str, sample: int = SAMPLE, weak: int = WEAK_SHOWN, picture_bytes: int = PICTURE_BYTES) -> str:
+def render(
+    run: Run | str, sample: int = SAMPLE, weak: int = WEAK_SHOWN, picture_bytes: int = PICTURE_BYTES, seen: int = SEEN
+) -> str:
     """The report as HTML text; see `write_report`."""
     run = as_run(run)
     info, totals = _read_json(run, "run.json"), summary(run)
@@ -237,17 +270,24 @@ def render(run: Run | str, sample: int = SAMPLE, weak: int = WEAK_SHOWN, picture
     paths = {p["photo_id"]: p["path"] for p in photos}
     rows = read_stage(run, "publish", _FACE_COLUMNS).to_pylist()
     faces = [row | {"path": paths.get(row["photo_id"], row["path"])} for row in rows if row["face_id"] is not None]
-    # The sample's share of the room is set aside, so that many weak faces leave something to compare them with.
-    shares = [Budget(picture_bytes * count // max(1, sample + weak)) for count in (sample, weak)]
+    visible = _most_visible(faces, seen)
     good, weakest = _sample(faces, int(info.get("config", {}).get("seed", 0) or 0)), _weakest(faces)
-    shown, unshown = _figures(weakest[:weak], run, shares[1])
+    above = {r["face_id"] for r in visible}
+    drawn = _by_jod([r for r in good if r["face_id"] not in above][:sample])
+    # Every section's share of the room is set aside, so that many weak faces leave something to compare them with.
+    counts = (len(visible), len(drawn), len(weakest[:weak]))
+    shares = [Budget(picture_bytes * count // max(1, sum(counts))) for count in counts]
+    most, more = _figures(visible, run, shares[0], windows=True, heat=True)
+    shown, unshown = _figures(weakest[:weak], run, shares[2])
     return html.render(
         "report/run_page.html",
         url=run.url,
         t=totals,
         tiles=_tiles(totals),
+        visible=most,
+        visible_rest=[(_face_words(r), f"JOD {number(r['jod'], 2)}", r["reason"] or "") for r in more],
         good=len(good),
-        sample=_figures(good[:sample], run, shares[0])[0],
+        sample=_figures(drawn, run, shares[1], windows=True)[0],
         weak=shown,
         weak_rest=[
             (_face_words(r), f"PSNR {number(r['psnr'], 1, 'dB')}, ISM {number(r['ism'], 3)}", r["reason"] or "")
@@ -266,7 +306,7 @@ def write_report(run_url: Run | str, sample: int = SAMPLE, weak: int = WEAK_SHOW
 
     Args:
         run_url: the run's folder, a path or an fsspec URL.
-        sample: most well protected faces shown.
+        sample: most well protected faces shown, besides the most visible ones.
         weak: most weak faces shown with pictures; the rest are listed by name.
 
     Returns:

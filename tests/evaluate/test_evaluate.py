@@ -17,11 +17,13 @@ from PIL import Image
 from pipelines.archive.paths import OutputError
 from pipelines.cli.main import main
 from pipelines.evaluate import job, judges, measure
+from pipelines.evaluate.answers import Answers, viewer_figures
 from pipelines.evaluate.errors import EvaluateError
 from pipelines.evaluate.measure import Eyes, Gallery, Measurer, Settings, Spot, Window, column
 from pipelines.evaluate.page import Example, write_page
 from pipelines.evaluate.statistics import Distribution
 from pipelines.evaluate.summary import Judge, Summary
+from pipelines.evaluate.viewer import Draw
 from pipelines.jobs.demo import draw_person
 from pipelines.run.folder import Run
 from scol_ops.distortions import Distortion
@@ -266,6 +268,9 @@ def test_a_hostile_name_is_text_wherever_it_stands(trees, figures, tmp_path):
     told |= {"originals": nasty, "protected": nasty, "inside": [nasty], "people_from": nasty}
     told["counts"] |= {"faces_with_mate": 0, "photos_without_person": told["counts"]["originals"]}
     told["recognisers"][1]["fingerprint"] = nasty
+    said = [Answers("a.json", nasty, "1", {"a": {"original": "left", "score": 3, "publish": None}})]
+    key = {"page": "p", "seed": 0, "pairs": [{"id": "a", "original": "left", "face_id": "f", "person_id": nasty}]}
+    told["viewers"] = viewer_figures(key, said)
     columns = [column(m, nasty) for m in ("ism", "mate")] + ["jod", "face_psnr", "face_ssim", "face_flip"]
     found = {name: Distribution(-1, 1) for name in columns}
     found[columns[0]].add(np.array([0.5, 0.25]))
@@ -283,11 +288,11 @@ def test_a_hostile_name_is_text_wherever_it_stands(trees, figures, tmp_path):
     banner, rest = text.split("&lt;/header&gt;")
     assert banner.count(spelled) == 4
     parts = {key: part.count(spelled) for key, part in zip(
-        ("summary", "distortions", "pictures", "examples", "distributions", "counts", "recognisers"),
+        ("summary", "distortions", "pictures", "viewers", "examples", "distributions", "counts", "recognisers"),
         rest.split("&lt;section")[1:], strict=True)}  # fmt: skip
     # per recogniser three lines; its lines and everybody's lines after the distortion; one line of pictures; a figure
-    # with three pictures, one without, both with the judge; its two histograms, one of them drawn; name and weights
-    assert parts == {"summary": 3, "distortions": 2 + 3, "pictures": 1, "examples": 3 + 4, "distributions": 2 + 1,
+    # with three pictures, one without, both with the judge; a viewer's name; its two histograms, one of them drawn; name and weights
+    assert parts == {"summary": 3, "distortions": 2 + 3, "pictures": 1, "viewers": 1, "examples": 3 + 4, "distributions": 2 + 1,
                      "counts": 0, "recognisers": 2}, parts  # fmt: skip
 
 
@@ -315,6 +320,30 @@ def test_the_command(trees, figures):
     for extra in (["--distortion", "gif"], ["--recogniser", "nobody"], ["--out", str(trees / "two/below")]):
         run = CliRunner().invoke(main, ["evaluate", str(trees / "one"), str(trees / "two"), *extra])
         assert run.exit_code == 2 and "error: " in run.output, run.output
+
+
+def test_viewers_are_asked_and_heard(trees, figures):
+    """The page and its key are written beside the figures, answers are read without measuring, and kept later on."""
+    out = trees / "out"
+    assert "viewers" not in figures and "Nobody was asked" in (out / "evaluation.html").read_text()
+    evaluate(trees, viewer=Draw(4, 0.0))
+    key = json.loads((out / "viewer-key.json").read_text())
+    shown = {Path(p["url"]).relative_to(trees / "one").as_posix() for p in key["pairs"]}
+    # Ben's photos are the same files, Finn's is smaller; whoever has no face any more is shown where it was.
+    assert shown == {"Ada/0.jpg", "Cleo/0.jpg"} and (out / "viewer.html").stat().st_size > 50_000
+    said = {p["id"]: {"original": p["original"], "score": 1, "publish": False} for p in key["pairs"]}
+    told = {"version": 1, "page": key["page"], "viewer": "Eve", "session": "1", "answers": said}
+    (out / "viewer-answers-Eve.json").write_text(json.dumps(told))
+    command = ["evaluate", str(trees / "one"), str(trees / "two"), "--out", str(out), "--viewer-answers", str(out)]
+    run = CliRunner().invoke(main, command)
+    assert run.exit_code == 0 and "100.0 [34.2, 100.0]" in run.output, run.output
+    page = (out / "evaluation.html").read_text()
+    assert "Eve" in page and "Nobody was asked" not in page
+    again = evaluate(trees)
+    assert again["viewers"]["altered"]["right"] == 2 and "Eve" in (out / "evaluation.html").read_text()
+    for name in ("viewer.html", "viewer-key.json", "viewer-answers-Eve.json"):
+        (out / name).unlink()
+    assert "viewers" not in evaluate(trees)
 
 
 def test_recognisers_used_inside_are_found(trees):

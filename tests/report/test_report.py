@@ -7,7 +7,6 @@ import functools
 import hashlib
 import io
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,12 +18,15 @@ import pytest
 from PIL import Image
 
 from pipelines.config.names import STAGES
-from pipelines.report import html, run_faces, run_page
+from pipelines.report import html, pictures, run_faces, run_page
 from pipelines.report.charts import Histogram, Tile
 from pipelines.report.pictures import FaceFigure, Picture
+from pipelines.report.windows import LARGEST, window_of
 from pipelines.run.folder import Run, RunError
 from pipelines.run.schemas import PLAN_SCHEMA, SCHEMAS, SOURCE
 from pipelines.run.tables import read_stage
+from scol_ops.visibility import face_window
+from tests.helpers.browser import CHROMIUM, FLAGS, Browser
 
 NASTY = '<img src=x onerror="document.title=1">&\'"\u202egpj.exe\n.jpg'
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -203,10 +205,10 @@ def test_failures_are_all_there_by_reason_and_escaped(mixed):
 def test_faces_have_three_described_pictures(mixed):
     page = Page(mixed[1])
     images = page.all("img")
-    assert len(images) == 3 * (run_page.SAMPLE + 5)
+    assert len(images) == 3 * (run_page.SEEN + run_page.SAMPLE + 5)
     assert all(i["loading"] == "lazy" and i["alt"].split(":")[0] in
                ("Original", "Protected", "Difference, 10 times amplified") for i in images)
-    assert page.text.count("difference × 10") == run_page.SAMPLE + 5
+    assert page.text.count("difference × 10") == run_page.SEEN + run_page.SAMPLE + 5
     assert all(f"weak/{i:03d}.jpg, face 2" in page.sections["weak"] for i in range(5))
 
 
@@ -231,13 +233,13 @@ def test_a_hostile_name_is_text_wherever_it_stands(tmp_path):
     run.write_json("run.json", {"config": {"seed": 3, NASTY: {NASTY: NASTY}}, NASTY: NASTY, f"group{NASTY}": {"a": 1}})
     text = run_page.render(run, weak=1)
     page = harmless(text)
-    assert len(page.all("img")) == 6 and all(SPELLED in image["alt"] for image in page.all("img"))
+    assert len(page.all("img")) == 12 and all(SPELLED in image["alt"] for image in page.all("img"))
     assert sum(SPELLED in attributes.get("aria-label", "") for attributes in page.all("svg")) == 1  # the judge's
     assert page.text.count(SPELLED) == sum(page.sections[key].count(SPELLED) for key in page.sections) + 1
     sections = {key: words.count(SPELLED) for key, words in page.sections.items()}
-    assert sections == {"totals": 1, "faces": 1, "weak": 4, "distributions": 1, "time": 0, "failures": 5, "others": 2,
-                        "settings": 6}, sections
-    assert text.count('<bdi class="name">') == 8
+    assert sections == {"totals": 1, "seen": 5, "faces": 0, "weak": 4, "distributions": 1, "time": 0, "failures": 5,
+                        "others": 2, "settings": 6}, sections
+    assert text.count('<bdi class="name">') == 10
 
 
 @pytest.mark.parametrize("macro, value", [
@@ -246,6 +248,7 @@ def test_a_hostile_name_is_text_wherever_it_stands(tmp_path):
     ("table", [(NASTY, NASTY), (NASTY, NASTY)]),
     ("names", [(NASTY, NASTY, NASTY)]),
     ("cards", [FaceFigure(NASTY, NASTY, (Picture(NASTY, NASTY, NASTY),), NASTY, NASTY)]),
+    ("cards", [FaceFigure(NASTY, NASTY, (Picture(NASTY, NASTY, NASTY, 5, 6),), NASTY, NASTY)]),
     ("histogram", Histogram.of([1], [0, 1], [0, 1], NASTY, NASTY, NASTY, [(0.5, NASTY)])),
 ])  # fmt: skip
 def test_every_part_escapes_every_value(macro, value):
@@ -308,7 +311,7 @@ def test_sample_is_seeded(mixed):
 
 def test_picture_budget_lists_the_rest_by_name(tmp_path):
     run = make_run(tmp_path, [photo(f"{i}.jpg", "weak") for i in range(12)])
-    text = run_page.render(run, sample=0, weak=10, picture_bytes=60_000)
+    text = run_page.render(run, sample=0, weak=10, picture_bytes=60_000, seen=0)
     page = Page(text)
     shown = len(page.all("img")) // 3
     assert 0 < shown < 10
@@ -382,6 +385,103 @@ def test_pictures_come_from_the_saved_file(tmp_path):
     assert "the saved file could not be read" in run_page.render(run)
 
 
+def change_rows(run: Run, stage: str, change) -> None:
+    """Write a stage's rows anew, each with what `change` makes of it."""
+    rows = [row | change(row) for row in run.store.read_rows(stage).to_pylist()]
+    for part in run.store.parts(stage):
+        Path(run.store.path(stage, part)).unlink()
+    run.store.write_part(stage, None, pa.Table.from_pylist(rows, SCHEMAS[stage]))
+
+
+def seen_run(folder: Path, jods: list[float | None], side: int = 300) -> tuple[Run, list[np.ndarray], list[np.ndarray]]:
+    """A run whose photos are there: the smaller a photo's JOD the more is changed; with originals and saved photos."""
+    run = make_run(folder / "run", [photo(f"{i}.png", "ok") for i in range(len(jods))])
+    originals, saved, urls = [], [], {}
+    for i, value in enumerate(jods):
+        before = np.asarray(Image.open(io.BytesIO(png(i, side))))
+        after = before.copy()
+        after[140:160, 140:160] = np.clip(after[140:160, 140:160].astype(int) + int(80 - 8 * (value or 5)), 0, 255)
+        for name, pixels in (("in", before), ("out", after)):
+            urls[name, f"{i:016x}"] = str(folder / f"{name}{i}.png")
+            Image.fromarray(pixels).save(folder / f"{name}{i}.png")
+        originals.append(before)
+        saved.append(after)
+    quad = [100.0, 100, 100, 200, 200, 200, 200, 100]
+    change_rows(run, "align", lambda r: {"quad": quad, "width": side, "height": side})
+    change_rows(run, "publish", lambda r: {"jod": jods[int(r["photo_id"], 16)], "out_path": urls["out", r["photo_id"]]})
+    source = [{"key": f"{i:030x}00", "photo_id": f"{i:016x}", "path": f"{i}.png", "url": urls["in", f"{i:016x}"],
+               "status": "ok"} for i in range(len(jods))]  # fmt: skip
+    run.store.write_part(SOURCE, None, pa.Table.from_pylist(source, SCHEMAS[SOURCE]))
+    return run, originals, saved
+
+
+def test_the_most_visible_stand_first_in_the_photos_own_pixels(tmp_path):
+    jods = [9.5, 7.0, None, 8.0, 9.9, None]
+    run, originals, saved = seen_run(tmp_path, jods)
+    text = run_page.render(run, seen=3)
+    page = Page(text)
+    shown = [(i["alt"].split(": ")[0], i["alt"].split(": ")[1], i) for i in page.all("img")]
+    who = [name for what, name, _ in shown if what == "Original"]
+    assert who[:3] == ["1.png, face 1", "3.png, face 1", "0.png, face 1"]  # by JOD
+    assert who[3] == "4.png, face 1" and set(who[4:]) == {"2.png, face 1", "5.png, face 1"}  # a drawn one; without JOD
+    assert [what for what, *_ in shown[:9]] == ["Original", "Protected", "Where the change is seen"] * 3
+    assert [what for what, *_ in shown[9:]] == ["Original", "Protected", "Difference, 10 times amplified"] * 3
+    left, top, right, bottom = face_window([100.0, 100, 100, 200, 200, 200, 200, 100], 300, 300)
+    for what, name, image in shown:
+        kind, data = image["src"].split(";base64,")
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        assert kind == "data:image/png" and pixels.shape == (int(image["height"]), int(image["width"]), 3)
+        photos = {"Original": originals, "Protected": saved}.get(what)
+        if photos:
+            assert np.array_equal(pixels, photos[int(name[0])][top:bottom, left:right])
+        elif what == "Where the change is seen":
+            colour = (pixels.max(2).astype(int) - pixels.min(2))
+            assert colour[20:40, 20:40].mean() > 2 * colour[:8, :8].mean() and colour.max() > 40  # at the change
+    assert "3 faces of the lowest JOD" in page.sections["seen"] and "JOD 7.00" in page.sections["seen"]
+    assert "JOD –" in page.sections["faces"] and text.count("data-do=zoom") == 6
+    assert page.all("svg")[0]["class"] == "scale" and "4 JOD and more" in page.all("svg")[0]["aria-label"]
+    # A budget that is used up leaves names.
+    page = Page(run_page.render(run, seen=3, picture_bytes=30_000))
+    assert "more, by name" in page.sections["seen"] and "1.png" in page.sections["seen"]
+
+
+def test_photos_that_have_gone_or_changed_leave_crops(tmp_path):
+    run, _, _ = seen_run(tmp_path, [8.0, 9.0, 9.5])
+    change_rows(run, "align", lambda r: {"content": "0" * 32} if r["photo_id"][-1] == "1" else {})
+    (tmp_path / "in0.png").unlink()
+    ids = [f"{i:016x}-00" for i in range(3)]
+    found = run_faces.read_pictures(run, ids, windows=True)
+    assert [found[i].windows is None for i in ids] == [True, True, False]
+    assert all(p.windows is None for p in run_faces.read_pictures(run, ids).values())
+    page = Page(run_page.render(run))
+    assert sum(i.get("class") == "own" for i in page.all("img")) == 3 and len(page.all("img")) == 9
+
+
+def test_windows_are_bounded():
+    quad = np.array([[0, 0], [0, 2000], [2000, 2000], [2000, 0]]) + 500.0
+    left, top, right, bottom = window_of(quad, 3000, 3000)
+    assert LARGEST - 2 <= right - left <= LARGEST and abs((left + right) / 2 - 1500) <= 1
+    assert window_of(quad / 20, 150, 150) == face_window(quad / 20, 150, 150)
+    with pytest.raises(ValueError):
+        window_of(quad, 100, 100)
+    with pytest.raises(ValueError):
+        window_of([float("nan")] * 8, 100, 100)
+    large = np.zeros((300, 300, 3), np.uint8)
+    assert pictures.window_url(large).startswith("data:image/jpeg")
+    assert pictures.window_url(large[:256, :256]).startswith("data:image/png")
+
+
+def test_heat_colours():
+    original = np.full((2, 3, 3), 90, np.uint8)
+    lost = np.array([[0, 0.5, 1], [2, 4, 40]], np.float32)
+    got = pictures.heat_map(original, lost)
+    assert got.dtype == np.uint8 and got[0, 0].tolist() == [90] * 3 and np.array_equal(got[1, 1], got[1, 2])
+    colours, opacity = pictures.heat_colours(np.linspace(0, 1, 50, dtype=np.float32))
+    assert np.all(np.diff(colours @ [0.299, 0.587, 0.114]) < 0) and np.all(np.diff(opacity[:, 0]) >= 0)
+    scale = pictures.heat_scale()
+    assert scale[0] == (0.0, "rgb(128,128,128)") and scale[-1][0] == pictures.HEAT_TOP
+
+
 def test_of_a_strengthened_face_the_last_picture_is_that_one(tmp_path):
     run = make_run(tmp_path, [photo("a.png", "ok"), photo("b.png", "ok")])
     last = [run_faces.read_pictures(run, [f"{i:016x}-00"])[f"{i:016x}-00"].protected for i in (0, 1)]
@@ -406,11 +506,6 @@ def test_histogram():
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]
-
-
 def browse(tmp_path: Path, url: str, *options: str) -> str:
     done = subprocess.run([CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=5000",
                            "--enable-logging=stderr", "--v=0", *options, url],
@@ -432,7 +527,7 @@ def test_in_chromium(tmp_path):
     assert Path(url).stat().st_size < 15_000_000
     dom = browse(tmp_path, Path(url).as_uri(), "--dump-dom")
     page = Page(dom)
-    assert len(page.all("img")) == 3 * (run_page.SAMPLE + run_page.WEAK_SHOWN)
+    assert len(page.all("img")) == 3 * (run_page.SEEN + run_page.SAMPLE + run_page.WEAK_SHOWN)
     assert "40 more, by name" in page.text
     assert "<title>scol: report of a run</title>" in dom  # the nasty name has not run
     shot = tmp_path / "shot.png"
@@ -443,3 +538,31 @@ def test_in_chromium(tmp_path):
     # The pictures are there: a large share of the lower half is neither paper nor ink.
     colourful = (pixels.max(2) - pixels.min(2)) > 40
     assert colourful[800:].mean() > 0.1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)")
+def test_blinking_in_place_in_chromium(tmp_path):
+    """The protected window gives place to the original and comes back; zoom is by whole pixels, whatever the screen."""
+    run, _, _ = seen_run(tmp_path, [8.0, 9.0])
+    url = Path(run_page.write_report(run)).as_uri()
+    with Browser(tmp_path, ratio=1.5) as browser:
+        browser.open(url)
+        picture = "document.querySelectorAll('.look img')"
+        sources = browser.js(f"[...{picture}].slice(0, 2).map((i) => i.src)")
+        now = f"{picture}[1].src"
+        browser.click(".look ~ figcaption [data-do=blink]")
+        for wanted in (sources[0], sources[1], sources[0]):
+            browser.wait(f"{now} === {wanted!r}", 5)
+        assert browser.js("document.querySelector('.look ~ figcaption [data-do=blink]').ariaPressed") == "true"
+        browser.click(".look ~ figcaption [data-do=blink]")
+        assert browser.js(now) == sources[1]
+        browser.click(".look ~ figcaption [data-do=original]")
+        assert browser.js(now) == sources[0] and browser.js(f"{picture}[1].nextSibling.textContent") == "original"
+        browser.click(".look ~ figcaption [data-do=original]")
+        assert browser.js(f"{picture}[1].alt").startswith("Protected")
+        side = browser.js(f"{picture}[0].naturalWidth")
+        for zoom in (1, 2, 3, 1):
+            width = browser.js(f"{picture}[0].getBoundingClientRect().width * devicePixelRatio")
+            assert width == pytest.approx(side * zoom, abs=0.1)
+            browser.click(".look ~ figcaption [data-do=zoom]")
+        assert not browser.errors, browser.errors
