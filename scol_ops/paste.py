@@ -19,11 +19,12 @@ from scol_ops.warp import crop_transform, invert_affine, warp_affine
 # turning the head hardly changes (see ``face_mask``).  Set by eye on generated and real faces: forehead to the
 # hairline, chin, cheeks without the ears.
 _HALF_WIDTH, _UP, _DOWN = 1.16, 1.42, 1.34
+_FEATHER = 0.22
 _ROUNDNESS = 2.3  # 2 would be an ellipse; cheeks and temples are fuller
 
 
 def face_mask(
-    landmarks: Tensor, size: int = 256, *, scale: float = 1.0, feather: float = 0.22, border: float = 0.06
+    landmarks: Tensor, size: int = 256, *, scale: float = 1.0, feather: float = _FEATHER, border: float = 0.06
 ) -> Tensor:
     """Soft masks of faces in their crops: forehead to chin and cheek to cheek, without hair and background.
 
@@ -75,6 +76,55 @@ def face_mask(
     edge = torch.minimum(at, size - 1 - at) / (border * size)
     edge = _smooth(torch.minimum(edge[:, None], edge[None, :]))
     return (mask * edge)[:, None]
+
+
+def change_mask(landmarks: Tensor, size: int = 256, *, scale: float = 1.0, features: float = 1.0) -> Tensor:
+    """How much of a change each place of a crop may have.
+
+    Recognisers read the whole head and what is behind it; people read brows, eyes, nose and mouth.
+
+    Args:
+        landmarks, size: as of ``face_mask``.
+        scale: the outline's size, 1 for the face alone; larger: hair, ears, neck and what is behind, ever more softly.
+        features: share at brows, eyes, nose and mouth, 0..1.
+
+    Returns:
+        float32 (B, 1, size, size) in [0, 1]; as of ``face_mask`` where both are 1.
+
+    Raises:
+        ValueError: as of ``face_mask``, or a share out of range.
+    """
+    if not 0 <= features <= 1:
+        raise ValueError(f"a share is 0..1, got {features}")
+    mask = face_mask(landmarks, size, scale=scale, feather=min(1.0, _FEATHER * scale))
+    return mask if features == 1 else mask * (1 - (1 - features) * _features(landmarks.detach().float(), size))
+
+
+# Gaussians about a landmark: where (0: the eyes, 1: the nose's bridge, 2: its tip, 3: the mouth), radii across and down,
+# in distances of the eyes.
+_SPARED = ((0, 0.33, 0.27), (1, 0.22, 0.5), (2, 0.3, 0.22), (3, 0.45, 0.25))
+_BROW = 0.12  # the eyes' Gaussian lies so much above them, for the brows
+
+
+def _features(points: Tensor, size: int) -> Tensor:
+    """(B, 5, 2) -> (B, 1, size, size), 1 at the middle of brows and eyes, nose and mouth, falling to 0."""
+    across = points[:, 1] - points[:, 0]
+    unit = across.norm(dim=1).clamp_min(1e-3)[:, None]
+    x = across / unit
+    y = torch.stack([-x[:, 1], x[:, 0]], 1)
+    middle = (points[:, 0] + points[:, 1]) / 2
+    bridge, mouth = (middle + points[:, 2]) / 2, (points[:, 3] + points[:, 4]) / 2
+    places = {0: [points[:, i] - _BROW * unit * y for i in (0, 1)], 1: [bridge], 2: [points[:, 2]], 3: [mouth]}
+    at = torch.arange(size, device=points.device, dtype=torch.float32)
+    grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)[None]
+    total = points.new_zeros(len(points), size, size)
+    for which, wide, high in _SPARED:
+        for centre in places[which]:
+            offset = grid - centre[:, None, None]
+            u = (offset * x[:, None, None]).sum(-1) / (wide * unit[:, :, None])
+            v = (offset * y[:, None, None]).sum(-1) / (high * unit[:, :, None])
+            total = total + torch.exp(-((u * u + v * v) ** 2) / 2)
+    return total.clamp(0, 1)[:, None]
 
 
 def _smooth(x: Tensor) -> Tensor:
@@ -206,4 +256,7 @@ def _to_photo(
         seen = warp_affine(part[None], from_crop, change.shape[-1])[0]
         # Only where the mask is: at its rim, and beyond the photo's edge, nothing can be made up for.
         part = part + spread((change - seen) * mask)
-    return part, weight
+    # Bicubic interpolation and back-projection swing beyond what there is: no pixel of the photo changes more than one
+    # of the crop did.
+    most = change.abs().amax()
+    return part.clamp(-most, most), weight

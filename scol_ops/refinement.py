@@ -34,7 +34,7 @@ class RefineSettings:
     hinge: push from the original's identity.  id_lock: pull to the locked one.  draws: random transformations a step,
     each before the features (expectation over transformation); diversity, blur, jpeg_quality: which.  photo_scale: the
     features see the face at the size that it has in the photo, where finer change is lost.
-    limit: largest change of a pixel in [0, 1] units, 0 for none.  features: share of it at brows, eyes, nose and mouth.
+    limit: largest change of a pixel in [0, 1] units, 0 for none.
     chroma: share of the residual's change of colour that stays; 0: lightness alone changes.  residual_sigma: low-pass
     of the residual in crop pixels, 0 for none.
     """
@@ -52,7 +52,6 @@ class RefineSettings:
     jpeg_quality: tuple[int, int] | None
     photo_scale: bool
     limit: float
-    features: float
     chroma: float
     residual_sigma: float
 

@@ -30,6 +30,8 @@ from scol_ops.models import catalogue as public_models
 _OMITTED_AT_DEFAULT: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
     ("fuse", "source", "similar", ("source",)),
     ("fuse", "target", "least", ("target",)),
+    ("mask", "scale", 1, ("scale",)),
+    ("mask", "features", 1, ("features",)),
     ("tune", "perceptual", "ssim", ("perceptual", "lpips_weight")),
     ("tune", "blur", False, ("blur",)),
     ("tune", "jpeg_quality", None, ("jpeg_quality",)),
@@ -209,6 +211,17 @@ class IdentitySection(Section):
     def margin_of_each(self) -> tuple[float, ...]:
         """One margin for each identity feature."""
         return self.margins or tuple(self.default_margins[name] for name in self.identity)
+
+
+class MaskConfig(Section):
+    """Where a face may change."""
+
+    scale: float = Field(
+        1.0, gt=0, le=4, description="outline of the change; 1: the face alone, 1.7: with hair, ears and what is beside them"
+    )
+    features: float = Field(
+        1.0, ge=0, le=1, description="share of the change that brows, eyes, nose and mouth may have, where people look"
+    )
 
 
 class TuneConfig(IdentitySection):
@@ -433,6 +446,7 @@ class Config(Section):
     invert: InvertConfig = InvertConfig()
     gallery: GalleryConfig = GalleryConfig()
     fuse: FuseConfig = FuseConfig()
+    mask: MaskConfig = MaskConfig()
     tune: TuneConfig = TuneConfig()
     refine: RefineConfig = RefineConfig()
     inspect: InspectConfig = InspectConfig()
@@ -534,12 +548,17 @@ class Config(Section):
             "invert": {"invert": of("invert"), "generator": self.generator},
             "fuse": {"fuse": of("fuse")},
             # A refinement that is off has no settings: what its defaults are matters to nobody then.
-            "tune": {"tune": of("tune"), "refine": of("refine") if self.refine.steps else {"steps": 0}},
+            # The mask of later stages is in their keys through this one's.
+            "tune": {
+                "tune": of("tune"),
+                "refine": of("refine") if self.refine.steps else {"steps": 0},
+                **({"mask": mask} if (mask := of("mask")) else {}),
+            },
             "attack": {"inspect": of("inspect"), "attack": of("attack")},
             # The settings of refinement and attack are in the keys of the stages before.
             "strengthen": {
                 "strengthen": of("strengthen"),
-                "publish": {name: of("publish")[name] for name in _LOOKED_AT},
+                "publish": {name: value for name, value in of("publish").items() if name in _LOOKED_AT},
             },
             "publish": {"publish": of("publish")},
         }

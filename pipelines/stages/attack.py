@@ -9,13 +9,12 @@ import numpy as np
 from cluster import Operator, Stage
 from pipelines.config.sections import Config
 from pipelines.networks.load import Networks
-from pipelines.stages.crops import decode_png, encode_png, geometry_in_crop
+from pipelines.stages.crops import allowed, decode_png, encode_png, geometry_in_crop
 from pipelines.stages.declaration import GEOMETRY, Setting, declared
 from pipelines.stages.rows import Row, each_face
 from pipelines.stages.treatments import Attacker, settings_of
 from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
-from scol_ops.paste import face_mask
 
 
 def stage(setting: Setting) -> Stage:
@@ -40,7 +39,7 @@ def operator(config: Config, weights: str, std: np.ndarray | None) -> Operator:
         if attacker is None:
             return {"protected": data, "psnr": psnr(original, to_uint8(decode_png(data)[0]))}
         landmarks, _ = geometry_in_crop(row, config.crop_size, device, "align.")
-        mask = face_mask(landmarks, config.crop_size)
+        mask = allowed(landmarks, config)
         result, share = attacker(row, decode_png(data, device), mask, settings, row["seed"] ^ 2, deadline)
         return {
             "protected": encode_png(result.picture),

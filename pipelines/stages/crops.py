@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.config.sections import Config
 from pipelines.run import schemas
 from scol_ops.metrics import to_uint8
+from scol_ops.paste import change_mask
 from scol_ops.warp import crop_transform, invert_affine, transform_boxes, transform_points
 
 
@@ -46,6 +48,11 @@ def geometry_in_crop(
     box = torch.from_numpy(np.array(row[prefix + "box"], np.float64)).reshape(1, 4)
     landmarks = transform_points(landmarks, to_crop)[None].float().to(device)
     return landmarks, transform_boxes(box, to_crop).float().to(device)
+
+
+def allowed(landmarks: Tensor, config: Config) -> Tensor:
+    """Where, and how much, a face with these landmarks (1, 5, 2) in its crop may change: (1, 1, S, S) in [0, 1]."""
+    return change_mask(landmarks, config.crop_size, scale=config.mask.scale, features=config.mask.features)
 
 
 def photo_side(row: Mapping[str, Any], prefix: str = "") -> float:

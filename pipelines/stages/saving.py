@@ -16,10 +16,10 @@ from pipelines.archive.reading import digest_of
 from pipelines.config.sections import Config
 from pipelines.photos.codec import decode, encode
 from pipelines.photos.photo import Limits, Photo
-from pipelines.stages.crops import decode_png, geometry_in_crop
+from pipelines.stages.crops import allowed, decode_png, geometry_in_crop
 from pipelines.stages.reading import Reader
 from pipelines.stages.rows import Row
-from scol_ops.paste import face_mask, paste_back
+from scol_ops.paste import paste_back
 
 
 def limits_of(config: Config) -> Limits:
@@ -62,7 +62,7 @@ class Pasting:
             raise SourceError("CHANGED", "the photo has changed since its faces were looked for")
         size, device = config.crop_size, torch.device("cpu")
         self.originals = torch.cat([decode_png(row["align.crop"]) for row in rows])
-        self.masks = torch.cat([face_mask(geometry_in_crop(row, size, device, "align.")[0], size) for row in rows])
+        self.masks = torch.cat([allowed(geometry_in_crop(row, size, device, "align.")[0], config) for row in rows])
         self._quads = torch.from_numpy(np.stack([np.array(row["align.quad"]).reshape(4, 2) for row in rows]))
 
     def file(self, protected: Tensor) -> bytes:

@@ -7,12 +7,11 @@ from functools import partial
 from cluster import Operator, Stage
 from pipelines.config.sections import Config
 from pipelines.networks.load import Networks
-from pipelines.stages.crops import as_codes, decode_png, encode_png, geometry_in_crop
+from pipelines.stages.crops import allowed, as_codes, decode_png, encode_png, geometry_in_crop
 from pipelines.stages.declaration import GEOMETRY, Setting, declared
 from pipelines.stages.rows import Row, each_face
 from pipelines.stages.treatments import Refiner, settings_of
 from scol_ops.metrics import psnr, ssim, to_uint8
-from scol_ops.paste import face_mask
 from scol_ops.refinement import RefineSettings
 from scol_ops.tuning import TuneResult, TuneSettings, tune
 
@@ -36,7 +35,7 @@ def operator(config: Config, weights: str) -> Operator:
     def treat(row: Row, deadline: float) -> Row:
         face, fused = decode_png(row["align.crop"], device), as_codes(row["fused"], device)
         landmarks, box = geometry_in_crop(row, config.crop_size, device, "align.")
-        mask = face_mask(landmarks, config.crop_size)
+        mask = allowed(landmarks, config)
         tuned = tune(
             generator,
             fused,
