@@ -9,7 +9,7 @@ from PIL import Image
 
 from scol_ops.alignment import align, align_crops, ffhq_quads
 from scol_ops.detection import FaceDetector
-from scol_ops.paste import face_mask, paste_back
+from scol_ops.paste import change_mask, face_mask, paste_back
 from tests.ops.test_alignment import square
 
 # Where FFHQ's rule puts the landmarks of a face that looks straight on, at 256 px.
@@ -32,6 +32,7 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
 
 @pytest.fixture(scope="module")
 def photo():
@@ -78,6 +79,37 @@ def test_mask_ends_at_the_crops_edge():
     assert mask[:, -1].max() == 0 and mask[-1].max() == 0 and mask.max() > 0.9
 
 
+def test_where_a_face_may_change_is_the_face_unless_asked_otherwise():
+    assert torch.equal(change_mask(FRONTAL), face_mask(FRONTAL))
+    assert torch.equal(change_mask(FRONTAL, 64, scale=1, features=1), face_mask(FRONTAL, 64))
+    face, wide = face_mask(FRONTAL)[0, 0], change_mask(FRONTAL, scale=1.7)[0, 0]
+    assert wide.mean() > 1.3 * face.mean() and face[60, 128] < 0.3 < wide[60, 128], "hair"
+    for scale in (0.5, 1.0, 1.7, 4.0):
+        for points in (FRONTAL, FRONTAL + torch.tensor([60.0, 20])):
+            mask = change_mask(points, scale=scale, features=0.3)[0, 0]
+            assert torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).max() == 0
+            assert mask.min() == 0 and mask.max() <= 1
+    steps = torch.maximum(wide.diff(dim=0).abs().max(), wide.diff(dim=1).abs().max())
+    assert steps < 0.15, "soft"
+
+
+@pytest.mark.parametrize("features", [0.0, 0.3])
+def test_features_are_spared_wherever_they_lie(features):
+    a = np.deg2rad(25)
+    turn = torch.tensor([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]], dtype=torch.float32)
+    for points in (FRONTAL, (FRONTAL - 127.5) @ turn.T + 127.5, FRONTAL / 2 + 40):
+        whole, spared = (change_mask(points, features=share)[0, 0] for share in (1.0, features))
+        eyes, mouth = points[0, :3], points[0, 3:].mean(0, keepdim=True)
+        for x, y in torch.cat([eyes, mouth]).round().long().tolist():
+            assert spared[y, x] < (features + 0.1) * whole[y, x]
+        assert (spared <= whole + 1e-6).all() and (spared >= features * whole - 1e-6).all()
+        below_the_eye = points[0, 0] * 0.6 + points[0, 3] * 0.4
+        x, y = (below_the_eye + (points[0, 0] - points[0, 1]) * 0.25).round().long().tolist()
+        assert spared[y, x] > 0.8 * whole[y, x] > 0.5, "cheeks"
+    two = change_mask(torch.cat([FRONTAL, FRONTAL / 2 + 40]), features=features)
+    assert torch.allclose(two[1], change_mask(FRONTAL / 2 + 40, features=features)[0], atol=1e-6)
+
+
 def test_no_change_no_change(photo):
     quads = square(120, 90, 100, 12)
     crops = align_crops(photo, quads)
@@ -117,6 +149,21 @@ def test_change_survives_in_faces_of_crop_size_and_larger(draw_face, side):
     assert psnr(align_crops(pasted, cut.quads), goal, mask > 0.5) > psnr(
         align_crops(plain, cut.quads), goal, mask > 0.5
     )
+
+
+@pytest.mark.parametrize("corrections", [1, 3])
+@pytest.mark.parametrize("side", [60, 130, 256, 300, 700])
+def test_no_pixel_of_the_photo_changes_more_than_one_of_the_crop(side, corrections):
+    """Interpolation and back-projection swing: whoever bounds the change of the crop has bounded the photo's."""
+    photo, limit = np.full((300, 320, 3), 128, np.uint8), 20  # of 255
+    quads, mask = square(160, 150, side, 12), face_mask(FRONTAL)
+    crops = align_crops(photo, quads)
+    change = noise(6).sign() * limit / 127.5
+    for goal in (crops + change, crops + mask * change):
+        pasted = paste_back(photo, crops, goal, mask, quads, masked=True, corrections=corrections)
+        moved = np.abs(pasted.astype(int) - photo)
+        assert moved.max() <= limit + 0.5
+        assert moved.max() > (0.9 if side >= 256 else 0.1) * limit, "there is a change to be bounded"
 
 
 def test_smooth_change_survives_in_a_small_face(draw_face):
@@ -214,3 +261,6 @@ def test_bad_input(photo):
         face_mask(FRONTAL[0])
     with pytest.raises(ValueError):
         face_mask(FRONTAL, feather=0)
+    for wrong in ({"features": 1.1}, {"features": -0.1}, {"scale": 0}):
+        with pytest.raises(ValueError):
+            change_mask(FRONTAL, **wrong)
