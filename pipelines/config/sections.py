@@ -208,6 +208,10 @@ class IdentitySection(Section):
             raise ValueError(f"{len(self.margins)} margins for {len(self.identity)} identity features")
         return self
 
+    def span_of_each(self) -> tuple[float, ...]:
+        """From the cosine of different people to 1, one for each identity feature: what a margin is compared in."""
+        return tuple(1 - MARGINS[name] for name in self.identity)
+
     def margin_of_each(self) -> tuple[float, ...]:
         """One margin for each identity feature."""
         return self.margins or tuple(self.default_margins[name] for name in self.identity)
@@ -278,7 +282,10 @@ class RefineConfig(IdentitySection):
         (60, 95), description="random JPEG of a quality in this range (1..100) as well (EOT); none: off"
     )
     photo_scale: bool = Field(True, description="the features see the face at the size that it has in the photo")
-    limit: float = Field(10 / 255, ge=0, le=1, description="largest change of a pixel, in [0, 1] pixel units; 0: none")
+    shrink: float = Field(
+        0.7, ge=0, le=1, description="share of the draws in which they see it smaller, down to less than half (EOT)"
+    )
+    limit: float = Field(12 / 255, ge=0, le=1, description="largest change of a pixel, in [0, 1] pixel units; 0: none")
     chroma: float = Field(
         0.25, ge=0, le=1, description="share of the change of colour that stays; 0: lightness alone changes"
     )
