@@ -50,6 +50,7 @@ PROFILES: dict[str, dict[str, Any]] = {
         "attack.steps": 10,
         "attack.step_size": 2 / 255,
         "strengthen.rounds": 0,
+        "strengthen.looks": 0,
         "engine.face_seconds": 1800.0,
     },
 }

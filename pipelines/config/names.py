@@ -7,7 +7,8 @@ from scol_ops.models import catalogue as public_models
 STAGES = ("align", "invert", "fuse", "tune", "attack", "strengthen", "publish")
 OPTIONAL = ("strengthen",)  # those of them that a run leaves out where its configuration has nothing for them to do
 # Of the operators' behaviour: raise a stage's number when its results change, and its rows are made anew.
-VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "2", "attack": "1", "strengthen": "2", "publish": "2"}
+VERSIONS = {"align": "1", "invert": "2", "fuse": "1", "tune": "3", "attack": "1", "strengthen": "3", "publish": "3"}
+NO_LOOP = ("strengthen.rounds=0", "strengthen.looks=0")  # settings that leave the closed loop out
 RECOGNISERS = ("mobilefacenet", "dlib_resnet", "faceres")  # scol_ops.models.recognisers.RECOGNISERS, without torch
 ENCODER = "encoder"
 ENCODER_TRUNK = "mobilefacenet"  # the recogniser whose features the encoder reads (scol_ops.models.encoder)

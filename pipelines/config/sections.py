@@ -502,7 +502,7 @@ class Config(Section):
             quality = getattr(self, section).jpeg_quality
             if quality is not None and not 1 <= quality[0] <= quality[1] <= 100:
                 raise ValueError(f"{section}.jpeg_quality: LOW,HIGH with 1 <= LOW <= HIGH <= 100, got {quality}")
-        if self.strengthen.rounds and not self.refines_again and not self.attack.enabled:
+        if self.strengthen.rounds and not self.refines_again and not self.attacks_again:
             raise ValueError("strengthen.rounds: neither refinement nor attack is there to be strengthened")
         for name in ("source", "target"):
             if getattr(self.fuse, name) == "random" and self.gallery.search != "exact":
@@ -531,7 +531,12 @@ class Config(Section):
     @property
     def refines_again(self) -> bool:
         """Whether rounds of ``strengthen`` refine: a refinement that is off stays off there."""
-        return bool(self.refines and self.strengthen.steps)
+        return bool(self.strengthen.rounds and self.refines and self.strengthen.steps)
+
+    @property
+    def attacks_again(self) -> bool:
+        """Whether rounds of ``strengthen`` attack."""
+        return bool(self.strengthen.rounds and self.attack.enabled)
 
     def has_stage(self, stage: str) -> bool:
         """Whether a run makes this stage of ``names.STAGES``: one without anything to do is left out."""

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from cluster import Operator
 from pipelines.archive.listing import list_source, source_table
 from pipelines.config.load import load_config
+from pipelines.config.names import NO_LOOP
 from pipelines.config.sections import Config
 from pipelines.jobs.demo import draw_person
 from pipelines.networks import load as networks
@@ -94,7 +95,7 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
 
     Steps are alike, so a few are counted and the profile's number of them is what is told.  Not in it: detection
     and publishing, whose cost is the photo's, search and fusion, which are matrix products of L x N x 512 numbers, and
-    the closed loop, which some faces need: a round costs about what the refinement does.
+    the closed loop: a look is the judge's, and a round, which some faces need, costs about what the refinement does.
 
     Raises:
         WeightsError: the profile needs a model that is not in the model store.
@@ -102,7 +103,7 @@ def measure(profile: str, sets: tuple[str, ...] = ()) -> Cost:
 
     def configured(**values: float) -> Config:
         steps = (f"{k.replace('__', '.')}={v}" for k, v in values.items())
-        return resolving.resolve(load_config(profile, sets=(*sets, "strengthen.rounds=0", *steps)))
+        return resolving.resolve(load_config(profile, sets=(*sets, *NO_LOOP, *steps)))
 
     config, meter = configured(), _Meter()
     aligned = _aligned(config)

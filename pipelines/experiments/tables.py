@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster import Progress, ray_session
 from pipelines.config.load import load_config
+from pipelines.config.names import NO_LOOP
 from pipelines.evaluate import judges
 from pipelines.evaluate.summary import AVERAGE
 from pipelines.experiments import costs
@@ -103,7 +104,6 @@ PAPER_1 = {
 }
 _SCOL = "scol"
 _WITHOUT = "-judged-by-"
-_NO_LOOP = "strengthen.rounds=0"
 
 
 def leave_one_out(options: Options) -> list[Method]:
@@ -113,7 +113,7 @@ def leave_one_out(options: Options) -> list[Method]:
     recogniser among these there is a line of its own, in which another takes its place, so that it can judge.  The
     closed loop is off unless ``sets`` turn it on: its judge would score what it has chosen itself.
     """
-    sets = (_NO_LOOP, *options.sets)
+    sets = (*NO_LOOP, *options.sets)
     names = judges.available()
     config = load_config(options.profile, sets=sets)
     sections = ("tune", "refine") if config.refines else ("tune",)
@@ -197,8 +197,8 @@ def sweep(name: str, key: str, values: Sequence[float], *fixed: str) -> Callable
 
     def settings(value: float, sets: Sequence[str]) -> tuple[str, ...]:
         if key != "attack.eps":
-            return (_NO_LOOP, *sets, *fixed, f"{key}={value}")
-        return (_NO_LOOP, f"attack.step_size={value / 4 / 255}", *sets, *fixed, f"{key}={value / 255}")
+            return (*NO_LOOP, *sets, *fixed, f"{key}={value}")
+        return (*NO_LOOP, f"attack.step_size={value / 4 / 255}", *sets, *fixed, f"{key}={value / 255}")
 
     def methods(options: Options) -> list[Method]:
         named = ((f"{name}-{value:g}", settings(value, options.sets)) for value in values)

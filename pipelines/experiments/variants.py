@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.load import ConfigError, read_toml
+from pipelines.config.names import NO_LOOP
 from pipelines.experiments.tables import ExperimentError
 
 OWN = "own"  # group of variants from a file
@@ -44,7 +45,7 @@ class Variant:
 BASE = Variant("base", (), "base")
 # Of all variants unless they say otherwise: the attack works through the encoder, whose trunk could not judge then.
 # The closed loop would make up for what a variant lacks.
-COMMON = ("attack.enabled=false", "strengthen.rounds=0")
+COMMON = ("attack.enabled=false", *NO_LOOP)
 
 
 def _group(about: str, group: str, **named: str) -> tuple[str, tuple[Variant, ...]]:
@@ -68,19 +69,33 @@ GROUPS = {
         "tune",
         **{
             "tune=off": "tune.steps=0 refine.start=0",
-            "lock": "tune.id_lock=0.3 tune.hinge=0 refine.id_lock=0.35 refine.hinge=0",
-            "hinge+lock": "tune.id_lock=0.3 tune.hinge=0.3 refine.id_lock=0.35 refine.hinge=0.35",
+            "lock": "tune.id_lock=0.3 tune.hinge=0 refine.id_lock=1 refine.hinge=0",
+            "hinge+lock": "tune.id_lock=0.3 tune.hinge=0.3 refine.id_lock=1 refine.hinge=1",
             "neither": "tune.id_lock=0 tune.hinge=0 refine.steps=0",
         },
     ),
-    "refine": _group("refinement in pixels: none", "refine", **{"refine=off": "refine.steps=0"}),
+    "refine": _group(
+        "refinement in pixels: none; nobody looks at it, within the bound alone; no bound of a pixel; in colour",
+        "refine",
+        **{
+            "refine=off": "refine.steps=0",
+            "unseen=off": "refine.seen=0",
+            "limit=off": "refine.limit=0",
+            "colour": "refine.chroma=1",
+        },
+    ),
+    "mask": _group(
+        "where a face may change: hair, ears and what is beside them as well; features spared",
+        "mask",
+        **{"mask.scale=1.7": "mask.scale=1.7", "mask.features=0.3": "mask.features=0.3"},
+    ),
     "attack": _group(
         "identity inversion attack, of 255; the encoder's trunk is inside and does not judge these",
         "attack",
         **{"attack=off": "attack.enabled=false"} | {f"attack.eps={levels}": _attack(levels) for levels in (2, 4, 8)},
     ),
 }
-DEFAULT = ("refine.start=0", "tune=off", "lock", "refine=off")  # where nothing is asked for
+DEFAULT = ("tune=off", "lock", "unseen=off", "mask.scale=1.7", "refine=off")  # where nothing is asked for
 
 
 def built_in() -> dict[str, Variant]:

@@ -120,11 +120,12 @@ def _words(found: dict[str, Any], mean: float, more: str) -> dict[str, str]:
 
 
 def _more_words(config: Config, run_url: str | None) -> str:
-    """Who goes back to the closed loop is known only then; an earlier run's times have it in them."""
-    if not config.strengthen.rounds or run_url is not None:
+    """How often the closed loop looks, and who goes back, is known only then; an earlier run's times have it in them."""
+    rounds, steps, looks = config.strengthen.rounds, config.strengthen.steps, config.strengthen.looks
+    if not config.has_stage("strengthen") or run_url is not None:
         return ""
-    rounds, steps = config.strengthen.rounds, config.strengthen.steps
-    return f", and more for faces that go back (up to {rounds} round(s) of {steps} steps)"
+    words = f", and more for the closed loop (up to {1 + rounds + looks} looks at a face"
+    return words + (f", {rounds} round(s) of {steps} steps for those that it sends back)" if rounds else ")")
 
 
 def _this_machine() -> dict[str, float]:

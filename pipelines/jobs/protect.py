@@ -285,14 +285,13 @@ def _skipped_words(skipped: dict[str, int]) -> str:
 
 def table_of(result: dict[str, Any]) -> str:
     """The final table of a run."""
-    again = result["strengthened"]
     rows = [
         ("photos", result["photos"]),
         ("faces", result["faces"]),
         ("photos protected", result["published"]),
         ("  of them weak", result["weak"]),
         ("faces weak, %", number(result["weak_share"], 1, 100)),
-        *([("faces strengthened", again["faces"]), ("  in rounds", again["rounds"])] if again else []),
+        *_loop_rows(result["strengthened"]),
         ("without a face (copied)", result["no_face"]),
         ("failed", result["error"]),
         ("JOD of the face (10: equal)", number(result["jod"], 2)),
@@ -305,6 +304,18 @@ def table_of(result: dict[str, Any]) -> str:
         ("seconds in all", number(result.get("seconds"), 1)),
     ]
     return aligned(rows, "<", ">10")
+
+
+def _loop_rows(loop: dict[str, Any] | None) -> list[tuple[str, Any]]:
+    """What the closed loop did, where there was one."""
+    if not loop:
+        return []
+    return [
+        ("share of a change kept", number(loop["share"], 2)),
+        ("  faces with less than all", loop["less"]),
+        ("faces strengthened", loop["faces"]),
+        ("  in rounds", loop["rounds"]),
+    ]
 
 
 def exit_status(result: dict[str, Any]) -> int:

@@ -85,10 +85,11 @@ def stage_weights(config: Config, gallery: str, std: str = "") -> dict[str, str]
     if std and config.attack.enabled:
         attack.append(f"gallery-std:{std}")
     strengthening: list[str] = []
+    if config.has_stage("strengthen"):
+        strengthening = [f"{config.publish.judge}:{recogniser_fingerprint(config.publish.judge, store)}"]
     if config.strengthen.rounds:
         locked = [of_generator] if config.refine.id_lock and config.refine.identity else []
-        judge = f"{config.publish.judge}:{recogniser_fingerprint(config.publish.judge, store)}"
-        strengthening = [*locked, *_feature_fingerprints(config.refine.identity, config), *attack, judge]
+        strengthening = [*locked, *_feature_fingerprints(config.refine.identity, config), *attack, *strengthening]
     return {
         "align": f"mtcnn:{detection.weights_fingerprint()}",
         "invert": ",".join([of_generator, of_encoder, *_feature_fingerprints((INVERSION_RECOGNISER,), config)]),

@@ -94,16 +94,22 @@ def _histograms(faces: Sequence[Row], totals: Row) -> list[Histogram]:
     return [histogram(columns[name], *charts[name]) for name in shown]
 
 
+def _loop_tiles(loop: Row | None) -> list[Tile]:
+    """What the closed loop did, where there was one."""
+    if loop is None:
+        return []
+    some, judged = loop["faces"], loop["judged"]
+    return [
+        Tile("share of a change kept, mean", number(loop["share"], 2)),
+        Tile("faces with less than all of it", f"{loop['less']:,} of {judged:,}"),
+        Tile("faces strengthened", f"{some:,} of {judged:,}"),
+        Tile("rounds of these, mean", number(loop["rounds"] / some, 1) if some else "–"),
+        Tile("hidden, and not seen too much", f"{loop['ended'].get('passed', 0):,} of {judged:,}" if judged else "–"),
+    ]
+
+
 def _tiles(t: Row) -> list[Tile]:
-    work, again = sum(t["stage_seconds"].values()), t["strengthened"]
-    strengthened = []
-    if again is not None:
-        some = again["faces"]
-        strengthened = [
-            Tile("faces strengthened", f"{some:,} of {again['judged']:,}"),
-            Tile("rounds of these, mean", number(again["rounds"] / some, 1) if some else "–"),
-            Tile("of these now below the bar", f"{again['ended'].get('passed', 0):,} of {some:,}" if some else "–"),
-        ]
+    work = sum(t["stage_seconds"].values())
     photos = [("protected", OK, OK), ("weak", WEAK, WEAK), ("without a face", NO_FACE, ""), ("failed", ERROR, ERROR),
               ("not reached", "pending", ERROR)]
     return [
@@ -112,7 +118,7 @@ def _tiles(t: Row) -> list[Tile]:
         *(Tile(f"photos {words}", f"{t[key]:,}", kind if t[key] else "") for words, key, kind in photos),
         Tile("faces weak", "–" if t["weak_share"] is None else f"{100 * t['weak_share']:.1f} %",
              WEAK if t["weak_share"] else ""),
-        *strengthened,
+        *_loop_tiles(t["strengthened"]),
         Tile("JOD of the face window, mean", number(t["jod"], 2)),
         Tile("JOD, 5 % of the faces below", number((t["spread"]["jod"] or {}).get("p5"), 2)),
         Tile("PSNR of the face, mean", number(t["face_psnr"], 2, "dB")),

@@ -36,13 +36,16 @@ def _statistics(column: pa.ChunkedArray) -> dict[str, float] | None:
 
 def _strengthened(run: Run) -> dict[str, Any]:
     """What the closed loop did."""
-    rows = read_stage(run, "strengthen", ["rounds", "ended"]).to_pylist()
-    again = [row for row in rows if row["rounds"]]
+    rows = read_stage(run, "strengthen", ["rounds", "share", "ended"]).to_pylist()
+    judged = [row for row in rows if row["rounds"] is not None]
+    shares = [row["share"] for row in judged if row["share"] is not None]
     return {
-        "judged": sum(row["rounds"] is not None for row in rows),
-        "faces": len(again),
-        "rounds": sum(row["rounds"] for row in again),
-        "ended": dict(sorted(Counter(row["ended"] for row in again).items())),
+        "judged": len(judged),
+        "less": sum(share < 1 for share in shares),
+        "share": round(statistics.fmean(shares), 4) if shares else None,
+        "faces": sum(row["rounds"] > 0 for row in judged),
+        "rounds": sum(row["rounds"] for row in judged),
+        "ended": dict(sorted(Counter(row["ended"] for row in judged).items())),
     }
 
 

@@ -34,7 +34,7 @@ from pipelines.stages.treatments import Attacker, Refiner, settings_of
 from scol_ops.attack import AttackSettings
 from scol_ops.metrics import psnr, to_uint8
 from scol_ops.refinement import RefineSettings
-from scol_ops.strengthening import Look, Search, Seen, StrengthenSettings, faded, refinement_of, unconfined
+from scol_ops.strengthening import Bars, Look, Search, Seen, StrengthenSettings, faded, refinement_of, unconfined
 from scol_ops.tuning import DeadlineExceeded
 from scol_ops.visibility import DISPLAYS, face_jod
 
@@ -72,6 +72,7 @@ class _Face:
         original: (1, 3, S, S), its crop; `mask`: (1, 1, S, S); `own`: (1, D), by the judge; `place`: in the photo.
         tried: the pictures, in their order.
         whole: the latest round's picture, of which shares are tried; `search`: among these.
+        kept: the best of the rounds before.
         shown: the one in the latest file; `pixels`: of the file's window.
         rounds: begun so far.
         ended: why no further round is begun, before they are used up.
@@ -86,6 +87,7 @@ class _Face:
     tried: list[_Attempt]
     whole: _Attempt
     search: Search
+    kept: _Attempt | None = None
     shown: _Attempt | None = None
     pixels: np.ndarray | None = None
     rounds: int = 0
@@ -104,6 +106,18 @@ class _Face:
             return self.whole
         return self.attempt(self.whole.number, encode_png(faded(self.whole.picture, self.original, share)), share)
 
+    def best(self, bars: Bars) -> _Attempt:
+        """What to publish: what the latest round's search found, unless one before was nearer to the bars.
+
+        Rounds go on only while nothing hides, so those before do not hide, and may be seen.
+        """
+        index = self.search.found
+        found, look = self.tried[index - len(self.search.looks)], self.search.looks[index]
+        if self.kept is None or (look.hidden and look.unseen):
+            return found
+        nearer = look.unseen and found.seen.excess(bars) < self.kept.seen.excess(bars)
+        return found if nearer else self.kept
+
     @property
     def known(self) -> bool:
         """The latest round's whole change does not hide it, and shows less than it may."""
@@ -114,9 +128,9 @@ def stage(setting: Setting) -> Stage:
     """Reads the pictures of ``attack`` and the photo. Each face has its own time limit."""
     config = setting.config
     joins = {"source": ["url"], "align": ["content", "crop", *GEOMETRY, "width", "height"]}
-    if config.attack.enabled:
+    if config.attacks_again:
         joins |= {"invert": ["code"], "fuse": ["target"]}
-    if config.refine.id_lock:
+    if config.refines_again and config.refine.id_lock:
         joins["fuse"] = [*joins.get("fuse", []), "fused"]
     return declared(
         "strengthen",
@@ -147,7 +161,7 @@ class _Loop:
         self.refining = settings_of(RefineSettings, config.refine)
         self.refiner = Refiner(config, networks) if config.refines_again else None
         self.attacking = settings_of(AttackSettings, config.attack)
-        self.attacker = Attacker(config, std, networks) if config.attack.enabled else None
+        self.attacker = Attacker(config, std, networks) if config.attacks_again else None
         self.limit = config.engine.face_seconds
         self.reader = Reader(limits_of(config).max_bytes)
 
@@ -187,7 +201,7 @@ class _Loop:
                 if face.error is not None:
                     return faces
             self._search(pasting, faces, [face for face in going if face.ended is None])
-        best = [face.tried[face.search.found - len(face.search.looks)] for face in faces]
+        best = [face.best(self.bars) for face in faces]
         if any(attempt is not face.shown for face, attempt in zip(faces, best, strict=True)):
             self._show(pasting, faces, best)
         return faces
@@ -235,8 +249,8 @@ class _Loop:
             if left <= 0:
                 raise DeadlineExceeded(f"before round {number}")
             with face_time(left * 1.1, left):
-                face.whole = face.attempt(number, encode_png(self._stronger(face, number, begin + left)))
-                face.search = Search(self.settings.looks)
+                whole = face.attempt(number, encode_png(self._stronger(face, number, begin + left)))
+                face.kept, face.whole, face.search = face.best(self.bars), whole, Search(self.settings.looks)
         except FloatingPointError:  # the settings of this round are too strong for this face, wherever it is tried
             face.ended = DIVERGED
         except (DeadlineExceeded, ItemTimeout):  # what there is has been judged, and is published

@@ -1,9 +1,12 @@
 """Inversion, tuning, refinement and attack on the embedded generator (few steps: their rules, not their quality)."""
 
 import copy
+import itertools
+import math
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +15,12 @@ from scol_ops import tuning
 from scol_ops.attack import attack, attack_loss
 from scol_ops.filters import damp_chroma, low_pass
 from scol_ops.inversion import InvertSettings, invert
-from scol_ops.models.embedded import load_mobilestylegan, load_recogniser
-from scol_ops.models.recognisers import ffhq_mean_geometry
+from scol_ops.losses import identity_hinge_loss
+from scol_ops.metrics import to_uint8
+from scol_ops.models.embedded import load_mobilestylegan
 from scol_ops.refinement import refine
 from scol_ops.tuning import DeadlineExceeded, confine, select_parameters, tune
+from scol_ops.visibility import jod
 from tests.helpers.operator_settings import ATTACK, REFINE, TUNE
 
 
@@ -50,7 +55,8 @@ SHORT = replace(TUNE, steps=3, lr=1e-3, ssim_weight=1.0)
 
 def run(generator, faces, mask, i, seed=0):
     codes, pictures = faces
-    return tune(generator, codes[(i + 1) % 3 : (i + 1) % 3 + 1], pictures[i : i + 1], mask, [thumbnail], [0.2], SHORT, seed)
+    fused = codes[(i + 1) % 3 : (i + 1) % 3 + 1]
+    return tune(generator, fused, pictures[i : i + 1], mask, [thumbnail], [0.2], SHORT, seed)
 
 
 def test_faces_do_not_depend_on_their_order(generator, faces, mask):
@@ -137,79 +143,124 @@ def test_parameter_sets_are_nested_and_leave_the_mapping(generator):
     assert sizes["all"] > sizes["convolutions"] > 0 and sizes["all"] > sizes["late"] > 0
 
 
-def test_refinement_lowers_similarity_and_returns_to_the_photo(faces, mask):
-    original, other = faces[1][:1], faces[1][1:2]
-    start = confine(other, original, mask)
+@pytest.fixture(scope="module")
+def start(faces, mask):
+    """Another face in the first one's place, and that one."""
+    return confine(faces[1][1:2], faces[1][:1], mask), faces[1][:1]
+
+
+def refined(start, mask, *, identity=thumbnail, margin=0.5, photo_side=None, seed=0, **settings):
+    picture, original = start
+    settings = replace(REFINE, **{"diversity": 0.0} | settings)
+    return refine(picture, original, mask, [identity], [margin], None, settings, seed=seed, photo_side=photo_side)
+
+
+def pixels(picture: torch.Tensor) -> np.ndarray:
+    return to_uint8(picture[0]).movedim(0, -1).numpy()
+
+
+def test_refinement_lowers_similarity_and_returns_to_the_photo(start, mask):
     similarity = {}
-    for hinge in (0.0, 5.0):
-        settings = replace(REFINE, steps=30, lr=0.03, diversity=0.0, hinge=hinge)
-        result = refine(start, original, mask, [thumbnail], [0.5], None, settings)
+    for hinge in (0.0, 20.0):
+        result = refined(start, mask, steps=30, lr=0.03, seen=1.0, hinge=hinge)
         assert result.history[-1]["psnr"] > result.history[0]["psnr"] + 1
-        similarity[hinge] = float((thumbnail(result.picture) * thumbnail(original)).sum())
-    assert similarity[5.0] < similarity[0.0] - 0.02
-    assert torch.equal(refine(start, original, mask, [thumbnail], [0.9], None, replace(REFINE, steps=0)).picture, start)
-    limited = refine(start, original, mask, [thumbnail], [0.5], None, replace(REFINE, steps=5, limit=0.05))
-    assert float((limited.picture - original).abs().max()) <= 0.05 + 1e-6
+        assert result.history[-1]["seen"] < 0.8 * result.history[0]["seen"]
+        similarity[hinge] = float((thumbnail(result.picture) * thumbnail(start[1])).sum())
+    assert similarity[20.0] < similarity[0.0] - 0.02
+    assert torch.equal(refined(start, mask, steps=0).picture, start[0])
 
 
-def test_refinement_with_flip_changes_fewer_places(faces, mask):
-    original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
-    pictures = {}
-    for name, weight in (("flip_weight", 0.5), ("visible_weight", 100.0)):
-        settings = replace(REFINE, steps=30, lr=0.03, diversity=0.0, hinge=1.0, l2_weight=0.0, ssim_weight=0.0)
-        pictures[name] = refine(
-            start, original, mask, [thumbnail], [0.5], None, replace(settings, **{name: weight})
-        )
-    flip, squared = (pictures[n].picture - original for n in ("flip_weight", "visible_weight"))
-    assert pictures["flip_weight"].history[-1]["flip"] < 0.5 * pictures["flip_weight"].history[0]["flip"]
-
-    def spread(change):  # participation ratio: 1 where all pixels change alike, near 0 where few do
-        energy = change.square().sum(1).flatten()
-        return float(energy.mean() ** 2 / energy.square().mean())
-
-    assert spread(flip) < spread(squared)
+@pytest.mark.parametrize("more", [{}, {"chroma": 0.25}, {"residual_sigma": 1.5}])
+def test_no_pixel_changes_more_than_its_bound(start, mask, more):
+    limit = 10 / 255
+    for share in (0.0, 1.0):
+        result = refined(start, mask, steps=12, lr=0.05, start=share, limit=limit, margin=-1.0, **more)
+        change = (result.picture - start[1]).abs()
+        assert float(change.max()) <= 2 * limit + 1e-6, share
+        assert float(change.max()) > 1.2 * limit, "the bound is what keeps it there"
+        assert torch.equal(result.picture * (mask == 0), start[1] * (mask == 0))
+    free = refined(start, mask, steps=12, lr=0.05, start=1.0, margin=-1.0, **more).picture
+    assert float((free - start[1]).abs().max()) > 4 * limit
 
 
-def test_refinement_steers_to_the_flip_asked_for(faces, mask):
-    original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
-    network, geometry = load_recogniser("mobilefacenet"), ffhq_mean_geometry(1, 256)
-    reached = {}
-    for weight in (0.6, 5.0):
-        for target in (0.0, 0.06):
-            settings = replace(
-                REFINE, steps=60, start=0.5, diversity=0.0, hinge=0.35, l2_weight=0.0, ssim_weight=0.5, residual_sigma=1.0,
-                flip_weight=weight, flip_target=target,
-            )  # fmt: skip
-            found = refine(
-                start, original, mask, [lambda x: network.embed_crops(x, *geometry)], [-0.5], None, settings
-            )
-            reached[weight, target] = found.history[-1]["flip"]
-    assert reached[0.6, 0.0] > 1.5 * reached[5.0, 0.0]
-    assert reached[5.0, 0.06] == pytest.approx(0.06, rel=0.2), reached
-    # A weight that is far too small gets near in so few steps, no more.
-    assert 0.06 < reached[0.6, 0.06] < 0.9 * reached[0.6, 0.0], reached
+def test_what_starts_at_the_bound_can_still_move(start, mask):
+    """Clamped, a residual beyond the bound would have no gradient, and stay."""
+    first, last = (
+        refined(start, mask, steps=n, lr=0.02, start=1.0, limit=4 / 255, seen=5.0, hinge=0.0).history[-1]["seen"]
+        for n in (1, 40)
+    )
+    assert last < 0.5 * first
 
 
-def test_refinement_at_the_photo_s_scale_works_on_what_is_left_there(faces, mask):
+def test_the_search_starts_at_the_photo_or_at_a_share_of_the_tuned_change(start, mask):
+    begins = {share: refined(start, mask, steps=1, start=share, seen=1.0).history[0] for share in (0.0, 0.3, 1.0)}
+    assert begins[0.0]["psnr"] > 60 and begins[0.0]["seen"] < 1e-3
+    assert begins[0.3]["psnr"] - begins[1.0]["psnr"] == pytest.approx(-20 * math.log10(0.3), abs=0.1)
+    # From the photo the tuned face plays no part.
+    other = confine(-start[0], start[1], mask)
+    same = refined((other, start[1]), mask, steps=3, start=0.0, seen=1.0).picture
+    assert torch.equal(same, refined(start, mask, steps=3, start=0.0, seen=1.0).picture)
+
+
+def test_a_larger_weight_of_what_is_seen_shows_less(start, mask):
+    found = {}
+    for seen in (0.05, 0.5, 5.0):
+        result = refined(start, mask, steps=30, lr=0.02, start=0.0, seen=seen, margin=-1.0, limit=20 / 255)
+        found[seen] = jod(pixels(start[1]), pixels(result.picture))
+    assert found[0.05] < found[0.5] < found[5.0] - 0.05, found
+
+
+def test_people_look_at_the_middle_and_at_the_photo_s_own_size(start, mask):
+    original, everywhere = start[1], torch.ones_like(mask)
+
+    def seen(picture, **more):
+        return refined((picture, original), everywhere, steps=1, seen=1.0, **more).history[0]["seen"]
+
+    corner = original.clone()
+    corner[..., :40, :40] += 0.2
+    assert seen(corner, surroundings=0.0) < 0.2 * seen(corner, surroundings=1.0)
+    assert seen(corner, surroundings=0.0) < seen(corner, surroundings=0.5) < seen(corner, surroundings=1.0)
+    fine = original + 0.05 * torch.randn(original.shape, generator=torch.Generator().manual_seed(0))
+    small, own, large = (seen(fine, photo_side=side) for side in (128.0, None, 512.0))
+    assert small < 0.8 * own and own < 0.8 * large, "a crop's pixel is so many of the photo's"
+
+
+def test_each_step_sees_as_many_transformed_faces_as_asked_for(start, mask):
+    looked, found = [], {}
+
+    def feature(x):
+        looked.append(x.detach())
+        return thumbnail(x)
+
+    for draws in (1, 4):
+        looked.clear()
+        result = refined(start, mask, identity=feature, steps=2, draws=draws, diversity=1.0, margin=-1.0, seed=3)
+        assert len(looked) == 1 + 2 * draws, "the original, and those of each step"
+        first = looked[1 : 1 + draws]
+        assert all(not torch.equal(a, b) for a, b in itertools.combinations(first, 2))
+        hinges = [float(identity_hinge_loss([thumbnail(x)], [thumbnail(start[1])], [-1.0])) for x in first]
+        assert result.history[0]["hinge"] == pytest.approx(sum(hinges) / draws, rel=1e-5)
+        found[draws] = result.picture
+    assert not torch.equal(found[1], found[4])
+
+
+def test_refinement_at_the_photo_s_scale_works_on_what_is_left_there(start, mask):
     """A feature that sees only fine detail cannot steer a face that is small in its photo."""
-    original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
 
     def fine(x):
         return torch.nn.functional.normalize((x - low_pass(x, 2.0)).flatten(1), dim=1)
 
-    settings = replace(REFINE, steps=1, lr=0.03, diversity=0.0, photo_scale=True)
-    hinge = {}
-    for side in (None, 256.0, 20.0):
-        hinge[side] = refine(start, original, mask, [fine], [-1.0], None, settings, photo_side=side).history[0]["hinge"]
+    more = {"identity": fine, "margin": -1.0, "steps": 1, "photo_scale": True}
+    hinge = {side: refined(start, mask, photo_side=side, **more).history[0]["hinge"] for side in (None, 256.0, 20.0)}
     assert hinge[None] == hinge[256.0] and abs(hinge[20.0] - hinge[None]) > 0.05
 
 
-def test_refinement_without_chroma_changes_lightness_alone(faces, mask):
-    original, start = faces[1][:1], confine(faces[1][1:2], faces[1][:1], mask)
-    change = {}
+@pytest.mark.parametrize("limit", [0.0, 20 / 255])
+def test_refinement_without_chroma_changes_lightness_alone(start, mask, limit):
+    original, change = start[1], {}
     for chroma in (0.0, 0.25, 1.0):
-        settings = replace(REFINE, steps=5, diversity=0.0, residual_sigma=2.0, chroma=chroma)
-        change[chroma] = refine(start, original, mask, [thumbnail], [0.5], None, settings).picture - original
+        result = refined(start, mask, steps=5, residual_sigma=2.0, chroma=chroma, limit=limit)
+        change[chroma] = result.picture - original
     colour = {chroma: float((c - c.mean(dim=1, keepdim=True)).abs().mean()) for chroma, c in change.items()}
     inside = ((change[0.0] + original).abs() < 1).all(dim=1)  # not clamped
     grey = change[0.0].movedim(1, -1)[inside]
