@@ -93,12 +93,23 @@ def id_lock_loss(features: Sequence[Tensor], locked: Sequence[Tensor]) -> Tensor
     return torch.stack(terms).mean()
 
 
-def identity_hinge_loss(features: Sequence[Tensor], original: Sequence[Tensor], margins: Sequence[float]) -> Tensor:
+def identity_hinge_loss(
+    features: Sequence[Tensor],
+    original: Sequence[Tensor],
+    margins: Sequence[float],
+    spans: Sequence[float] | None = None,
+) -> Tensor:
     """``max(0, cos(F(output), F(original)) - margin)``, mean over features (METHOD reading 5, the optional hinge).
 
     Args:
         features, original: per identity feature, unit vectors (B, D).
         margins: per identity feature, the cosine under which the loss is zero.
+        spans: per identity feature, > 0: from the cosine of different people to 1; the loss is divided by it, so that
+            features whose cosines are compressed weigh as much as others. None: 1.
     """
-    terms = [((f * g).sum(dim=1) - m).clamp_min(0) for f, g, m in zip(features, original, margins, strict=True)]
+    spans = [1.0] * len(margins) if spans is None else spans
+    terms = [
+        ((f * g).sum(dim=1) - margin).clamp_min(0) / span
+        for f, g, margin, span in zip(features, original, margins, spans, strict=True)
+    ]
     return torch.stack(terms).mean()

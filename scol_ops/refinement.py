@@ -22,6 +22,7 @@ from scol_ops.perception import PIXELS_PER_DEGREE, VisibleDifference
 from scol_ops.tuning import DeadlineExceeded, TuneResult, confine, masked_psnr
 
 _ALMOST = 0.99  # of the bound: a residual that starts there can still move
+_SMALLEST = 0.45  # of a face's size in its photo: a little below half, which is what sites often leave
 _WINDOW = 0.6  # the middle of the crop by side, where people look, and where JOD is measured
 
 
@@ -33,7 +34,8 @@ class RefineSettings:
     place outside the face's window counts in it, 0..1.
     hinge: push from the original's identity.  id_lock: pull to the locked one.  draws: random transformations a step,
     each before the features (expectation over transformation); diversity, blur, jpeg_quality: which.  photo_scale: the
-    features see the face at the size that it has in the photo, where finer change is lost.
+    features see the face at the size that it has in the photo, where finer change is lost.  shrink: share of the draws in
+    which it is smaller still, down to ``_SMALLEST``.
     limit: largest change of a pixel in [0, 1] units, 0 for none.
     chroma: share of the residual's change of colour that stays; 0: lightness alone changes.  residual_sigma: low-pass
     of the residual in crop pixels, 0 for none.
@@ -51,6 +53,7 @@ class RefineSettings:
     blur: bool
     jpeg_quality: tuple[int, int] | None
     photo_scale: bool
+    shrink: float
     limit: float
     chroma: float
     residual_sigma: float
@@ -68,6 +71,7 @@ def refine(
     seed: int = 0,
     deadline: float | None = None,
     photo_side: float | None = None,
+    spans: Sequence[float] | None = None,
 ) -> TuneResult:
     """Optimise the residual in pixels.
 
@@ -78,6 +82,7 @@ def refine(
         locked: per feature, the identity to stay at (unit vectors); None switches the lock off.
         settings, seed, deadline: as in ``tune``.
         photo_side: side of the crop in pixels of the photo, for ``photo_scale``; None: as large as the crop.
+        spans: as of ``identity_hinge_loss``.
 
     Returns:
         ``TuneResult``; the picture is clamped to [-1, 1].
@@ -90,7 +95,7 @@ def refine(
     if settings.steps == 0 or not identity:
         return TuneResult(tuned, 0, 0.0)
     begin = time.monotonic()
-    objective = _Objective(original, mask, identity, margins, locked, settings, seed, photo_side)
+    objective = _Objective(original, mask, identity, margins, locked, settings, seed, photo_side, spans)
     residual = _Residual(settings, settings.start * (tuned - original))
     optimiser = torch.optim.Adam([residual.parameter], lr=residual.lr)
 
@@ -150,9 +155,11 @@ class _Objective:
         settings: RefineSettings,
         seed: int,
         photo_side: float | None,
+        spans: Sequence[float] | None,
     ) -> None:
         self.original, self.mask, self.identity, self.margins = original, mask, identity, margins
-        self.locked, self.settings, self.photo_side = locked, settings, photo_side
+        self.locked, self.settings, self.spans = locked, settings, spans
+        self.side = float(original.shape[-1]) if photo_side is None else photo_side
         self.rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.of_original = [f(original) for f in identity]
@@ -160,21 +167,17 @@ class _Objective:
         if settings.seen:
             # A crop's pixel is so many of the photo's, which is what people look at.
             size = original.shape[-1]
-            shrink = size / photo_side if photo_side is not None else 1.0
             weight = _looked_at(size, settings.surroundings).to(original)
-            self.visible = VisibleDifference(original, PIXELS_PER_DEGREE * shrink, weight)
+            self.visible = VisibleDifference(original, PIXELS_PER_DEGREE * size / self.side, weight)
 
     def __call__(self, picture: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The loss of a picture (1, 3, S, S), and its parts by name."""
         settings = self.settings
-        as_pasted = picture
-        if settings.photo_scale and self.photo_side is not None:
-            as_pasted = at_photo_scale(picture, self.photo_side)
         hinge = lock = picture.new_zeros(())
         for _ in range(settings.draws):
-            drawn = diversify(as_pasted, self.rng, settings.diversity, settings.blur, settings.jpeg_quality)
+            drawn = diversify(self._sized(picture), self.rng, settings.diversity, settings.blur, settings.jpeg_quality)
             features = [f(drawn) for f in self.identity]
-            hinge = hinge + identity_hinge_loss(features, self.of_original, self.margins) / settings.draws
+            hinge = hinge + identity_hinge_loss(features, self.of_original, self.margins, self.spans) / settings.draws
             if self.locked is not None and settings.id_lock:
                 lock = lock + id_lock_loss(features, self.locked) / settings.draws
         loss = settings.hinge * hinge + settings.id_lock * lock
@@ -185,6 +188,14 @@ class _Objective:
             loss = loss + settings.seen * seen
         losses["psnr"] = masked_psnr(picture.detach(), self.original, self.mask)
         return loss, losses
+
+    def _sized(self, picture: Tensor) -> Tensor:
+        """The picture as recognisers get it: at its size in the photo, and in most draws smaller, as sites make it."""
+        if not self.settings.photo_scale:
+            return picture
+        share, side = torch.rand(2, generator=self.rng).tolist()
+        smaller = 1 - (1 - _SMALLEST) * side if share < self.settings.shrink else 1.0
+        return at_photo_scale(picture, min(self.side, picture.shape[-1]) * smaller)
 
 
 def _looked_at(size: int, surroundings: float) -> Tensor:

@@ -20,19 +20,27 @@ from pipelines.config.sections import Config, Section
 PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
         "gallery.synthetic": 5000,
-        "tune.steps": 15,
-        "refine.steps": 30,
-        "refine.start": 0.4,
-        "attack.steps": 5,
+        "refine.steps": 40,
+        "refine.lr": 0.03,
         "strengthen.rounds": 0,
+        "strengthen.looks": 2,
         "engine.face_seconds": 300.0,
     },
     "standard": {},
+    # Not accepted as the very photo either, for more to be seen.
+    "strong": {
+        "refine.seen": 0.7,
+        "strengthen.rounds": 2,
+        "publish.max_ism": "threshold",
+        "publish.min_jod": 9.0,
+    },
     "paper": {
         # The paper's networks, which the user brings (docs/models.md), and its own reading: the encoder alone is the
         # identity feature, no hinge, no refinement. It gives lambda, tau and eps; the steps are ours.
         "generator": "stylegan2-1024",
         "encoder": "e4e-1024",
+        "mask.scale": 1.0,
+        "mask.features": 1.0,
         "tune.perceptual": "auto",
         "inspect.tau": 3.0,
         "tune.steps": 450,
@@ -50,6 +58,8 @@ PROFILES: dict[str, dict[str, Any]] = {
         "attack.steps": 10,
         "attack.step_size": 2 / 255,
         "strengthen.rounds": 0,
+        "strengthen.looks": 0,
+        "publish.min_jod": 0.0,
         "strengthen.looks": 0,
         "engine.face_seconds": 1800.0,
     },

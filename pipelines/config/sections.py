@@ -208,6 +208,10 @@ class IdentitySection(Section):
             raise ValueError(f"{len(self.margins)} margins for {len(self.identity)} identity features")
         return self
 
+    def span_of_each(self) -> tuple[float, ...]:
+        """From the cosine of different people to 1, one for each identity feature: what a margin is compared in."""
+        return tuple(1 - MARGINS[name] for name in self.identity)
+
     def margin_of_each(self) -> tuple[float, ...]:
         """One margin for each identity feature."""
         return self.margins or tuple(self.default_margins[name] for name in self.identity)
@@ -217,17 +221,17 @@ class MaskConfig(Section):
     """Where a face may change."""
 
     scale: float = Field(
-        1.0, gt=0, le=4, description="outline of the change; 1: the face alone, 1.7: with hair, ears and what is beside them"
+        1.7, gt=0, le=4, description="outline of the change; 1: the face alone, 1.7: with hair, ears and what is beside them"
     )
     features: float = Field(
-        1.0, ge=0, le=1, description="share of the change that brows, eyes, nose and mouth may have, where people look"
+        0.75, ge=0, le=1, description="share of the change that brows, eyes, nose and mouth may have, where people look"
     )
 
 
 class TuneConfig(IdentitySection):
     """Generator tuning with the id-lock."""
 
-    steps: int = Field(30, ge=0, le=10_000, description="Adam steps on the generator's weights")
+    steps: int = Field(0, ge=0, le=10_000, description="Adam steps on the generator's weights")
     lr: float = Field(5e-4, gt=0, le=1e-2, description="learning rate (2e-3 diverged when it was tried)")
     parameters: Literal["all", "convolutions", "late"] = Field("late", description="which generator weights move")
     l2_weight: float = Field(10.0, ge=0, le=1e4, description="weight of the pixel L2")
@@ -260,11 +264,11 @@ class RefineConfig(IdentitySection):
     default_margins: ClassVar[dict[str, float]] = REFINE_MARGINS
 
     margins: Numbers = _margins_field(REFINE_MARGINS)
-    steps: int = Field(80, ge=0, le=10_000, description="Adam steps on the residual; 0: off")
-    lr: float = Field(0.01, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
+    steps: int = Field(120, ge=0, le=10_000, description="Adam steps on the residual; 0: off")
+    lr: float = Field(0.015, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
     start: float = Field(0.0, ge=0, le=1, description="share of the tuned residual to begin with; 0: from the photo")
     seen: float = Field(
-        0.45, ge=0, le=1e4, description="weight of what a person sees of the change, JOD lost; 0: nobody looks"
+        1.3, ge=0, le=1e4, description="weight of what a person sees of the change, JOD lost; 0: nobody looks"
     )
     surroundings: float = Field(
         0.5, ge=0, le=1, description="how much a place outside the middle of the crop counts in it"
@@ -278,7 +282,10 @@ class RefineConfig(IdentitySection):
         (60, 95), description="random JPEG of a quality in this range (1..100) as well (EOT); none: off"
     )
     photo_scale: bool = Field(True, description="the features see the face at the size that it has in the photo")
-    limit: float = Field(10 / 255, ge=0, le=1, description="largest change of a pixel, in [0, 1] pixel units; 0: none")
+    shrink: float = Field(
+        0.7, ge=0, le=1, description="share of the draws in which they see it smaller, down to less than half (EOT)"
+    )
+    limit: float = Field(12 / 255, ge=0, le=1, description="largest change of a pixel, in [0, 1] pixel units; 0: none")
     chroma: float = Field(
         0.25, ge=0, le=1, description="share of the change of colour that stays; 0: lightness alone changes"
     )
@@ -300,7 +307,7 @@ class InspectConfig(Section):
 class AttackConfig(Section):
     """Identity inversion attack: PGD on the pixels through the encoder."""
 
-    enabled: bool = Field(True, description="off: the refined face is published as it is")
+    enabled: bool = Field(False, description="off: the refined face is published as it is")
     eps: float = Field(
         1 / 255,
         ge=0,
@@ -342,11 +349,13 @@ class PublishConfig(Section):
     judge: str = Field(
         "faceres", description=f"recogniser of the verdict, one of {', '.join(ALL_RECOGNISERS)}; never used inside"
     )
-    max_ism: Annotated[float | None, BeforeValidator(_none_word)] = Field(
+    max_ism: Annotated[
+        Annotated[float, Field(ge=-1, le=1)] | Literal["threshold"] | None, BeforeValidator(_none_word)
+    ] = Field(
         None,
-        ge=-1,
-        le=1,
-        description="ok up to this cosine to the original, weak above; none: the judge's own threshold",
+        description="ok up to this cosine to the original, weak above; none: the judge's bar, above which it may know the "
+        "person in other photos (docs/results.md) | threshold: its threshold, below which it takes even the very photo for "
+        "another person's",
     )
     distortions: Names = Field(
         ("jpeg75+half",),
@@ -362,7 +371,7 @@ class PublishConfig(Section):
     )
     min_psnr: float = Field(0.0, ge=0, le=100, description="weak below this PSNR over the face crop, dB; 0: no limit")
     min_jod: float = Field(
-        0.0,
+        9.2,
         ge=0,
         le=10,
         description="weak below this JOD of the face window (10: no difference is seen, 9: three of four viewers tell "

@@ -23,7 +23,8 @@ _BLOCK = 16  # px: a window that begins at a multiple has its JPEG blocks where 
 
 def bars_of(config: Config, judge: Recogniser) -> Bars:
     """What the judge may see of a face at most."""
-    saved = judge.threshold if config.publish.max_ism is None else config.publish.max_ism
+    said = config.publish.max_ism
+    saved = {None: judge.hidden_below, "threshold": judge.threshold}.get(said, said)
     distorted = config.publish.max_ism_distorted
     return Bars(saved, saved if distorted is None else distorted)
 

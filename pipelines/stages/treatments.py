@@ -73,6 +73,7 @@ class Refiner:
             seed=seed,
             deadline=deadline,
             photo_side=photo_side(row, "align."),
+            spans=config.refine.span_of_each(),
         )
 
 

@@ -46,6 +46,7 @@ class FaceRes(Recogniser):
     """
 
     name, dim, input_size, threshold = "faceres", 1024, 224, 0.545
+    hidden_below = 0.65
 
     def __init__(self) -> None:
         super().__init__()

@@ -47,6 +47,7 @@ class MobileFaceNet(Recogniser):
     """Five landmarks brought to ArcFace's positions in 112 x 112; see ``Recogniser``."""
 
     name, dim, input_size, threshold = "mobilefacenet", 192, 112, 0.328
+    hidden_below = 0.45
 
     def __init__(self) -> None:
         super().__init__()
