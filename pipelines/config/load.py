@@ -60,7 +60,6 @@ PROFILES: dict[str, dict[str, Any]] = {
         "strengthen.rounds": 0,
         "strengthen.looks": 0,
         "publish.min_jod": 0.0,
-        "strengthen.looks": 0,
         "engine.face_seconds": 1800.0,
     },
 }

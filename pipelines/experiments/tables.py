@@ -191,17 +191,23 @@ PAPER_3 = {
 PAPER_4 = {4: (33.35, 21.96), 8: (32.01, 20.68), 16: (29.89, 20.60)}  # source PSNR, deepfake PSNR
 
 
+_TUNED = ("tune.steps=30", "refine.steps=0")
+
+
 def sweep(name: str, key: str, values: Sequence[float], *fixed: str) -> Callable[[Options], list[Method]]:
     """One line of ours for each value of a setting, without the closed loop unless the options turn it on. With the
-    attack's bound goes its step, a quarter of it as in METHOD (2 of 255 for 8), unless the options say another."""
+    attack's bound goes its step, a quarter of it as in METHOD (2 of 255 for 8), unless the options say another. The lock
+    of the tuning needs one: of a profile without, the tuned face itself is judged, as the paper's is."""
 
-    def settings(value: float, sets: Sequence[str]) -> tuple[str, ...]:
+    def settings(value: float, profile: str, sets: Sequence[str]) -> tuple[str, ...]:
+        if key == "tune.id_lock" and not load_config(profile, sets=(*NO_LOOP, *sets)).tune.steps:
+            sets = (*sets, *_TUNED)
         if key != "attack.eps":
             return (*NO_LOOP, *sets, *fixed, f"{key}={value}")
         return (*NO_LOOP, f"attack.step_size={value / 4 / 255}", *sets, *fixed, f"{key}={value / 255}")
 
     def methods(options: Options) -> list[Method]:
-        named = ((f"{name}-{value:g}", settings(value, options.sets)) for value in values)
+        named = ((f"{name}-{value:g}", settings(value, options.profile, options.sets)) for value in values)
         return [UNPROTECTED, *(Method(name, "ours", profile=options.profile, sets=sets) for name, sets in named)]
 
     return methods

@@ -56,38 +56,44 @@ def _attack(levels: int) -> str:  # steps of a quarter of the bound, as the prof
     return f"attack.enabled=true attack.eps={levels / 255} attack.step_size={levels / 4 / 255}"
 
 
+_TUNED = 30  # steps of the generator where a variant asks for them and the profile has none
+_LOCKED = f"tune.steps={_TUNED} refine.start=0.3 tune.id_lock=0.3 refine.id_lock=1"
+
 # Group -> what is asked, and its variants: parts of the method that are left out, or done otherwise. Settings that are
 # the profile's own are among them: what a profile has may change, and what settings have in common is made once.
 GROUPS = {
     "start": _group(
-        "where the search in pixels starts: the photo, or so much of the tuned change",
+        "where the search in pixels starts: so much of a tuned change, in place of the photo",
         "start",
-        **{f"refine.start={share}": f"refine.start={share}" for share in (0, 0.3, 0.8)},
+        **{f"refine.start={share}": f"tune.steps={_TUNED} refine.start={share}" for share in (0.3, 0.8)},
     ),
     "tune": _group(
-        "generator tuning: none; by the lock to the fused identity in place of the hinge, beside it; by neither",
+        "generator tuning: none; as the start, by the lock to the fused identity in place of the hinge, or beside it; "
+        "alone, by neither",
         "tune",
         **{
             "tune=off": "tune.steps=0 refine.start=0",
-            "lock": "tune.id_lock=0.3 tune.hinge=0 refine.id_lock=1 refine.hinge=0",
-            "hinge+lock": "tune.id_lock=0.3 tune.hinge=0.3 refine.id_lock=1 refine.hinge=1",
-            "neither": "tune.id_lock=0 tune.hinge=0 refine.steps=0",
+            "lock": f"{_LOCKED} tune.hinge=0 refine.hinge=0",
+            "hinge+lock": f"{_LOCKED} tune.hinge=0.3",
+            "neither": f"tune.steps={_TUNED} tune.id_lock=0 tune.hinge=0 refine.steps=0",
         },
     ),
     "refine": _group(
-        "refinement in pixels: none; nobody looks at it, within the bound alone; no bound of a pixel; in colour",
+        "refinement in pixels: none, the tuned face itself; nobody looks at it, within its bound alone; without bound; "
+        "in colour; by features that see no small face",
         "refine",
         **{
-            "refine=off": "refine.steps=0",
-            "unseen=off": "refine.seen=0",
+            "refine=off": f"tune.steps={_TUNED} refine.steps=0",
+            "seen=off": "refine.seen=0",
             "limit=off": "refine.limit=0",
             "colour": "refine.chroma=1",
+            "shrink=off": "refine.shrink=0",
         },
     ),
     "mask": _group(
-        "where a face may change: hair, ears and what is beside them as well; features spared",
+        "where a face may change: the face alone, without hair and what is beside it; features as much as the rest",
         "mask",
-        **{"mask.scale=1.7": "mask.scale=1.7", "mask.features=0.3": "mask.features=0.3"},
+        **{"mask.scale=1": "mask.scale=1", "mask.features=1": "mask.features=1"},
     ),
     "attack": _group(
         "identity inversion attack, of 255; the encoder's trunk is inside and does not judge these",
@@ -95,7 +101,7 @@ GROUPS = {
         **{"attack=off": "attack.enabled=false"} | {f"attack.eps={levels}": _attack(levels) for levels in (2, 4, 8)},
     ),
 }
-DEFAULT = ("tune=off", "lock", "unseen=off", "mask.scale=1.7", "refine=off")  # where nothing is asked for
+DEFAULT = ("refine.start=0.3", "lock", "seen=off", "mask.scale=1", "refine=off")  # where nothing is asked for
 
 
 def built_in() -> dict[str, Variant]:

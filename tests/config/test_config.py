@@ -105,7 +105,9 @@ def test_keys_of_stages_follow_their_own_settings_only() -> None:
     assert changed("tune.steps=5") == ["tune"] == changed("refine.limit=0.5")
     assert changed("inspect.tau=2") == ["attack"] == changed("attack.steps=3")
     assert changed("publish.on_fail=copy") == ["publish"]
-    assert changed("strengthen.steps=5") == ["strengthen"]
+    assert changed("strengthen.steps=5") == ["strengthen"] == changed("strengthen.looks=1")
+    assert changed("mask.scale=2") == ["tune"] == changed("mask.features=0.1"), "later ones follow through its key"
+    assert changed("publish.min_jod=8") == ["strengthen", "publish"]
     assert changed("publish.distortions=half") == ["strengthen", "publish"] == changed("publish.max_ism=0.3")
     assert changed("seed=1") == ["align"], "later stages follow through the key of the stage before"
     for setting in (
@@ -158,7 +160,7 @@ def test_configuration_document_is_up_to_date() -> None:
 
 def test_the_encoder_and_the_recogniser_in_it_do_not_judge_each_other() -> None:
     others = ("tune.identity=dlib_resnet,faceres", "refine.identity=dlib_resnet,faceres", "publish.judge=mobilefacenet")
-    (found,) = problems(*others)
+    (found,) = problems(*others, "attack.enabled=true")
     assert "part of the encoder, which attack works through" in found
     assert load_config(sets=[*others, "attack.enabled=false"]).publish.judge == "mobilefacenet"
     (found,) = problems("tune.identity=dlib_resnet,encoder", *others[1:], "attack.enabled=false")
@@ -176,7 +178,12 @@ def test_what_is_off_is_not_in_a_stages_key() -> None:
     ):
         given = load_config(sets=[f"{stage}.{name}={text}"])
         assert name not in plain.stage_config(stage)[stage] and given.stage_config(stage)[stage][name]
-    assert "chroma" not in load_config(sets=["refine.chroma=1"]).stage_config("tune")["refine"]
-    assert plain.stage_config("tune")["refine"]["chroma"] < 1
+    face = load_config(sets=["mask.scale=1", "mask.features=1"])
+    assert "mask" not in face.stage_config("tune")
+    assert load_config(sets=["mask.scale=2", "mask.features=1"]).stage_config("tune")["mask"] == {"scale": 2}
+    for bar in (0, 9.5):
+        config = load_config(sets=[f"publish.min_jod={bar}"])
+        found = [config.stage_config(stage)["publish"].get("min_jod") for stage in ("strengthen", "publish")]
+        assert found == ([bar] * 2 if bar else [None] * 2)
     for off in ("refine.steps=0", "refine.steps=0 refine.chroma=1 refine.hinge=2"):
-        assert load_config(sets=off.split()).stage_config("tune")["refine"] == {"steps": 0}
+        assert load_config(sets=[*off.split(), *names.NO_LOOP]).stage_config("tune")["refine"] == {"steps": 0}

@@ -68,25 +68,29 @@ def test_built_in_variants_can_all_be_used():
         for judge, method in split(variant).items():
             assert judge not in method.used and method.profile == "standard"
         key, _, value = variant.name.partition("=")
-        if key in ("refine.start", "attack.eps"):
+        if key in ("refine.start", "attack.eps", "mask.scale", "mask.features"):
             section, name = key.split(".")
             wanted = float(value) / (255 if name == "eps" else 1)
             assert getattr(getattr(load_config(sets=method.sets), section), name) == pytest.approx(wanted)
     assert set(variants.DEFAULT) <= set(variants.built_in()) and len(variants.DEFAULT) <= 6
     attacked = load_config(sets=split(variants.built_in()["attack.eps=8"])["faceres"].sets)
     assert attacked.attack.enabled and attacked.attack.step_size == pytest.approx(2 / 255)
-    lock = load_config(sets=split(variants.built_in()["lock"])["faceres"].sets)
-    assert (lock.tune.hinge, lock.refine.hinge) == (0, 0) and lock.tune.id_lock == 0.3 and lock.refine.id_lock == 0.35
-    untuned = load_config(sets=split(variants.built_in()["tune=off"])["faceres"].sets)
-    assert (untuned.tune.steps, untuned.refine.start) == (0, 0) and untuned.refine.steps
-    off = load_config(sets=split(variants.built_in()["refine=off"])["faceres"].sets)
-    assert off.refine.steps == 0 and not off.attack.enabled
+    found = {name: load_config(sets=split(v)["faceres"].sets) for name, v in variants.built_in().items()}
+    lock = found["lock"]
+    assert (lock.tune.hinge, lock.refine.hinge) == (0, 0) and lock.tune.id_lock == 0.3 and lock.refine.id_lock == 1
+    assert found["hinge+lock"].refine.hinge == load_config().refine.hinge > 0
+    assert (found["tune=off"].tune.steps, found["tune=off"].refine.start) == (0, 0) and found["tune=off"].refine.steps
+    for name, config in found.items():  # a share of a tuned face, or that face itself, needs one
+        assert config.tune.steps or (config.refine.start == 0 and config.refine.steps), name
+    assert (found["seen=off"].refine.seen, found["limit=off"].refine.limit, found["colour"].refine.chroma) == (0, 0, 1)
+    off = found["refine=off"]
+    assert off.refine.steps == 0 and not off.attack.enabled and not off.has_stage("strengthen")
 
 
 def test_selection_begins_with_the_base():
     assert [v.name for v in variants.select()] == ["base", *variants.DEFAULT]
-    got = variants.select(["refine.start=0"], ["start", "attack"])
-    assert [v.name for v in got][:4] == ["base", "refine.start=0", "refine.start=0.3", "refine.start=0.8"] and len(got) == 8
+    got = variants.select(["refine.start=0.8"], ["start", "attack"])
+    assert [v.name for v in got][:4] == ["base", "refine.start=0.8", "refine.start=0.3", "attack=off"] and len(got) == 7
     with pytest.raises(VariantError) as error:
         variants.select(["fuse.k=2", "refine=of"], ["atack"])
     assert len(error.value.problems) == 3 and "did you mean 'refine=off'" in str(error.value)

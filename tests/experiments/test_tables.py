@@ -65,14 +65,16 @@ def cells(text: str) -> dict[str, list[str]]:
 
 
 def test_who_judges_whom():
-    methods = {m.name: m for m in tables.leave_one_out(options(profile="standard", others={"theirs": "x"}, inside={"theirs": ["faceres"]}))}
+    given = options(profile="standard", others={"theirs": "x"}, inside={"theirs": ["faceres"]})
+    methods = {m.name: m for m in tables.leave_one_out(given)}
     assert methods["mi-fgsm"].used == ("mobilefacenet", "dlib_resnet")
     assert methods["tip-im-judged-by-dlib_resnet"].used == ("mobilefacenet", "faceres")
     assert methods["scol"].used == ("dlib_resnet", "mobilefacenet")
     assert methods["scol-judged-by-mobilefacenet"].used == ("dlib_resnet", "faceres")
     assert methods["theirs"].used == ("faceres",)
     assert methods["theirs"].kind == "folder" and Path(methods["theirs"].folder).is_absolute()
-    assert all(load_config(m.profile, sets=m.sets).strengthen.rounds == 0 for m in methods.values() if m.kind == "ours")
+    own = [load_config(m.profile, sets=m.sets) for m in methods.values() if m.kind == "ours"]
+    assert own and not any(config.has_stage("strengthen") for config in own)
     for method in methods.values():  # no judge is inside, and every configuration can be loaded
         judge = method.name.partition("-judged-by-")[2]
         assert judge not in method.used
@@ -103,12 +105,17 @@ def test_sweeps_change_one_setting():
         section = {"id_lock": "tune", "tau": "inspect", "eps": "attack"}[key]
         assert [getattr(getattr(c, section), key) for c in found] == pytest.approx(values)
         assert {c.tune.steps for c in found} == {3} and len({m.name for m in methods}) == len(values)
-        assert {c.strengthen.rounds for c in found} == {0}
+        assert not any(c.has_stage("strengthen") for c in found)
         if key == "eps":  # a bound that the steps cannot reach would change nothing
             assert all(c.attack.step_size == pytest.approx(c.attack.eps / 4) for c in found)
+    # The lock is one of the tuning, so there is tuning, whose face is judged.
+    for profile, refined in (("standard", False), ("paper", False)):
+        first = tables.EXPERIMENTS["table2"].methods(options(profile=profile))[1]
+        config = load_config(profile, sets=first.sets)
+        assert config.tune.steps == {"standard": 30, "paper": 450}[profile] and config.refines is refined
     asked = options(profile="standard", sets=("strengthen.rounds=2", "attack.step_size=0.01"))
     last = load_config("standard", sets=tables.EXPERIMENTS["table4"].methods(asked)[-1].sets)
-    assert last.strengthen.rounds == 2 and last.attack.step_size == 0.01
+    assert last.strengthen.rounds == 2 and last.attack.step_size == 0.01 and last.has_stage("strengthen")
 
 
 def test_table1_has_the_papers_figures_beside_ours():

@@ -44,6 +44,8 @@ def test_identity_losses_by_hand():
     assert float(id_lock_loss([e1, e1], [e1, e2])) == pytest.approx(0.2)  # mean of 0 and 0.4
     assert float(identity_hinge_loss([e2], [e1], [0.5])) == pytest.approx(0.1)
     assert float(identity_hinge_loss([e2], [e1], [0.7])) == 0.0
+    # In units from one person to another: by hand, (0.1 / 0.5 + 0.3 / 1) / 2.
+    assert float(identity_hinge_loss([e2, e2], [e1, e1], [0.5, 0.3], [0.5, 1.0])) == pytest.approx(0.25)
     with pytest.raises(ValueError):
         id_lock_loss([e1], [])
 

@@ -256,6 +256,32 @@ def test_refinement_at_the_photo_s_scale_works_on_what_is_left_there(begin, mask
     assert hinge[None] == hinge[256.0] and abs(hinge[20.0] - hinge[None]) > 0.05
 
 
+def test_a_share_of_the_draws_is_smaller_than_in_the_photo(begin, mask):
+    """What is finer than a pixel of the shrunk face is lost in these."""
+    board = ((torch.arange(256)[:, None] + torch.arange(256)) % 2).float().expand(1, 3, -1, -1) - 0.5
+    original, everywhere = begin[1], torch.ones_like(mask)
+    for share in (0.0, 0.5, 1.0):
+        seen = []
+
+        def feature(x, seen=seen):
+            seen.append(float((x - low_pass(x, 2.0)).detach().square().mean()))
+            return thumbnail(x)
+
+        more = {"identity": feature, "steps": 1, "draws": 40, "photo_scale": True, "shrink": share, "lr": 1e-6}
+        refined((original + board, original), everywhere, **more)
+        lost = sum(energy < 0.5 * float(board.square().mean()) for energy in seen[1:])
+        low, high = {0.0: (0, 0), 0.5: (10, 30), 1.0: (36, 40)}[share]
+        assert low <= lost <= high, (share, lost)
+
+
+def test_features_weigh_by_their_span(begin, mask):
+    def hinge(span):
+        settings = replace(REFINE, steps=1, diversity=0.0)
+        return refine(*begin, mask, [thumbnail], [0.0], None, settings, spans=span).history[0]["hinge"]
+
+    assert hinge([0.25]) == pytest.approx(4 * hinge([1.0])) and hinge(None) == hinge([1.0]) > 0
+
+
 @pytest.mark.parametrize("limit", [0.0, 20 / 255])
 def test_refinement_without_chroma_changes_lightness_alone(begin, mask, limit):
     original, change = begin[1], {}
