@@ -31,7 +31,7 @@ class RefineSettings:
     """steps: Adam steps on the residual (0 switches the refinement off).  lr: in units of [-1, 1] a step.
     start: share of the tuned residual that the search begins with; 0: from the photo.
     seen: weight of what an eye sees of the change, in JOD (``perception.VisibleDifference``).  surroundings: how much a
-    place outside the face's window counts in it, 0..1.
+    place outside the face's window counts in it, 0..1.  zoom: how many times the photo is enlarged where it is looked at.
     hinge: push from the original's identity.  id_lock: pull to the locked one.  draws: random transformations a step,
     each before the features (expectation over transformation); diversity, blur, jpeg_quality: which.  photo_scale: the
     features see the face at the size that it has in the photo, where finer change is lost.  shrink: share of the draws in
@@ -46,6 +46,7 @@ class RefineSettings:
     start: float
     seen: float
     surroundings: float
+    zoom: float
     hinge: float
     id_lock: float
     draws: int
@@ -168,7 +169,7 @@ class _Objective:
             # A crop's pixel is so many of the photo's, which is what people look at.
             size = original.shape[-1]
             weight = _looked_at(size, settings.surroundings).to(original)
-            self.visible = VisibleDifference(original, PIXELS_PER_DEGREE * size / self.side, weight)
+            self.visible = VisibleDifference(original, PIXELS_PER_DEGREE * size / self.side / settings.zoom, weight)
 
     def __call__(self, picture: Tensor) -> tuple[Tensor, dict[str, float]]:
         """The loss of a picture (1, 3, S, S), and its parts by name."""

@@ -1,6 +1,6 @@
 """Benchmark of the protection: our profiles and the attacks on the same people, before and after JPEG 75 and half size.
 
-    python -m pipelines.bench.protection --photos LFW [--people 128] [--profiles standard] [--workers 2]
+    python -m pipelines.bench.protection --photos LFW [--people 128] [--profiles standard] [--each] [--workers 2]
 
 People with two or more photos are drawn by a seed; the gallery has one other photo of each and one photo of each of
 1,000 others. The attacks work on the recognisers that the profile works on (`--surrogates` for others), so that all
@@ -13,29 +13,80 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from cluster import ray_session
 from pipelines.bench.harness import parse
 from pipelines.bench.harness import record as write
-from pipelines.config.load import PROFILES
+from pipelines.config.load import PROFILES, load_config
 from pipelines.evaluate import judges
 from pipelines.experiments import loop
-from pipelines.experiments.comparison import DISTORTION, UNPROTECTED, compare, lost_faces, protection_table, record
+from pipelines.experiments.ablation import SPLIT
+from pipelines.experiments.comparison import (
+    DISTORTION,
+    UNPROTECTED,
+    Line,
+    compare,
+    lost_faces,
+    protection_table,
+    record,
+)  # fmt: skip
 from pipelines.experiments.datasets import DatasetError, read_dataset
-from pipelines.experiments.methods import ATTACKS, Method
+from pipelines.experiments.methods import ATTACKS, Method, identity_sets, without
 from pipelines.experiments.protocol import REPORTED_PEOPLE, REPORTED_SEED, choose, lay_out
 from pipelines.jobs.progress import Reporter
+from pipelines.run.text_tables import markdown, number
 from scol_ops.distortions import NONE
 
 PHOTOS = ("../shared/data/lfw-dev", "shared/data/lfw-dev")
 
 
-def methods(profiles: list[str], attacks: list[str], surrogates: tuple[str, ...], eps: float) -> list[Method]:
-    """The lines; attacks without surrogates of their own get the first profile's."""
-    ours = [Method(profile, "ours", profile=profile) for profile in profiles]
+def methods(profiles: list[str], attacks: list[str], surrogates: tuple[str, ...], eps: float, each: bool) -> list[Method]:
+    """The lines; attacks without surrogates of their own get the first profile's. `each`: a line of each profile for
+    each recogniser, which judges it and is not inside."""
+    ours = [method for profile in profiles for method in (left_out(profile) if each else [Method(profile, "ours", profile)])]
     chosen = surrogates or (ours[0].used if ours else judges.available()[:-1])
     return [UNPROTECTED, *(Method(name, "attack", attack=name, eps=eps, surrogates=chosen) for name in attacks), *ours]
+
+
+def left_out(profile: str) -> list[Method]:
+    """A profile once for each recogniser, which judges it while another takes its place inside."""
+    names, config, found = judges.available(), load_config(profile), []
+    for judge in names:
+        sets = (*identity_sets(config, without(judge, config, names)), f"publish.judge={judge}")
+        found.append(Method(f"{profile}{SPLIT}{judge}", "ours", profile, sets))
+    return found
+
+
+def left_out_table(lines: Sequence[Line]) -> str:
+    """Markdown: means of each profile's lines over the judges that were left out; empty where there are none."""
+    rows = [["profile", "photos as", "JOD", "JOD, 5 %", "Rank-1-U, %", "other photo accepted at FAR 1e-3, %",
+             "very photo accepted, %", "largest change, 95 %", "weak, %", "s a face"]]  # fmt: skip
+    for profile in dict.fromkeys(line.method.profile for line in lines if SPLIT in line.method.name):
+        some = [line for line in lines if line.method.name.startswith(profile + SPLIT)]
+        for variant in (NONE, DISTORTION):
+            cells = [line.cell(line.method.name.removeprefix(profile + SPLIT), variant) for line in some]
+            jods = [(line.picture("jod"), line.figures["distributions"]["jod"]["p5"]) for line in some]
+            saved = variant == NONE
+            rows.append([
+                profile, "saved" if saved else variant,
+                number(fmean(jod["value"] for jod, _ in jods), 2) if saved else "-",
+                number(min(p5 for _, p5 in jods), 2) if saved else "-",
+                *(number(_mean([(cell.get(name) or {}).get("value") for cell in cells]), 1, 100)
+                  for name in ("rank1_u", "verified_mate_1e-3", "accepted_own")),
+                number(max(line.figures["distributions"]["max_change"]["p95"] for line in some), 0) if saved else "-",
+                number(_mean([line.made.weak for line in some]), 1, 100) if saved else "-",
+                number(_mean([line.made.seconds_per_face for line in some]), 1) if saved else "-",
+            ])  # fmt: skip
+    words = "\n\nMeans over the recognisers that were left out, each of the run that it judged:\n\n"
+    return words + markdown(rows) if rows[1:] else ""
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is not known."""
+    return None if None in values else fmean(values)
 
 
 def say(text: str) -> None:
@@ -53,6 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         attacks=(",".join(ATTACKS), "joined by commas; may be empty"),
         surrogates=("", "of the attacks, instead of what the first profile works on"),
         eps=(8.0, "bound of the attacks, levels of 255"), seed=(REPORTED_SEED, ""),
+        each={"action": "store_true", "help": "a run of each profile for each recogniser, which it judges"},
         workers={"type": int, "help": "processes [default: as the machine has cores]"},
         folder=("build/protection", ""),
     )  # fmt: skip
@@ -68,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
              for text in (options.profiles, options.attacks, options.surrogates))  # fmt: skip
     with ray_session():
         lines = compare(
-            methods(profiles, attacks, tuple(surrogates), options.eps / 255),
+            methods(profiles, attacks, tuple(surrogates), options.eps / 255, options.each),
             originals.resolve(), gallery.resolve(), Path(options.folder).resolve(),
             references=options.people + options.distractors, workers=options.workers, say=say,
             progress=lambda: Reporter(sys.stderr),
@@ -76,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     loops = {
         line.method.name: loop.of_run(f"{line.made.tree}.run") for line in lines if line.made.strengthened is not None
     }
-    text = protection_table(lines, judges.available(), (NONE, DISTORTION)) + lost_faces(lines)
+    text = protection_table(lines, judges.available(), (NONE, DISTORTION)) + left_out_table(lines) + lost_faces(lines)
     text += "".join(f"\n\nThe closed loop of {name}:\n\n{loop.table(figures)}" for name, figures in loops.items())
     print(text)
     about = {k: getattr(options, k) for k in ("people", "seed", "dataset", "eps")} | {"loops": loops}

@@ -273,6 +273,9 @@ class RefineConfig(IdentitySection):
     surroundings: float = Field(
         0.5, ge=0, le=1, description="how much a place outside the middle of the crop counts in it"
     )
+    zoom: float = Field(
+        2.0, gt=0, le=16, description="how many times the photo is enlarged where it is looked at; JOD is told at 1"
+    )
     hinge: float = Field(1.0, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
     id_lock: float = Field(0.0, ge=0, le=1e3, description="weight of the pull to the fused identity")
     draws: int = Field(1, ge=1, le=64, description="random transformations before the features, at each step")
