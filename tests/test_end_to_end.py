@@ -260,7 +260,9 @@ def test_closed_loop(archive: Path, draw_photo, tmp_path: Path) -> None:
         assert row["status"] == "ok" and row["rounds"] == 2 and row["ended"] == "rounds", row["reason"]
         assert row["ism_worst"] < row["ism_worst_before"] and row["kept"] in (1, 2) and row["share"] == 1
         found = published[row["face_id"]]
-        assert found["status"] == "weak" and found["ism"] == pytest.approx(row["ism"], abs=1e-4), "it is what was judged"
+        assert found["status"] == "weak" and found["ism"] == pytest.approx(row["ism"], abs=1e-4), (
+            "it is what was judged"
+        )
     counts = {"judged": 3, "less": 0, "share": 1, "faces": 3, "rounds": 6, "ended": {"rounds": 3}}
     assert results[1]["strengthened"] == counts
     assert results[1]["weak_share"] == 1 and results[1]["stage_seconds"]["strengthen"] > 0
@@ -316,7 +318,9 @@ def test_gallery_of_photos_and_its_exclusions(archive: Path, first: dict, run: R
     ceiling = float(alike.max()) - 1e-4
     capped = settings(f"fuse.identity_ceiling={ceiling}", "fuse.k=1")
     for name, row in zip(names, fuse.operator(capped, "w", str(tmp_path / "gallery"))(table).to_pylist(), strict=True):
-        others = {other for other, cosine in zip(names, alike[names.index(name)], strict=True) if -2 < cosine <= ceiling}
+        others = {
+            other for other, cosine in zip(names, alike[names.index(name)], strict=True) if -2 < cosine <= ceiling
+        }
         assert set(row["most_ids"]) <= others
     assert run_gallery.expectation(capped).weights["recogniser"] == info.weights["recogniser"]
     with pytest.raises(GalleryMismatchError, match="identity_ceiling"):

@@ -259,7 +259,11 @@ def test_the_whole_job_on_s3_under_faults_ends_as_an_undisturbed_one(s3, draw_ph
     assert [row["path"] for row in json.loads(errors["out"])] == ["deep/broken.png"]
     assert json.loads(retry["out"])["photos"] == {"align": 1}
     engine = json.loads(again["out"])["engine"]["stages"]
-    assert {name: engine[name]["done"] for name in ("align", "tune", "publish")} == {"align": 1, "tune": 1, "publish": 1}
+    assert {name: engine[name]["done"] for name in ("align", "tune", "publish")} == {
+        "align": 1,
+        "tune": 1,
+        "publish": 1,
+    }
 
     assert rows == rows_of(Run(str(tmp_path / "out.run")))
     assert sorted(published) == ["deep/none.png", "one.png"]

@@ -123,5 +123,7 @@ def test_what_the_closed_loop_may_add_is_told():
     assert both == (
         ", and more for the closed loop (up to 7 looks at a face, 2 round(s) of 30 steps for those that it sends back)"
     )
-    assert words("strengthen.rounds=0", "strengthen.looks=3") == ", and more for the closed loop (up to 4 looks at a face)"
+    assert (
+        words("strengthen.rounds=0", "strengthen.looks=3") == ", and more for the closed loop (up to 4 looks at a face)"
+    )
     assert words(*NO_LOOP) == "" == words(run="earlier"), "times of a run have it in them"

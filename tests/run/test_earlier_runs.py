@@ -1,7 +1,7 @@
 """A run that an earlier version made goes on: what is finished counts, but for stages whose results have changed since.
 
-`data/run_of_8f165d5.tar.gz` holds three photos (a generated person, a plain one, a broken one) and the finished run that
-commit 8f165d5 made of them. Keys name absolute places, so it is unpacked where it was made.
+`data/run_of_8f165d5.tar.gz` holds three photos (a generated person, a plain one, a broken one) and the finished run
+that commit 8f165d5 made of them. Keys name absolute places, so it is unpacked where it was made.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def done(result: dict) -> dict[str, int]:
 
 
 def test_its_rows_are_read_without_what_is_younger(place: Path) -> None:
-    """Columns that are younger than its rows are null, beside older ones too; a stage that it did not have has no rows."""
+    """Columns that are younger than its rows are null, beside older ones too; a stage that it did not have has no
+    rows."""
     rows = read_stage(f"{PLACE}/out.run", "publish", ["path", "jod", "distorted"]).to_pylist()
     assert len(rows) == 3 and all(row["jod"] is None for row in rows)
     found = summary(f"{PLACE}/out.run")

@@ -333,7 +333,9 @@ def test_samples_are_seeded_and_other_files_are_counted(archive: Path) -> None:
     samples = {tuple(p.path for p in list_source(str(archive), limit=2, seed=seed).photos) for seed in range(20)}
     assert len(samples) == 3 and all(list(s) == sorted(s) for s in samples)
     one, two = (list_source(str(archive), limit=2, seed=5) for _ in range(2))
-    assert one.photos == two.photos and len(one) == 2 and one.total == 3 and one.all_ids.tolist() == listing.ids.tolist()
+    assert (
+        one.photos == two.photos and len(one) == 2 and one.total == 3 and one.all_ids.tolist() == listing.ids.tolist()
+    )
 
 
 def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Path) -> None:

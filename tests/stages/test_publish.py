@@ -20,7 +20,14 @@ from pipelines.stages.rows import error_rows
 from scol_ops.metrics import to_uint8
 from scol_ops.visibility import face_window, jod
 
-SETTINGS = ["engine.device=cpu", "publish.distortions=half", "publish.min_jod=0", "mask.scale=1", "mask.features=1", *NO_LOOP]
+SETTINGS = [
+    "engine.device=cpu",
+    "publish.distortions=half",
+    "publish.min_jod=0",
+    "mask.scale=1",
+    "mask.features=1",
+    *NO_LOOP,
+]
 
 
 def published(
