@@ -358,7 +358,8 @@ def test_recognisers_used_inside_are_found(trees):
     assert job._inside(given) == (("dlib_resnet", "mobilefacenet"), "run")
     shutil.rmtree(run)
     assert judges.inside_of_run(str(run)) is None and job._inside(given) == ((), "unknown")
-    only = load_config(sets=["tune.identity=", "refine.steps=0"]).model_dump(mode="json")
+    attacked = ["tune.identity=", "refine.steps=0", "attack.enabled=true"]
+    only = load_config(sets=attacked).model_dump(mode="json")
     assert judges.inside_of(only) == (
         "mobilefacenet",
     )  # the attack works through the encoder, which reads its features
