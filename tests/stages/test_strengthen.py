@@ -11,7 +11,9 @@ from PIL import Image
 
 from pipelines.archive.listing import list_source, source_table
 from pipelines.config.load import ConfigError, load_config
+from pipelines.config.names import NO_LOOP
 from pipelines.config.sections import Config
+from pipelines.networks import fingerprints
 from pipelines.stages import strengthen, treatments
 from pipelines.stages.declaration import load
 from pipelines.stages.rows import to_table
@@ -211,6 +213,17 @@ def test_looks_without_rounds_load_no_network_but_the_judge(changed: pa.Table, m
     rows = strengthened(changed, "strengthen.rounds=0", "publish.max_ism=1", "attack.enabled=true")
     assert [(row["rounds"], row["share"], row["ended"]) for row in rows] == [(0, 0.25, "passed")] * 2
     assert all(row["ended"] == "rounds" for row in strengthened(changed, "strengthen.rounds=0"))
+
+
+def test_the_key_names_the_networks_that_the_loop_goes_by() -> None:
+    def named(*more: str) -> set[str]:
+        found = fingerprints.stage_weights(settings(*more), "g")["strengthen"]
+        return {word.split(":")[0] for word in found.split(",") if word}
+
+    assert named() == {"faceres", "mobilefacenet"} and named("strengthen.rounds=0") == {"faceres"}
+    assert named("attack.enabled=true") == {"faceres", "mobilefacenet", "encoder"}
+    assert named("attack.enabled=true", "strengthen.rounds=0") == {"faceres"} and not named(*NO_LOOP)
+    assert "mobilestylegan-256" in named("refine.id_lock=1")
 
 
 def test_time_is_limited_and_a_photo_that_has_changed_is_not_judged(table: pa.Table, tmp_path: Path) -> None:
