@@ -42,9 +42,9 @@ def birth() -> Birth:
 def obey_sigterm() -> None:
     """Let SIGTERM end this process at once, where it is a worker of Ray's.
 
-    A worker is told so when its node is shut down or preempted, or its raylet dies. Ray makes an exception of it, inside
-    whatever the worker is doing, which would then look like a fault of the item in hand. Nothing needs to be tidied
-    up: a part is there with its commit, or not at all.
+    A worker is told so when its node is shut down or preempted, or its raylet dies. Ray makes an exception of it,
+    inside whatever the worker is doing, which would then look like a fault of the item in hand. Nothing needs to be
+    tidied up: a part is there with its commit, or not at all.
     """
     import ray  # late: it takes a second, which processes that start no Ray need not pay
 

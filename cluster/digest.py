@@ -1,8 +1,8 @@
 """Light columns of a stage's rows, kept in one file, so that what is asked every night need not open every part.
 
-`STAGE/.digest` holds some columns of the rows of all parts known, with the parts' names. Like the saved index it cannot lie: a
-part never changes, so a row is true if its part is in the listing, and is dropped if it is not. Parts that it does not
-know are opened. It can be deleted at any time; two drivers may overwrite each other's.
+`STAGE/.digest` holds some columns of the rows of all parts known, with the parts' names. Like the saved index it cannot
+lie: a part never changes, so a row is true if its part is in the listing, and is dropped if it is not. Parts that it
+does not know are opened. It can be deleted at any time; two drivers may overwrite each other's.
 """
 
 from __future__ import annotations

@@ -526,7 +526,9 @@ class _Run:
             self.sizes = self._layout()
         for pool, size in self.sizes.items():
             # An item keeps one worker busy at a time. Whoever misses a stage misses the pool's later ones too.
-            left = max(self.counts[i].total - self.counts[i].kept - self.counts[i].done for i in self._open_stages(pool))
+            left = max(
+                self.counts[i].total - self.counts[i].kept - self.counts[i].done for i in self._open_stages(pool)
+            )
             self.wanted[pool] = min(size.actors, left)
             actors = [actor for actor in self.actors if actor.pool == pool]
             # first those that wait for a place, then those without work

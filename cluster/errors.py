@@ -56,7 +56,8 @@ class EngineError(ClusterError, RuntimeError):
 
 
 class BrokenStageError(EngineError):
-    """Every item that a stage was given ended in the same exception: an installation or a program is broken, not the items.
+    """Every item that a stage was given ended in the same exception: an installation or a program is broken, not the
+    items.
 
     Attributes:
         stage: its name.

@@ -1,4 +1,5 @@
-"""A chain of stages in this process, on tables in memory: no Ray, no store, the same joins and checks as in a worker."""
+"""A chain of stages in this process, on tables in memory: no Ray, no store, the same joins and checks as in a
+worker."""
 
 from __future__ import annotations
 

@@ -98,7 +98,9 @@ def is_transient(error: BaseException, remote: bool = True) -> bool:
         return False
     if isinstance(error, TimeoutError | ConnectionError):
         return True
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(
+        error, FileNotFoundError | FileExistsError | PermissionError | IsADirectoryError | NotADirectoryError
+    ):
         return False
     if isinstance(error, OSError):
         return error.errno not in PERMANENT

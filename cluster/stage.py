@@ -74,14 +74,14 @@ class Stage:
     - Output rows have the columns of `schema` (others are dropped, types are cast). An item may have any number of
       rows >= 1, each with the item's `key`. Keys that were not asked for are an error.
 
-    An operator may have an attribute `ahead`: a function that is called with all input rows of a shard before the first of
-    its batches, so that it can begin to fetch what they need. It must not fail, and answers nothing.
+    An operator may have an attribute `ahead`: a function that is called with all input rows of a shard before the first
+    of its batches, so that it can begin to fetch what they need. It must not fail, and answers nothing.
 
     An exception in a batch makes the engine call the items one by one; the one that fails alone becomes `error_rows`
     with reason "EXCEPTION: Type: message", one over its time "TIMEOUT: ...", one that kills its process
-    "WORKER_DIED: ...", one whose answer breaks this contract "CONTRACT: ...". Rows of failed items, the engine's and the
-    operator's own, have the status "error"; an operator that catches exceptions itself gives the same reason for them.
-    A row that comes with a reason is one that an earlier stage has given up; it is to be handed on.
+    "WORKER_DIED: ...", one whose answer breaks this contract "CONTRACT: ...". Rows of failed items, the engine's and
+    the operator's own, have the status "error"; an operator that catches exceptions itself gives the same reason for
+    them. A row that comes with a reason is one that an earlier stage has given up; it is to be handed on.
 
     Attributes:
         name: letters, digits, - and _; names the stage's folder in the store.

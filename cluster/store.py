@@ -4,8 +4,8 @@ Layout: `URL/STAGE/NAME.parquet`, where NAME is `part_key` of the item keys that
 create-if-absent of its final name and never changed afterwards (but for `PartStore.replace_part`). Temporary files are
 called `.NAME.RANDOM.tmp`; a leading dot keeps them out of Arrow's, Spark's and our own listings. So does that of
 `STAGE/.index`, which says what keys the parts hold, so that a run over millions of items need not open each part
-(`save_index`). It is a copy only: a part's name stands for the same keys for ever, so what it says of a part that is there is true;
-parts that it does not know are opened, and without it all are.
+(`save_index`). It is a copy only: a part's name stands for the same keys for ever, so what it says of a part that is
+there is true; parts that it does not know are opened, and without it all are.
 
 What each back end promises about create-if-absent: see `cluster.files`.
 """
@@ -290,7 +290,8 @@ class PartStore:
         return table.replace_schema_metadata(None)
 
     def _whole(self, path: str) -> bool:
-        """Whether a part that came in pieces, and was unreadable, is readable as a whole: then pieces were cut short."""
+        """Whether a part that came in pieces, and was unreadable, is readable as a whole: then pieces were cut
+        short."""
         try:
             data = self._fs.cat_file(path)
             self._fs.invalidate_cache(os.path.dirname(path))

@@ -33,8 +33,9 @@ def check(
 
     Looked at are: size and sha256 of every file; the number of rows, photos and people against ``index.json`` (and
     against ``count``, what the caller reckons with); ids that are there twice; NaN, infinities and zeros; mean and
-    norms; whether each of a random sample of codes is its own most similar one (``raw``: whether its product with itself
-    is the square of its norm); and, of a compressed index, the recall of the ten most and the ten least similar of the sample.
+    norms; whether each of a random sample of codes is its own most similar one (``raw``: whether its product with
+    itself is the square of its norm); and, of a compressed index, the recall of the ten most and the ten least similar
+    of the sample.
 
     Returns:
         plain values: ``codes``, ``sample``, ``self_retrieved`` (share), ``recall_most``, ``recall_least``

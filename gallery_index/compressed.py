@@ -2,14 +2,14 @@
 
 Two steps a query and end, as in the exact search, but without its proof: FAISS gives the ``candidates`` rows that
 look best in compressed form (inverted lists of quantised vectors, or a graph), and these are scored in float64 by the
-codes as given, which are mapped into memory from the disk.  So every score returned is exact, ties are broken by id, and
-what may go wrong is that a code is missed.
+codes as given, which are mapped into memory from the disk.  So every score returned is exact, ties are broken by id,
+and what may go wrong is that a code is missed.
 
 The least similar end is searched in the same index with the negated query.  That is the same as searching an index of
 negated codes: the index answers for inner products of unit vectors, ``min q . x = -max (-q) . x``, and neither
-quantisers nor lists know which of the two signs is theirs.  What is promised of this end is therefore the same, and it is measured
-on its own (``scol gallery verify``, ``docs/gallery.md``): a target of the attack is farther from all codes than
-a neighbour is, so its recall need not be equal.
+quantisers nor lists know which of the two signs is theirs.  What is promised of this end is therefore the same, and it
+is measured on its own (``scol gallery verify``, ``docs/gallery.md``): a target of the attack is farther from all codes
+than a neighbour is, so its recall need not be equal.
 """
 
 from __future__ import annotations

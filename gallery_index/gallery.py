@@ -325,7 +325,8 @@ class Gallery(Searcher):
         Args:
             url: a gallery's folder, or a store's, of which the current version is taken; a local path or an fsspec URL.
             expect: what it has to be; nothing is read beyond ``index.json`` if it is not.
-            layers: L of the caller's codes, for a gallery of one W for all layers; None for the L that it was built with.
+            layers: L of the caller's codes, for a gallery of one W for all layers; None for the L that it was built
+                with.
             search: ``exact``, or ``compressed`` where the gallery has such indexes and lies on a local disk.
             device: where the codes live and the exact search runs.
             storage_options: for fsspec.

@@ -11,9 +11,9 @@
 KEY names what a version is made of, so a build that was killed finds its own folder and goes on in it.
 
 A switch is a comparison and an exchange on any file system with create-if-absent: whoever wants to follow the state
-with token T creates ``switches/T.json``, and of two only one can.  CURRENT is written afterwards.  Should the process die in
-between, or write late, readers find the successor of what CURRENT says by its token and follow: CURRENT is a shortcut
-to the end of a chain that only grows.  A reader sees the old version or the new one, and nothing else.
+with token T creates ``switches/T.json``, and of two only one can.  CURRENT is written afterwards.  Should the process
+die in between, or write late, readers find the successor of what CURRENT says by its token and follow: CURRENT is a
+shortcut to the end of a chain that only grows.  A reader sees the old version or the new one, and nothing else.
 """
 
 from __future__ import annotations

@@ -56,8 +56,8 @@ class Face:
         landmarks: float32 (5, 2), x, y in pixels: left eye (in the picture), right eye, nose, corners of the mouth.
         status: ``ok``; ``weak``: the judge may still know it; ``error``.
         reason: ``CODE: words`` where the status is not ``ok``.
-        measures: columns of ``publish`` (docs/manifests.md) by name: ``psnr``, ``ssim``, ``flip``, ``judge``, ``ism``, ``max_ism``, ...;
-            empty where the picture failed.
+        measures: columns of ``publish`` (docs/manifests.md) by name: ``psnr``, ``ssim``, ``flip``, ``judge``, ``ism``,
+            ``max_ism``, ...; empty where the picture failed.
         distorted: the judge's cosine after each of ``publish.distortions``, by name.
     """
 
@@ -74,8 +74,9 @@ class Protected:
     """What became of one picture.
 
     Attributes:
-        image: the protected picture, of the type, size and channels that came in (a palette becomes RGB); equal to what came in
-            where no face was found; None where the status is ``error``, so that a face cannot go out unprotected by mistake.
+        image: the protected picture, of the type, size and channels that came in (a palette becomes RGB); equal to what
+            came in where no face was found; None where the status is ``error``, so that a face cannot go out
+            unprotected by mistake.
         status: the worst of the faces'; ``no_face`` where there is none.
         reason: ``CODE: words`` where the status is not ``ok``.
         faces: largest first.
@@ -90,9 +91,10 @@ class Protected:
 class Protector:
     """Loads networks and gallery once, and protects pictures one by one.
 
-    It works in this process, on one picture at a time, in temporary files that nobody else can read and that are gone when it is
-    closed. The same pictures give the same results as PNG files of the same names in ``scol protect`` with the same settings, bit for bit
-    where ``engine.threads`` is set to the same number (sums of floats depend on how they are split).
+    It works in this process, on one picture at a time, in temporary files that nobody else can read and that are gone
+    when it is closed. The same pictures give the same results as PNG files of the same names in ``scol protect`` with
+    the same settings, bit for bit where ``engine.threads`` is set to the same number (sums of floats depend on how they
+    are split).
 
     Args:
         profile: see ``scol config``.
@@ -140,10 +142,10 @@ class Protector:
         """Protect one picture.
 
         Args:
-            image: upright (``PIL.ImageOps.exif_transpose`` makes it so): a PIL image (RGB, RGBA, L, LA, P), or uint8 (H, W),
-                (H, W, 3) RGB or (H, W, 4) RGBA.
-            name: relative path that the random numbers come from, as of a photo in an archive; by default the picture's digest, so
-                that equal pictures give equal results.
+            image: upright (``PIL.ImageOps.exif_transpose`` makes it so): a PIL image (RGB, RGBA, L, LA, P), or uint8
+                (H, W), (H, W, 3) RGB or (H, W, 4) RGBA.
+            name: relative path that the random numbers come from, as of a photo in an archive; by default the picture's
+                digest, so that equal pictures give equal results.
 
         Raises:
             PictureError: it is no such picture, or the name is no relative path.
@@ -171,7 +173,8 @@ class Protector:
                     written.unlink()
 
     def protect_many(self, images: Iterable[Picture], names: Iterable[str] | None = None) -> list[Protected]:
-        """Protect pictures in their order; each as ``protect`` does, with the same result. One that fails costs no other.
+        """Protect pictures in their order; each as ``protect`` does, with the same result. One that fails costs no
+        other.
 
         Raises:
             ValueError: another number of names than of pictures. PictureError, OSError, WorkerUnfit: as ``protect``.

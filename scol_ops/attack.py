@@ -24,8 +24,9 @@ class AttackSettings:
     """eps: bound of the change in [0, 1] units (the paper's 8/255).  steps: PGD steps (ours), 0 switches off.
     step_size: of one signed step, in [0, 1] units.  random_start: share of eps of the uniform start.
     diversity, blur, jpeg_quality: expectation over transformation, off in the paper.  momentum: decay of the gradients
-    of earlier steps (``momentum``).  translation_sigma: the gradient is smoothed by a Gaussian of so many crop pixels, as
-    if the picture were seen at all small shifts (TI: Dong et al. 2019, arXiv:1904.02884, eq. 7).  Both 0 in the paper.
+    of earlier steps (``momentum``).  translation_sigma: the gradient is smoothed by a Gaussian of so many crop pixels,
+    as if the picture were seen at all small shifts (TI: Dong et al. 2019, arXiv:1904.02884, eq. 7).  Both 0 in the
+    paper.
     """
 
     eps: float

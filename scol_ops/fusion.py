@@ -45,7 +45,8 @@ def fusion_weights(scores: Tensor, weighting: Weighting = "mean", temperature: f
 
 
 def draw_code(allowed: NDArray[np.bool_], seed: int) -> int:
-    """Index of one of the allowed codes, each as likely: what the paper's figure "fused against random code" tunes from.
+    """Index of one of the allowed codes, each as likely: what the paper's figure "fused against random code" tunes
+    from.
 
     Args:
         allowed: (N,) bool, whether a code may be taken.

@@ -20,7 +20,8 @@ from scol_ops.tuning import DeadlineExceeded
 @dataclass(frozen=True)
 class InvertSettings:
     """refine_steps: Adam steps on the code after the encoder, 0 for the encoder alone (a step costs one forward
-    and backward pass of the generator).  lr: its rate.  stay: weight of the mean squared distance to the encoder's code.
+    and backward pass of the generator).  lr: its rate.  stay: weight of the mean squared distance to the encoder's
+    code.
     """
 
     refine_steps: int
@@ -75,7 +76,9 @@ def invert(
     for face in faces.split(1):
         small = face
         if face.shape[-1] != 256:
-            small = torch.nn.functional.interpolate(face, (256, 256), mode="bilinear", antialias=True, align_corners=False)
+            small = torch.nn.functional.interpolate(
+                face, (256, 256), mode="bilinear", antialias=True, align_corners=False
+            )
         with torch.no_grad():
             first = encoder(small)
         code = first
@@ -108,4 +111,6 @@ def invert(
 def _at_size(picture: Tensor, like: Tensor) -> Tensor:
     if picture.shape[-1] == like.shape[-1]:
         return picture
-    return torch.nn.functional.interpolate(picture, like.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+    return torch.nn.functional.interpolate(
+        picture, like.shape[-2:], mode="bilinear", antialias=True, align_corners=False
+    )

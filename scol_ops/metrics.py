@@ -164,8 +164,8 @@ class PhotoDifference:
 def photo_difference(reference: NDArray[np.uint8], test: NDArray[np.uint8], strip: int = 512) -> PhotoDifference:
     """All measures over whole pictures of any height, in memory for ``strip`` rows.
 
-    SSIM and FLIP are made strip by strip, with more rows beside a strip than their filters reach (5 for SSIM, at most 10
-    for FLIP at 67 pixels a degree), so that the result is that of the whole picture.
+    SSIM and FLIP are made strip by strip, with more rows beside a strip than their filters reach (5 for SSIM, at most
+    10 for FLIP at 67 pixels a degree), so that the result is that of the whole picture.
 
     Raises:
         ValueError: wrong types or shapes, smaller than 11 x 11.
@@ -301,7 +301,9 @@ def rank1_u(
     return float(1 - rank1_matches(probe_embeddings, probe_ids, gallery_embeddings, gallery_ids).mean())
 
 
-def candidate_ranks(own_scores: ArrayLike, other_scores: ArrayLike, others: ArrayLike | None = None) -> NDArray[np.int32]:
+def candidate_ranks(
+    own_scores: ArrayLike, other_scores: ArrayLike, others: ArrayLike | None = None
+) -> NDArray[np.int32]:
     """Place of each probe's own identity among its candidates, 1 for the top; ties count as the better place.
 
     The share of ranks above 1 is Rank-1-U, above 5 Rank-5-U: the identity is not among the five most similar.

@@ -100,8 +100,8 @@ def change_mask(landmarks: Tensor, size: int = 256, *, scale: float = 1.0, featu
     return mask if features == 1 else mask * (1 - (1 - features) * _features(landmarks.detach().float(), size))
 
 
-# Gaussians about a landmark: where (0: the eyes, 1: the nose's bridge, 2: its tip, 3: the mouth), radii across and down,
-# in distances of the eyes.
+# Gaussians about a landmark: where (0: the eyes, 1: the nose's bridge, 2: its tip, 3: the mouth), radii across and
+# down, in distances of the eyes.
 _SPARED = ((0, 0.33, 0.27), (1, 0.22, 0.5), (2, 0.3, 0.22), (3, 0.45, 0.25))
 _BROW = 0.12  # the eyes' Gaussian lies so much above them, for the brows
 

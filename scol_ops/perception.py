@@ -1,10 +1,11 @@
 """How visible a change is: a measure of the kind of ColorVideoVDP that can be minimised, at a tenth of its cost.
 
-Mantiuk et al. 2024, "ColorVideoVDP: A visual difference predictor for image, video and display distortions" (ACM TOG 43(4),
-sections 3.2 to 3.7): light of a display, opponent colours, a pyramid of contrasts, each against the eye's sensitivity, masked by
-what is there already, pooled to JOD.  Here everything that depends on the original alone is computed once: contrasts are against
-its light, and it alone masks (there: the smaller of both).  So its texture forgives change, and the change does not hide itself.
-Constants are those of the package ``cvvdp`` 0.5.7 (base model, still pictures, display ``standard_fhd``).
+Mantiuk et al. 2024, "ColorVideoVDP: A visual difference predictor for image, video and display distortions" (ACM TOG
+43(4), sections 3.2 to 3.7): light of a display, opponent colours, a pyramid of contrasts, each against the eye's
+sensitivity, masked by what is there already, pooled to JOD.  Here everything that depends on the original alone is
+computed once: contrasts are against its light, and it alone masks (there: the smaller of both).  So its texture
+forgives change, and the change does not hide itself. Constants are those of the package ``cvvdp`` 0.5.7 (base model,
+still pictures, display ``standard_fhd``).
 
 ``visibility.jod`` is the package itself and reports; this steers (docs/results.md tells how well they agree).
 """
@@ -21,7 +22,8 @@ PIXELS_PER_DEGREE = 37.84  # of ``standard_fhd``: 24 inches of 1920 x 1080 at 0.
 _PEAK, _BLACK, _REFLECTED = 200.0, 0.2, 0.398  # cd/m^2: white, black, and what the screen reflects of 250 lux
 # Linear sRGB to DKL with D65: achromatic, red-green, violet-yellow (XYZ -> LMS 2006 -> DKL).
 _DKL = ((0.233201, 0.728831, 0.088996), (0.127621, -0.087068, -0.036777), (-0.214823, -0.626254, 0.851403))
-# log10 of the sensitivity (castleCSF, Gaussian of 1.5 degrees) by background light and frequency, of each opponent colour.
+# log10 of the sensitivity (castleCSF, Gaussian of 1.5 degrees) by background light and frequency, of each opponent
+# colour.
 _FREQUENCIES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # cycles a degree
 _LIGHTS = (0.6, 2.0, 6.0, 20.0, 60.0, 200.0)  # cd/m^2
 _SENSITIVITY = (
@@ -139,7 +141,9 @@ class VisibleDifference:
                 smaller = _reduced(x)
                 around = _enlarged(smaller, x.shape[-2:])
                 gain = (1 if level == 0 else 2) / around[:, :1].clamp_min(0.01)
-                gain = gain * _sensitivity(frequency, around[:, :1].clamp_min(0.01)) * x.new_tensor(_GAIN).view(1, 3, 1, 1)
+                gain = (
+                    gain * _sensitivity(frequency, around[:, :1].clamp_min(0.01)) * x.new_tensor(_GAIN).view(1, 3, 1, 1)
+                )
                 self._bands.append((gain, 1 + self._masking((x - around) * gain), weight))
                 x, weight = smaller, F.interpolate(weight, smaller.shape[-2:], mode="area")
             mean = x[:, :1].clamp_min(0.01).mean((2, 3), keepdim=True)

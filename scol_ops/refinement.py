@@ -1,8 +1,8 @@
 """Refinement of a face's residual in pixels: identity away, and as little as possible to be seen.
 
-Tuning makes a strong semantic change that shows; here the residual itself is optimised, from the tuned picture or from the
-photo: what an eye sees of it (``perception``) against what recognisers see, each pixel within a bound.  (Ours; the paper
-stops at tuning.  See METHOD, "Seen when it was tried", and docs/results.md.)
+Tuning makes a strong semantic change that shows; here the residual itself is optimised, from the tuned picture or from
+the photo: what an eye sees of it (``perception``) against what recognisers see, each pixel within a bound.  (Ours; the
+paper stops at tuning.  See METHOD, "Seen when it was tried", and docs/results.md.)
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ class RefineSettings:
     place outside the face's window counts in it, 0..1.  zoom: how many times the photo is enlarged where it is looked at.
     hinge: push from the original's identity.  id_lock: pull to the locked one.  draws: random transformations a step,
     each before the features (expectation over transformation); diversity, blur, jpeg_quality: which.  photo_scale: the
-    features see the face at the size that it has in the photo, where finer change is lost.  shrink: share of the draws in
-    which it is smaller still, down to ``_SMALLEST``.
-    limit: largest change of a pixel in [0, 1] units, 0 for none.
+    features see the face at the size that it has in the photo, where finer change is lost.  shrink: share of the draws
+    in which it is smaller still, down to ``_SMALLEST``. limit: largest change of a pixel in [0, 1] units, 0 for none.
     chroma: share of the residual's change of colour that stays; 0: lightness alone changes.  residual_sigma: low-pass
     of the residual in crop pixels, 0 for none.
     """

@@ -31,8 +31,8 @@ def keep_freed_memory() -> bool:
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16. Elsewhere PyTorch emulates it: two steps of tuning at 256 px took 48 s
-    instead of 3.6 s (one thread of an EPYC without AVX-512, 2026-11-28).
+    """Whether a device has instructions for bfloat16. Elsewhere PyTorch emulates it: two steps of tuning at 256 px took
+    48 s instead of 3.6 s (one thread of an EPYC without AVX-512, 2026-11-28).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -40,10 +40,11 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def channels_last(network: nn.Module) -> nn.Module:
-    """Kernels of convolutions in the order that GPUs' tensor cores take without rearranging; the results' bits may differ.
+    """Kernels of convolutions in the order that GPUs' tensor cores take without rearranging; the results' bits may
+    differ.
 
-    ``Module.to(memory_format=...)`` would do for all but StyleGAN2, whose published kernels have five dimensions: there the
-    feature maps alone are rearranged, and the convolutions follow them.
+    ``Module.to(memory_format=...)`` would do for all but StyleGAN2, whose published kernels have five dimensions: there
+    the feature maps alone are rearranged, and the convolutions follow them.
     """
     for parameter in network.parameters():
         if parameter.ndim == 4:

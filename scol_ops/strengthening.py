@@ -1,10 +1,10 @@
 """The closed loop's rules: the least change of a face that hides it, and no more than may be seen.
 
-A face has two bars: the judge's cosines, and the JOD of its window.  The change is tried in shares, by halving, until the
-smallest that hides is found (``Search``).  Where the whole change does not hide, another round makes a stronger one:
-refinement from where the last round ended, with less weight on what is seen.  Where both bars cannot be met, the one of sight
-wins: a face is told as weak, never disfigured.  (Ours; the paper protects once and does not look.)  Pure rules on settings and
-numbers; who looks at the saved photo, and with which recogniser, is the caller's business.
+A face has two bars: the judge's cosines, and the JOD of its window.  The change is tried in shares, by halving, until
+the smallest that hides is found (``Search``).  Where the whole change does not hide, another round makes a stronger
+one: refinement from where the last round ended, with less weight on what is seen.  Where both bars cannot be met, the
+one of sight wins: a face is told as weak, never disfigured.  (Ours; the paper protects once and does not look.)  Pure
+rules on settings and numbers; who looks at the saved photo, and with which recogniser, is the caller's business.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from scol_ops.refinement import RefineSettings
 @dataclass(frozen=True)
 class StrengthenSettings:
     """rounds: most rounds of a stronger change, 0 for none.  steps: refinement steps of a round.  seen_factor: the
-    weight of what is seen is divided by it each round.  looks: looks of the judge at shares of a change, after the one at
-    the whole; 0: the change stays whole.
+    weight of what is seen is divided by it each round.  looks: looks of the judge at shares of a change, after the one
+    at the whole; 0: the change stays whole.
     """
 
     rounds: int
@@ -150,7 +150,10 @@ class Search:
             return (max((s for s in [0.0, bare] if s < min(hides)), default=0.0) + min(hides)) / 2
         if not shows:
             return None
-        return (max((look.share for look in self.looks if look.unseen and look.share < min(shows)), default=0.0) + min(shows)) / 2
+        return (
+            max((look.share for look in self.looks if look.unseen and look.share < min(shows)), default=0.0)
+            + min(shows)
+        ) / 2
 
     def told(self, look: Look) -> None:
         """Take what a look at ``next`` showed."""

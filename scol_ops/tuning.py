@@ -36,11 +36,11 @@ class TuneSettings:
 
     steps: Adam steps.  lr: its rate (2e-3 diverges, measured).  parameters: which generator weights move
     (``all`` but the mapping network; ``convolutions`` leaves the style layers; ``late`` keeps the 4..32 px
-    blocks).  l2_weight, ssim_weight: reconstruction; lpips_weight: in place of SSIM's where LPIPS is given.  id_lock: the paper's lambda (1).  hinge: weight of the
-    hinge on the similarity to the original.  diversity: strength of random resize and shift before the
-    identity features, 0 for none; blur, jpeg_quality: random blur and JPEG as well (expectation over transformation,
-    off in the paper).  residual_sigma: low-pass of the residual in crop pixels, 0 for none.
-    target_psnr: stop early when the reconstruction inside the mask reaches it and the hinge is met (dB).
+    blocks).  l2_weight, ssim_weight: reconstruction; lpips_weight: in place of SSIM's where LPIPS is given.  id_lock:
+    the paper's lambda (1).  hinge: weight of the hinge on the similarity to the original.  diversity: strength of
+    random resize and shift before the identity features, 0 for none; blur, jpeg_quality: random blur and JPEG as well
+    (expectation over transformation, off in the paper).  residual_sigma: low-pass of the residual in crop pixels, 0 for
+    none. target_psnr: stop early when the reconstruction inside the mask reaches it and the hinge is met (dB).
     """
 
     steps: int

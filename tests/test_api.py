@@ -22,8 +22,8 @@ from pipelines.run.tables import read_stage
 ROOT = Path(__file__).parents[1]
 SETTINGS = (
     "gallery.synthetic=12", "fuse.k=3", "tune.steps=1", "refine.steps=2", "attack.steps=1", "invert.refine_steps=1",
-    "strengthen.rounds=1", "strengthen.steps=1", "strengthen.min_psnr=10", "publish.max_ism=-1", "publish.distortions=half",
-    "engine.device=cpu", "engine.threads=1", "engine.workers=1",
+    "strengthen.rounds=1", "strengthen.steps=1", "publish.max_ism=-1", "publish.min_jod=0", "publish.distortions=half",
+    "attack.enabled=true", "engine.device=cpu", "engine.threads=1", "engine.workers=1",
 )  # fmt: skip
 
 
@@ -53,7 +53,8 @@ def test_it_is_what_the_pipeline_makes(protector, pictures, tmp_path: Path) -> N
     rows = {row["face_id"]: row for row in read_stage(Run(f"{tmp_path}/out.run"), "publish").to_pylist()}
 
     found = dict(zip(pictures, protector.protect_many(pictures.values(), pictures), strict=True))
-    assert {name: len(protected.faces) for name, protected in found.items()} == {"deep/two.png": 2, "grey.png": 1, "nobody.png": 0}
+    counts = {name: len(protected.faces) for name, protected in found.items()}
+    assert counts == {"deep/two.png": 2, "grey.png": 1, "nobody.png": 0}
     for name, protected in found.items():
         with Image.open(tmp_path / "out" / name) as saved:
             assert np.array_equal(protected.image, np.asarray(saved)), name

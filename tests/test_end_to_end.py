@@ -18,6 +18,7 @@ from gallery_index import Gallery, GalleryMismatchError
 from pipelines.archive.listing import list_source
 from pipelines.archive.paths import photo_id
 from pipelines.config.load import load_config
+from pipelines.config.names import NO_LOOP
 from pipelines.config.names import STAGES as ALL_STAGES
 from pipelines.config.sections import Config
 from pipelines.experiments import loop
@@ -30,14 +31,17 @@ from pipelines.stages import fuse
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
-STAGES = tuple(stage for stage in ALL_STAGES if stage != "strengthen")  # left out where it has no rounds
+STAGES = tuple(stage for stage in ALL_STAGES if stage != "strengthen")  # left out where there is nothing for it to do
 
 # Few steps: what is tested here is the job, not how well it protects (docs/results.md measures that).
 SETTINGS = [
     "tune.steps=2",
     "refine.steps=3",
     "refine.lr=0.03",
+    "attack.enabled=true",
     "attack.steps=2",
+    *NO_LOOP,
+    "publish.min_jod=0",
     "gallery.synthetic=64",
     "fuse.k=3",
     "engine.workers=1",
@@ -240,7 +244,7 @@ def test_closed_loop(archive: Path, draw_photo, tmp_path: Path) -> None:
     shutil.copy(archive / "deep" / "er" / "zwei Gesichter ü.jpg", src / "two.jpg")
     shutil.copy(archive / "one.png", src / "one.png")
     chain = ["tune.steps=0", "refine.steps=1", "refine.id_lock=0.01", "refine.identity=mobilefacenet", "attack.steps=1"]
-    chain += ["strengthen.rounds=2", "strengthen.steps=2", "strengthen.min_psnr=5", "publish.max_ism=-1"]
+    chain += ["strengthen.rounds=2", "strengthen.steps=2", "strengthen.looks=2", "publish.max_ism=-1"]
     runs, results = {}, {}
     for workers in (1, 2):
         out = tmp_path / f"out{workers}"
@@ -254,17 +258,28 @@ def test_closed_loop(archive: Path, draw_photo, tmp_path: Path) -> None:
     published = {row["face_id"]: row for row in read_stage(runs[1], "publish").to_pylist()}
     for row in rows[1].to_pylist():
         assert row["status"] == "ok" and row["rounds"] == 2 and row["ended"] == "rounds", row["reason"]
-        assert row["ism_worst"] < row["ism_worst_before"] and row["kept"] in (1, 2)
+        assert row["ism_worst"] < row["ism_worst_before"] and row["kept"] in (1, 2) and row["share"] == 1
         found = published[row["face_id"]]
-        assert found["status"] == "weak" and found["ism"] == pytest.approx(row["ism"], abs=1e-4), "it is what was judged"
-    assert results[1]["strengthened"] == {"judged": 3, "faces": 3, "rounds": 6, "ended": {"rounds": 3}}
+        assert found["status"] == "weak" and found["ism"] == pytest.approx(row["ism"], abs=1e-4), (
+            "it is what was judged"
+        )
+    counts = {"judged": 3, "less": 0, "share": 1, "faces": 3, "rounds": 6, "ended": {"rounds": 3}}
+    assert results[1]["strengthened"] == counts
     assert results[1]["weak_share"] == 1 and results[1]["stage_seconds"]["strengthen"] > 0
     stronger, everything = loop.of_run(runs[1])
-    assert stronger["number"] == everything["number"] == 3 and stronger["faces"] == "went back, stronger"
+    assert stronger["number"] == everything["number"] == 3 and stronger["faces"] == "went back, still known"
     assert stronger["weak"] == 1 and stronger["ism"] == pytest.approx(results[1]["ism"], abs=1e-3)
     assert "faces strengthened" in runs[1].read("report.html").decode()
     again = protect(str(src), str(tmp_path / "out1"), settings(*chain))
     assert all(stage["done"] == 0 for stage in again["engine"]["stages"].values())
+
+    # Another bar: looks and publishing alone are made anew, and a bar that all meet takes less of the change.
+    easy = protect(str(src), str(tmp_path / "out1"), settings(*chain, "strengthen.rounds=0", "publish.max_ism=1"))
+    done = {name: stage["done"] for name, stage in easy["engine"]["stages"].items()}
+    assert done.pop("strengthen") == done.pop("publish") == 2 and not any(done.values())
+    assert easy["strengthened"] == {**counts, "less": 3, "share": 0.25, "faces": 0, "rounds": 0, "ended": {"passed": 3}}
+    assert easy["jod"] > results[1]["jod"] and easy["weak"] == 0
+    assert [line["faces"] for line in loop.of_run(runs[1])] == ["hidden by a share", "all"]
 
 
 def test_gallery_of_photos_and_its_exclusions(archive: Path, first: dict, run: Run, tmp_path: Path) -> None:
@@ -303,7 +318,9 @@ def test_gallery_of_photos_and_its_exclusions(archive: Path, first: dict, run: R
     ceiling = float(alike.max()) - 1e-4
     capped = settings(f"fuse.identity_ceiling={ceiling}", "fuse.k=1")
     for name, row in zip(names, fuse.operator(capped, "w", str(tmp_path / "gallery"))(table).to_pylist(), strict=True):
-        others = {other for other, cosine in zip(names, alike[names.index(name)], strict=True) if -2 < cosine <= ceiling}
+        others = {
+            other for other, cosine in zip(names, alike[names.index(name)], strict=True) if -2 < cosine <= ceiling
+        }
         assert set(row["most_ids"]) <= others
     assert run_gallery.expectation(capped).weights["recogniser"] == info.weights["recogniser"]
     with pytest.raises(GalleryMismatchError, match="identity_ceiling"):

@@ -47,7 +47,9 @@ def filled(name: str, wanted: Callable[[str], bool] = lambda entry: True) -> dic
     spec = json.loads((MODELS / "golden" / f"{name}.json").read_text())
     own = checkpoints.to_public("stylegan2", StyleGAN2(64)) if name == "stylegan2_64" else {}
     return {
-        n: own[n] if (value := recipe.fill(n, shape, kind, spec["seed"])) is None else torch.from_numpy(np.asarray(value))
+        n: own[n]
+        if (value := recipe.fill(n, shape, kind, spec["seed"])) is None
+        else torch.from_numpy(np.asarray(value))
         for n, shape, kind in spec["state_dict"]
         if wanted(n)
     }
@@ -129,7 +131,9 @@ def test_missing_models_are_told_before_anything_runs(store: ModelStore, tmp_pat
     empty = ModelStore(str(tmp_path / "none"))
     src = tmp_path / "photos"
     src.mkdir()
-    with pytest.raises(MissingModelError, match="github.com/NVlabs.*licence: NVIDIA.*scol models add stylegan2-64 FILE"):
+    with pytest.raises(
+        MissingModelError, match="github.com/NVlabs.*licence: NVIDIA.*scol models add stylegan2-64 FILE"
+    ):
         protect(str(src), str(tmp_path / "out"), settings(empty))
     assert not (tmp_path / "out.run").exists() and not (tmp_path / "out").exists()
 
@@ -171,4 +175,6 @@ def test_mobilestylegan_and_stylegan2_of_one_w_share_a_gallery(store: ModelStore
     assert found.most_vectors.shape[1:] == (10, 3, 512) or found.most_vectors.shape[2] == 10
     assert found.least_vectors.shape == (1, 10, 512)
     with pytest.raises(GalleryMismatchError, match="generator's fingerprint"):
-        run_gallery.RunGallery.open(resolving.resolve(settings(store, f"gallery.url={url}")), Run(str(tmp_path / "r2")), print)
+        run_gallery.RunGallery.open(
+            resolving.resolve(settings(store, f"gallery.url={url}")), Run(str(tmp_path / "r2")), print
+        )

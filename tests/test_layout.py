@@ -16,7 +16,12 @@ PACKAGES = ("pipelines", "scol_ops", "gallery_index", "cluster")
 LONGEST = 60  # lines of a function without its docstring
 
 # Tables and parsers, whose lines are all alike.
-LONG = {"pipelines/cli/evaluate.py:evaluate", "scol_ops/models/pickle_reader.py:run", "pipelines/photos/jpeg.py:read_jpeg", "pipelines/photos/png.py:read_png"}
+LONG = {
+    "pipelines/cli/evaluate.py:evaluate",
+    "scol_ops/models/pickle_reader.py:run",
+    "pipelines/photos/jpeg.py:read_jpeg",
+    "pipelines/photos/png.py:read_png",
+}
 
 
 def modules() -> Iterator[tuple[str, str, ast.Module]]:
@@ -39,7 +44,8 @@ def test_imports_run_one_way(tmp_path: Path) -> None:
 
 
 def test_late_imports_say_why() -> None:
-    """An import inside a function saves a slow load, and a comment beside it says so; the commands' modules say it once."""
+    """An import inside a function saves a slow load, and a comment beside it says so; the commands' modules say it
+    once."""
     silent = []
     for path, text, tree in modules():
         if path.startswith("pipelines/cli/"):
@@ -67,5 +73,9 @@ def test_functions_are_short() -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_module_says_what_it_is_about(package: str) -> None:
-    silent = [path for path, text, tree in modules() if path.startswith(package) and text.strip() and not ast.get_docstring(tree)]
+    silent = [
+        path
+        for path, text, tree in modules()
+        if path.startswith(package) and text.strip() and not ast.get_docstring(tree)
+    ]
     assert not silent

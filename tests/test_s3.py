@@ -48,7 +48,8 @@ def put(root: str, files: dict[str, bytes]) -> None:
 
 def test_a_listing_comes_page_by_page_in_the_order_of_paths(s3, monkeypatch):
     monkeypatch.setattr(folders, "_PAGE", 4)
-    names = ["a/x.jpg", "a-b.jpg", "a.jpg", "a/b/z.PNG", "Z/q.webp", "日本/猫.jpeg", "ваня/é.tif", "a0/c.bmp", "notes.txt"]
+    names = ["a/x.jpg", "a-b.jpg", "a.jpg", "a/b/z.PNG", "Z/q.webp", "日本/猫.jpeg", "ваня/é.tif", "a0/c.bmp"]
+    names.append("notes.txt")
     put(s3.root, {name: b"12345" for name in names})
     s3.requests.clear()
     rows = list_photos(s3.root)
@@ -259,7 +260,11 @@ def test_the_whole_job_on_s3_under_faults_ends_as_an_undisturbed_one(s3, draw_ph
     assert [row["path"] for row in json.loads(errors["out"])] == ["deep/broken.png"]
     assert json.loads(retry["out"])["photos"] == {"align": 1}
     engine = json.loads(again["out"])["engine"]["stages"]
-    assert {name: engine[name]["done"] for name in ("align", "tune", "publish")} == {"align": 1, "tune": 1, "publish": 1}
+    assert {name: engine[name]["done"] for name in ("align", "tune", "publish")} == {
+        "align": 1,
+        "tune": 1,
+        "publish": 1,
+    }
 
     assert rows == rows_of(Run(str(tmp_path / "out.run")))
     assert sorted(published) == ["deep/none.png", "one.png"]

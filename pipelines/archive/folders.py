@@ -124,8 +124,9 @@ def walk_store(files: Files, hidden: bool, depth: int | None) -> Iterator[Source
 
 
 def _walk_s3(files: Files, root: str, hidden: bool, depth: int | None) -> Iterator[SourceRow]:
-    """As `_walk_store`, page by page, since a prefix may hold millions of objects. S3 lists all that lies below a prefix
-    in the order of UTF-8's bytes, which is that of paths here (directory buckets do not, and are listed as they come)."""
+    """As `_walk_store`, page by page, since a prefix may hold millions of objects. S3 lists all that lies below a
+    prefix in the order of UTF-8's bytes, which is that of paths here (directory buckets do not, and are listed as they
+    come)."""
     fs = files.fs
     bucket, _, prefix = root.partition("/")
     prefix = f"{prefix}/" if prefix else ""

@@ -1,8 +1,8 @@
 """What SRC holds, as tables: any number of photos, few of them in memory at a time.
 
 A listing is gone through several times (what has changed, the plan, the source rows), and SRC may be slow, or change
-meanwhile. So it is read once, into a file without a name on the local disk (TMPDIR), from which the tables come. In memory
-stay 8 bytes a photo (its id), and what could not be used.
+meanwhile. So it is read once, into a file without a name on the local disk (TMPDIR), from which the tables come. In
+memory stay 8 bytes a photo (its id), and what could not be used.
 """
 
 from __future__ import annotations

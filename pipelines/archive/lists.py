@@ -51,7 +51,9 @@ def read_list_table(src: str) -> Iterator[tuple[str, str | None]]:
             else:
                 names = pa.parquet.read_schema(f).names
                 f.seek(0)
-                table = pa.parquet.ParquetFile(f).read(columns=[n for n in ("path", "person_id") if n in names], use_threads=False)
+                table = pa.parquet.ParquetFile(f).read(
+                    columns=[n for n in ("path", "person_id") if n in names], use_threads=False
+                )
         if "path" not in table.column_names:
             raise SourceError("BAD_LIST", f"{src}: no column `path`")
         paths = table["path"].cast(pa.string())

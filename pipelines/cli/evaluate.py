@@ -84,7 +84,8 @@ from pipelines.cli.options import guarded, json_option, tell
     "--viewer-answers",
     metavar="FILE|FOLDER",
     multiple=True,
-    help="What a viewer said, or a folder of viewer-answers-*.json, is added up and stored in OUT; nothing is measured; "
+    help="What a viewer said, or a folder of viewer-answers-*.json, is added up and stored in OUT; nothing is "
+    "measured; "
     "repeatable.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.  [default: as the machine has cores]")

@@ -46,7 +46,10 @@ def list_experiments():
     "--out", metavar="FOLDER", help="Trees, evaluations and the table.  [default: build/experiments/NAME]"
 )
 @click.option(
-    "--limit", "people", type=click.IntRange(min=1), help="People to probe, each with one photo.  [default: 128; ablation: 16]"
+    "--limit",
+    "people",
+    type=click.IntRange(min=1),
+    help="People to probe, each with one photo.  [default: 128; ablation: 16]",
 )
 @click.option("--distractors", type=click.IntRange(min=1), default=1000, help="Others in the gallery.")
 @click.option("--seed", type=int, default=0, help="Of the draw of people.")

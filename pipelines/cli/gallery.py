@@ -1,4 +1,5 @@
-"""``scol gallery ...``: what the commands print and with which status they end. The work is in ``pipelines.jobs.gallery``."""
+"""``scol gallery ...``: what the commands print and with which status they end. The work is in
+``pipelines.jobs.gallery``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The command ``scol``. Thin: parses, calls, prints.
 
-Each command lies in a module that is imported when it is wanted, and imports heavy packages inside its function, so that
-``scol --help`` answers at once.
+Each command lies in a module that is imported when it is wanted, and imports heavy packages inside its function, so
+that ``scol --help`` answers at once.
 """
 
 from __future__ import annotations

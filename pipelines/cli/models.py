@@ -12,7 +12,9 @@ from pipelines.cli.options import guarded, json_option, print_json, tell
 from pipelines.run.text_tables import aligned
 
 store_option = click.option(
-    "--store", metavar="URL", help="Model store: a folder or fsspec URL.  [default: $SCOL_MODELS, else the cache folder]"
+    "--store",
+    metavar="URL",
+    help="Model store: a folder or fsspec URL.  [default: $SCOL_MODELS, else the cache folder]",
 )
 
 

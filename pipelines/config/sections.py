@@ -107,7 +107,8 @@ class GalleryConfig(Section):
     )
     search: Literal["exact", "compressed"] = Field(
         "exact",
-        description="exact, over all codes in memory | compressed, by the FAISS indexes that the gallery was built with, "
+        description="exact, over all codes in memory | compressed, by the FAISS indexes that the gallery was built "
+        "with, "
         "which may miss a code (docs/gallery.md)",
     )
     shards: int = Field(
@@ -129,7 +130,8 @@ class FuseConfig(Section):
 
     source: Literal["similar", "random"] = Field(
         "similar",
-        description="the k most similar codes of other people | one code of other people, drawn by the face's seed, for "
+        description="the k most similar codes of other people | one code of other people, drawn by the face's seed, "
+        "for "
         "comparison with them (k and weighting say nothing then; exact search alone)",
     )
     target: Literal["least", "random"] = Field(
@@ -148,7 +150,8 @@ class FuseConfig(Section):
         None,
         ge=-1,
         le=1,
-        description="codes of faces whose MobileFaceNet cosine to the face is above are left out, besides those of the same "
+        description="codes of faces whose MobileFaceNet cosine to the face is above are left out, besides those of the "
+        "same "
         "photo and person; needs a gallery made of photos; none: off",
     )
 
@@ -221,7 +224,10 @@ class MaskConfig(Section):
     """Where a face may change."""
 
     scale: float = Field(
-        1.7, gt=0, le=4, description="outline of the change; 1: the face alone, 1.7: with hair, ears and what is beside them"
+        1.7,
+        gt=0,
+        le=4,
+        description="outline of the change; 1: the face alone, 1.7: with hair, ears and what is beside them",
     )
     features: float = Field(
         0.75, ge=0, le=1, description="share of the change that brows, eyes, nose and mouth may have, where people look"
@@ -330,9 +336,9 @@ class AttackConfig(Section):
 
 
 class StrengthenConfig(Section):
-    """Closed loop: each face gets the smallest share of its change at which the judge does not know it in the photo's file,
-    as saved and after `publish.distortions`; where the whole does not hide it, and shows less than `publish.min_jod` allows,
-    it is refined and attacked again."""
+    """Closed loop: each face gets the smallest share of its change at which the judge does not know it in the photo's
+    file, as saved and after `publish.distortions`; where the whole does not hide it, and shows less than
+    `publish.min_jod` allows, it is refined and attacked again."""
 
     rounds: int = Field(1, ge=0, le=20, description="most rounds of a stronger change; 0: none")
     steps: int = Field(40, ge=0, le=10_000, description="refinement steps of a round")
@@ -356,8 +362,10 @@ class PublishConfig(Section):
         Annotated[float, Field(ge=-1, le=1)] | Literal["threshold"] | None, BeforeValidator(_none_word)
     ] = Field(
         None,
-        description="ok up to this cosine to the original, weak above; none: the judge's bar, above which it may know the "
-        "person in other photos (docs/results.md) | threshold: its threshold, below which it takes even the very photo for "
+        description="ok up to this cosine to the original, weak above; none: the judge's bar, above which it may know "
+        "the "
+        "person in other photos (docs/results.md) | threshold: its threshold, below which it takes even the very photo "
+        "for "
         "another person's",
     )
     distortions: Names = Field(
@@ -419,7 +427,8 @@ class EngineConfig(Section):
         50,
         ge=0,
         le=1_000_000,
-        description="the run stops where so many photos of a stage ended in the same type of exception and none ended well "
+        description="the run stops where so many photos of a stage ended in the same type of exception and none ended "
+        "well "
         "before: a broken installation; photos that are bad for reasons of their own do not count; 0: never",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -430,7 +439,8 @@ class EngineConfig(Section):
     )
     models: Annotated[str | None, BeforeValidator(_none_word)] = Field(
         None,
-        description="model store, a folder or fsspec URL that all nodes read; none: $SCOL_MODELS, else the user's cache folder",
+        description="model store, a folder or fsspec URL that all nodes read; none: $SCOL_MODELS, else the user's "
+        "cache folder",
     )
 
 
@@ -487,7 +497,9 @@ class Config(Section):
                 f"W+ does not agree; encoders that fit: {', '.join(fitting)}"
             )
         if self.fuse.layers is not None and max(self.fuse.layers) >= self.num_codes:
-            raise ValueError(f"fuse.layers: layers are 0..{self.num_codes - 1} with {self.generator!r}: {self.fuse.layers}")
+            raise ValueError(
+                f"fuse.layers: layers are 0..{self.num_codes - 1} with {self.generator!r}: {self.fuse.layers}"
+            )
         for section in ("tune", "refine"):
             if self.publish.judge in getattr(self, section).identity:
                 raise ValueError(
@@ -496,7 +508,8 @@ class Config(Section):
         through = [name for name in ("tune", "refine") if ENCODER in getattr(self, name).identity]
         if self.publish.judge == self.encoder_trunk and (through or self.attack.enabled):
             raise ValueError(
-                f"publish.judge: {self.encoder_trunk!r} is part of the encoder, which {(through or ['attack'])[0]} works through; "
+                f"publish.judge: {self.encoder_trunk!r} is part of the encoder, which {(through or ['attack'])[0]} "
+                "works through; "
                 "what is used inside never judges"
             )
         if self.publish.judge == CEILING and self.fuse.identity_ceiling is not None:
@@ -511,7 +524,9 @@ class Config(Section):
             raise ValueError("strengthen.rounds: neither refinement nor attack is there to be strengthened")
         for name in ("source", "target"):
             if getattr(self.fuse, name) == "random" and self.gallery.search != "exact":
-                raise ValueError(f"fuse.{name}: random needs gallery.search = exact, since indexes find what is similar")
+                raise ValueError(
+                    f"fuse.{name}: random needs gallery.search = exact, since indexes find what is similar"
+                )
         if self.fuse.source == "random" and self.fuse.identity_ceiling is not None:
             raise ValueError("fuse.identity_ceiling: fuse.source = random does not look at it")
         if self.gallery.url is None and self.fuse.k >= self.gallery.synthetic:

@@ -212,10 +212,10 @@ def viewer_figures(key: Mapping[str, Any], sets: Sequence[Answers]) -> dict[str,
 
     Returns:
         `page`, `read` (time), `viewers` (how many); of `altered` and `unaltered` pairs `pairs` (on the page),
-        `answers`, `unsure`, `differ` (share that named an original; of unaltered pairs these are false accusations), `score`
-        (BT.500, 1 to 5), `publish`; of altered ones `right`, `wrong`, `picked` (share of right picks, not sure counted
-        as half: as if by a coin), `picked_of_decided` (not sure left out); `by_viewer`. Shares are 0 to 1, with 95 %
-        intervals: Wilson's for what was picked, bootstrap over people for `score` and `publish`.
+        `answers`, `unsure`, `differ` (share that named an original; of unaltered pairs these are false accusations),
+        `score` (BT.500, 1 to 5), `publish`; of altered ones `right`, `wrong`, `picked` (share of right picks, not sure
+        counted as half: as if by a coin), `picked_of_decided` (not sure left out); `by_viewer`. Shares are 0 to 1, with
+        95 % intervals: Wilson's for what was picked, bootstrap over people for `score` and `publish`.
     """
     pairs = {pair["id"]: pair for pair in key["pairs"]}
 

@@ -196,8 +196,8 @@ _TUNED = ("tune.steps=30", "refine.steps=0")
 
 def sweep(name: str, key: str, values: Sequence[float], *fixed: str) -> Callable[[Options], list[Method]]:
     """One line of ours for each value of a setting, without the closed loop unless the options turn it on. With the
-    attack's bound goes its step, a quarter of it as in METHOD (2 of 255 for 8), unless the options say another. The lock
-    of the tuning needs one: of a profile without, the tuned face itself is judged, as the paper's is."""
+    attack's bound goes its step, a quarter of it as in METHOD (2 of 255 for 8), unless the options say another. The
+    lock of the tuning needs one: of a profile without, the tuned face itself is judged, as the paper's is."""
 
     def settings(value: float, profile: str, sets: Sequence[str]) -> tuple[str, ...]:
         if key == "tune.id_lock" and not load_config(profile, sets=(*NO_LOOP, *sets)).tune.steps:

@@ -120,7 +120,8 @@ def _words(found: dict[str, Any], mean: float, more: str) -> dict[str, str]:
 
 
 def _more_words(config: Config, run_url: str | None) -> str:
-    """How often the closed loop looks, and who goes back, is known only then; an earlier run's times have it in them."""
+    """How often the closed loop looks, and who goes back, is known only then; an earlier run's times have it in
+    them."""
     rounds, steps, looks = config.strengthen.rounds, config.strengthen.steps, config.strengthen.looks
     if not config.has_stage("strengthen") or run_url is not None:
         return ""

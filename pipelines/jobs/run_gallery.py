@@ -70,7 +70,11 @@ def synthetic_batches(config: Config) -> tuple[Iterator[CodeBatch], dict[str, An
     source = f"{settings.synthetic} synthetic codes, seed {settings.synthetic_seed}, truncation {settings.truncation:g}"
     return batches, dict(
         mode=settings.similarity,
-        weights={"generator": fingerprints.mapping_fingerprint(config.generator, store), "encoder": None, "recogniser": None},
+        weights={
+            "generator": fingerprints.mapping_fingerprint(config.generator, store),
+            "encoder": None,
+            "recogniser": None,
+        },
         broadcast_layers=config.num_codes,
         source=source,
     )
@@ -145,8 +149,8 @@ class RunGallery:
 
     @property
     def key_words(self) -> str:
-        """What enters the keys of ``fuse``: the fingerprint, and how compressed indexes answer where they do, since they
-        may answer otherwise."""
+        """What enters the keys of ``fuse``: the fingerprint, and how compressed indexes answer where they do, since
+        they may answer otherwise."""
         found = self.info.compression
         if found is None or self.config.gallery.search != "compressed":
             return self.info.fingerprint

@@ -1,4 +1,5 @@
-"""Networks of a process: each is loaded once, by its name, or by the part that a run's configuration gives it (`Networks`)."""
+"""Networks of a process: each is loaded once, by its name, or by the part that a run's configuration gives it
+(`Networks`)."""
 
 from __future__ import annotations
 

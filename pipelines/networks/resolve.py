@@ -68,6 +68,7 @@ def _same_w(config: Config, records: dict[str, Record], say: Callable[[str], Non
     if not w_space.agree(probes["generator"], probes["encoder"]):
         source = {r: f" (from {records[n].source})" if n in records else " (embedded)" for r, n in names.items()}
         raise ConfigError([
-            f"generator {config.generator!r}{source['generator']} and encoder {config.encoder!r}{source['encoder']} are of "
+            f"generator {config.generator!r}{source['generator']} and encoder {config.encoder!r}{source['encoder']} "
+            "are of "
             "different W spaces: their mapping networks lead to other codes"
         ])  # fmt: skip

@@ -48,7 +48,8 @@ class MissingModelError(ModelStoreError):
     def __init__(self, name: str, url: str) -> None:
         card = card_of(name)
         super().__init__(
-            f"the model {name!r} is not in the model store {url}. {card.what}: {card.published}; licence: {card.licence}; "
+            f"the model {name!r} is not in the model store {url}. {card.what}: {card.published}; licence: "
+            f"{card.licence}; "
             f"usual file: {card.file} ({card.megabytes:g} MB). Fetch it, then: scol models add {name} FILE. "
             f"Instead: {card.instead}"
         )
@@ -223,7 +224,9 @@ class ModelStore:
         digest = hashlib.sha256(content).hexdigest()
         file = url.rstrip("/").rsplit("/", 1)[-1]
         if card.sha256 is not None and not digest.startswith(card.sha256):
-            raise ModelStoreError(f"{file} has sha256 {digest}, the published file's begins with {card.sha256}: refused")
+            raise ModelStoreError(
+                f"{file} has sha256 {digest}, the published file's begins with {card.sha256}: refused"
+            )
         found = checkpoints.read_checkpoint(content)
         size = len(content)
         del content
@@ -278,7 +281,11 @@ class ModelStore:
         seen, _ = self_check(loaded, None)
         for key, value in seen.items():
             before = record.check.get(key)
-            if isinstance(value, float) and isinstance(before, float) and abs(value - before) > 0.01 * max(1, abs(before)):
+            if (
+                isinstance(value, float)
+                and isinstance(before, float)
+                and abs(value - before) > 0.01 * max(1, abs(before))
+            ):
                 raise ModelStoreError(f"{name}: the self-check sees {key} {value:.4g}, when it was added {before:.4g}")
         return seen
 

@@ -162,7 +162,8 @@ class Run:
     def plan(self, columns: Sequence[str] | None = None) -> pa.Table:
         """One row a photo of the latest run, by path: photo_id, path, and its key at every stage.
 
-        A stage that the run left out, or that the plan of an older version does not know, has the keys of the one before.
+        A stage that the run left out, or that the plan of an older version does not know, has the keys of the one
+        before.
         """
         columns = PLAN_SCHEMA.names if columns is None else list(columns)
         with self._open_table("plan.parquet") as file:

@@ -21,8 +21,8 @@ def stage_rules(
     out: str = "",
     opened: Mapping[str, Collection[str]] = MappingProxyType({}),
 ) -> dict[str, KeyRule]:
-    """By stage, the rule from the keys at the stage before; all keys are known before anything runs. A stage that the run
-    leaves out has the keys of the one before.
+    """By stage, the rule from the keys at the stage before; all keys are known before anything runs. A stage that the
+    run leaves out has the keys of the one before.
 
     Args:
         opened: of ``run.attempts.opened``.

@@ -91,12 +91,12 @@ def _records(run: Run) -> list[dict[str, Any]]:
 
 
 def drivers(run: Run) -> list[dict[str, Any]]:
-    """Records of all drivers that the run's folder knows, the latest last, each with `alive` (bool) and `sure` (bool: no
-    clock of another machine was asked for that).
+    """Records of all drivers that the run's folder knows, the latest last, each with `alive` (bool) and `sure` (bool:
+    no clock of another machine was asked for that).
 
-    Keys: id, kind (`protect`, `gallery build`, `purge`), host, pid, born, machine, started (UTC), beat (s since 1970, by
-    its machine's clock), beats (signs of life so far), admitted (bool: it is at work, not only about to begin), state
-    (`running`, `finished`, `interrupted`, `cancelled`, `failed`), and what the driver tells of itself.
+    Keys: id, kind (`protect`, `gallery build`, `purge`), host, pid, born, machine, started (UTC), beat (s since 1970,
+    by its machine's clock), beats (signs of life so far), admitted (bool: it is at work, not only about to begin),
+    state (`running`, `finished`, `interrupted`, `cancelled`, `failed`), and what the driver tells of itself.
     """
     return [entry | {"alive": is_alive(entry), "sure": _known(entry) is not None} for entry in _records(run)]
 
@@ -106,7 +106,9 @@ class Watch:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._seen: dict[str, tuple[Any, float, bool]] = {}  # last sign, when it was first seen, whether it is a new one
+        self._seen: dict[
+            str, tuple[Any, float, bool]
+        ] = {}  # last sign, when it was first seen, whether it is a new one
 
     def look(self) -> list[dict[str, Any]]:
         """All records, the latest last, each with `alive`: True, False, or None, not yet known.
@@ -291,8 +293,8 @@ class Presence:
                 log.warning("to stop: %s", self.why)
 
     def _superseded(self, there: bool) -> str | None:
-        """Why another goes on instead, though this one was admitted. Nobody stops for a driver that stops as well: of two
-        at work the rule that holds on entering says who goes on.
+        """Why another goes on instead, though this one was admitted. Nobody stops for a driver that stops as well: of
+        two at work the rule that holds on entering says who goes on.
 
         Args:
             there: whether this driver's record is.

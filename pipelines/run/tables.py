@@ -32,9 +32,9 @@ def read_stage(run: Run | str, stage: str, columns: Sequence[str] | None = None)
     keys = run.plan([stage])[stage]
     if columns is None or not set(columns) <= set(LIGHT[stage].names):
         return run.store.read_rows(stage, keys.to_pylist(), columns, schema=SCHEMAS[stage], later=SCHEMAS[stage])
-    return in_order(read_digest(run.store, stage, list(dict.fromkeys(["key", *columns])), LIGHT[stage]), keys, stage).select(
-        list(columns)
-    )
+    return in_order(
+        read_digest(run.store, stage, list(dict.fromkeys(["key", *columns])), LIGHT[stage]), keys, stage
+    ).select(list(columns))
 
 
 def in_order(rows: pa.Table, keys: pa.ChunkedArray, stage: str) -> pa.Table:

@@ -103,6 +103,13 @@ class Attacker:
         own, target = as_codes(row["invert.code"], device), as_codes(row["fuse.target"], device)
         inspection = inspect_components(own, target, self._inspect.tau, unit=self._inspect.unit, std=self._std)
         result = attack(
-            self._networks.encode, picture, inspection.target, inspection.mask, mask, settings, seed=seed, deadline=deadline
+            self._networks.encode,
+            picture,
+            inspection.target,
+            inspection.mask,
+            mask,
+            settings,
+            seed=seed,
+            deadline=deadline,
         )
         return result, float(inspection.share[0])

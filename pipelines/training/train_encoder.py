@@ -95,7 +95,8 @@ class Pool:
 
 
 def augment(x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, 256, 256) as a camera, an upload and a face detector would deliver them, and without the damage."""
+    """Pictures (B, 3, 256, 256) as a camera, an upload and a face detector would deliver them, and without the
+    damage."""
     batch, _, size, _ = x.shape
     y = torch.linspace(-1, 1, size)
     yy, xx = torch.meshgrid(y, y, indexing="ij")
@@ -123,7 +124,9 @@ def augment(x: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         ),
         1,
     )
-    x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+    x = F.grid_sample(
+        x, F.affine_grid(theta, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False
+    )
     target = x.clamp(-1, 1)
     # An occluder for a fifth.
     cx, cy = per_face(-0.8, 0.8), per_face(-0.8, 0.9)
@@ -160,7 +163,8 @@ def explained(pred: Tensor, target: Tensor, mean: Tensor) -> float:
 
 
 class Preview(nn.Module):
-    """Codes to 128 px pictures from the generator's first four blocks: close enough to steer by, a quarter of the cost."""
+    """Codes to 128 px pictures from the generator's first four blocks: close enough to steer by, a quarter of the
+    cost."""
 
     BLOCKS = 4
 
@@ -185,7 +189,9 @@ class Preview(nn.Module):
     def forward(self, generator: MobileStyleGAN, codes: Tensor) -> Tensor:
         """(B, 16, 512) -> (B, 3, 128, 128)."""
         x = self.features(generator, codes)
-        return inverse_haar(self.skip.bands(x, codes[:, 9]) + self.to_img.bands(self.layer(x, codes[:, 10]), codes[:, 11]))
+        return inverse_haar(
+            self.skip.bands(x, codes[:, 9]) + self.to_img.bands(self.layer(x, codes[:, 10]), codes[:, 11])
+        )
 
 
 def fit_preview(arguments: argparse.Namespace) -> None:
@@ -287,7 +293,8 @@ def measure(
     boxes: Tensor,
     refine_steps: int = 0,
 ) -> dict[str, np.ndarray]:
-    """PSNR (dB, 256 px) and recognisers' cosine of G(E(x)) against x, one number a face; code error where codes are known."""
+    """PSNR (dB, 256 px) and recognisers' cosine of G(E(x)) against x, one number a face; code error where codes are
+    known."""
     settings = InvertSettings(**InvertConfig(refine_steps=refine_steps).model_dump())
     recognisers = {name: load_recogniser(name) for name in ("mobilefacenet", "dlib_resnet", "faceres")}
     values: dict[str, list[np.ndarray]] = {}
@@ -304,7 +311,9 @@ def measure(
                 b = r.embed_crops(clean[part], landmarks[part], boxes[part])
                 values.setdefault(f"cosine_{name}", []).append((a * b).sum(1).numpy())
             if codes is not None:
-                error = (pred - codes[part]).square().sum((1, 2)) / (codes[part] - encoder.mean_code).square().sum((1, 2))
+                error = (pred - codes[part]).square().sum((1, 2)) / (codes[part] - encoder.mean_code).square().sum(
+                    (1, 2)
+                )
                 values.setdefault("unexplained", []).append(error.numpy())
     return {k: np.concatenate(v) for k, v in values.items()}
 
@@ -354,13 +363,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--head", type=Path, default=None, help="a head still in training (default: the embedded one)")
     parser.add_argument("--make", type=int, metavar="CHUNKS", help=f"render CHUNKS x {CHUNK} faces")
     parser.add_argument("--train", type=float, metavar="MINUTES")
-    parser.add_argument("--steps", type=int, help="train for so many steps instead, which does not depend on the machine")
+    parser.add_argument(
+        "--steps", type=int, help="train for so many steps instead, which does not depend on the machine"
+    )
     parser.add_argument("--from-embedded", action="store_true", help="begin with the embedded encoder's weights")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--export", type=Path, metavar="FILE")
     parser.add_argument("--photos", type=Path, help="folder of real photos for --evaluate")
     parser.add_argument("--count", type=int, default=512)
-    parser.add_argument("--refine-steps", type=int, nargs="*", default=[], help="also after so many gradient steps on W+")
+    parser.add_argument(
+        "--refine-steps", type=int, nargs="*", default=[], help="also after so many gradient steps on W+"
+    )
     parser.add_argument("--refine-count", type=int, default=32, help="faces of that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1.5e-3)
@@ -368,9 +381,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pool", type=int, default=20000, help="faces held in memory")
     parser.add_argument("--preview", type=float, metavar="MINUTES", help="fit the preview head")
     parser.add_argument("--code-weight", type=float, default=1.0)
-    parser.add_argument("--full-from", type=float, default=0.85, help="share of the time from which pictures are the generator's own")
+    parser.add_argument(
+        "--full-from", type=float, default=0.85, help="share of the time from which pictures are the generator's own"
+    )
     parser.add_argument("--picture-every", type=int, default=1, help="picture losses every n-th step, 0 for never")
-    parser.add_argument("--picture-from", type=float, default=0.25, help="share of the time before picture losses begin")
+    parser.add_argument(
+        "--picture-from", type=float, default=0.25, help="share of the time before picture losses begin"
+    )
     parser.add_argument("--picture-batch", type=int, default=6)
     parser.add_argument("--pixel-weight", type=float, default=2.0)
     parser.add_argument("--identity-weight", type=float, default=0.5)

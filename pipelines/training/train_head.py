@@ -42,7 +42,9 @@ def draw_codes(index: int, seed: int, generator: MobileStyleGAN) -> torch.Tensor
         codes = w[:1].expand(NUM_CODES, -1)
     elif index % 4 == 1:
         cuts = np.sort(rng.integers(1, NUM_CODES, size=2))
-        codes = torch.cat([w[0].expand(cuts[0], -1), w[1].expand(cuts[1] - cuts[0], -1), w[2].expand(NUM_CODES - cuts[1], -1)])
+        codes = torch.cat(
+            [w[0].expand(cuts[0], -1), w[1].expand(cuts[1] - cuts[0], -1), w[2].expand(NUM_CODES - cuts[1], -1)]
+        )
     else:
         strength = torch.from_numpy(rng.uniform(0.3, 1.0, size=(NUM_CODES, 1)).astype(np.float32))
         codes = w[0] + strength * (w - w[0]) * 0.7
@@ -78,7 +80,9 @@ def cache_features(folder: Path, seed: int, generator: MobileStyleGAN) -> list[P
     return ready
 
 
-def crops(paths: list[Path], rng: np.random.Generator, size: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def crops(
+    paths: list[Path], rng: np.random.Generator, size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A random square of each sample: features (B, 256, size, size), codes, picture (B, 3, 2 size, 2 size)."""
     features, codes, pictures = [], [], []
     for path in paths:
@@ -184,7 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--make", type=int, metavar="N", help="make N teacher pictures of --seed")
     parser.add_argument("--start", type=int, default=0, help="first index to make")
     parser.add_argument("--train", type=float, metavar="MINUTES")
-    parser.add_argument("--steps", type=int, help="train for so many steps instead, which does not depend on the machine")
+    parser.add_argument(
+        "--steps", type=int, help="train for so many steps instead, which does not depend on the machine"
+    )
     parser.add_argument("--seed", type=int, default=1, help="training samples (evaluation uses --held-out-seed)")
     parser.add_argument("--held-out-seed", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-3)

@@ -96,7 +96,9 @@ def seen_embedding(embeddings: Tensor, rng: np.random.Generator, most: float = 0
     batch, views, dim = embeddings.shape
     chosen = embeddings[torch.arange(batch), torch.from_numpy(rng.integers(0, views, size=batch))]
     noise = torch.from_numpy(rng.standard_normal((batch, dim)).astype(np.float32)) / dim**0.5
-    return F.normalize(chosen + noise * torch.from_numpy(rng.uniform(0, most, size=(batch, 1)).astype(np.float32)), dim=1)
+    return F.normalize(
+        chosen + noise * torch.from_numpy(rng.uniform(0, most, size=(batch, 1)).astype(np.float32)), dim=1
+    )
 
 
 class Trainer:
@@ -158,7 +160,9 @@ class Trainer:
             found = self.recogniser.embed_crops(out.float(), *ffhq_mean_geometry(count, out.shape[-1]))
         identity = 1 - (F.normalize(found.float(), dim=1) * goal).sum(1).mean()
         layout = F.mse_loss(F.interpolate(out.float(), (COARSE, COARSE), mode="area"), coarse)
-        code = (pred - own[:, FIRST:LAST]).square()[~mixed[:, 0]].sum() / (pred.numel() * self.network.std_code.square().mean())
+        code = (pred - own[:, FIRST:LAST]).square()[~mixed[:, 0]].sum() / (
+            pred.numel() * self.network.std_code.square().mean()
+        )
         return identity, layout, code
 
     def train(self) -> None:
@@ -249,8 +253,12 @@ def export(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faces", type=Path, default=Path("build/encoder-data"), help="pictures of train_encoder --make")
-    parser.add_argument("--preview", type=Path, default=Path("build/encoder/preview.safetensors"), help="of train_encoder")
+    parser.add_argument(
+        "--faces", type=Path, default=Path("build/encoder-data"), help="pictures of train_encoder --make"
+    )
+    parser.add_argument(
+        "--preview", type=Path, default=Path("build/encoder/preview.safetensors"), help="of train_encoder"
+    )
     parser.add_argument("--folder", type=Path, default=Path("build/swapper-data"))
     parser.add_argument("--out", type=Path, default=Path("build/swapper"))
     parser.add_argument("--layers", type=int, metavar="PAIRS", help="measure which codes carry identity")
@@ -260,7 +268,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, metavar="FILE")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--full-from", type=float, default=0.9, help="share of the time from which pictures are the generator's own")
+    parser.add_argument(
+        "--full-from", type=float, default=0.9, help="share of the time from which pictures are the generator's own"
+    )
     parser.add_argument("--ridge", type=float, default=0.03, help="as a share of the embeddings' variance")
     parser.add_argument("--stretch", type=float, default=1.6, help="of the regression's answers, away from the mean")
     parser.add_argument("--code-weight", type=float, default=0.05)

@@ -66,7 +66,8 @@ def _e4e(size: int) -> PublicModel:
     return PublicModel(
         f"e4e-{size}", "e4e", "encoder", f"the e4e encoder for StyleGAN2 at {size} px",
         "github.com/omertov/encoder4editing (e4e_ffhq_encode.pt)",
-        "MIT for the code; the weights were trained against NVIDIA's StyleGAN2-FFHQ, whose licence excludes commercial use",
+        "MIT for the code; the weights were trained against NVIDIA's StyleGAN2-FFHQ, whose licence excludes commercial "
+        "use",
         "e4e_ffhq_encode.pt", 1200, f'encoder = "e4e-{size}": invert, attack, identity feature "encoder"',
         'encoder = "embedded", with an embedded generator', facts={"size": size},
     )  # fmt: skip
@@ -84,19 +85,20 @@ CARDS: dict[str, PublicModel] = {
         PublicModel(
             "facenet", "facenet", "recogniser", "FaceNet (InceptionResnetV1), VGGFace2",
             "github.com/timesler/facenet-pytorch, release v2.2.9",
-            "MIT for code and weights; VGGFace2's photos are for research", "20180402-114759-vggface2.pt", 111, _RECOGNISER,
-            "mobilefacenet, dlib_resnet or faceres (embedded)", facts={"classes": 8631},
+            "MIT for code and weights; VGGFace2's photos are for research", "20180402-114759-vggface2.pt", 111,
+            _RECOGNISER, "mobilefacenet, dlib_resnet or faceres (embedded)", facts={"classes": 8631},
         ),
         PublicModel(
             "facenet-casia", "facenet", "recogniser", "FaceNet (InceptionResnetV1), CASIA-WebFace",
             "github.com/timesler/facenet-pytorch, release v2.2.9",
-            "MIT for code and weights; CASIA-WebFace's photos are for research", "20180408-102900-casia-webface.pt", 115,
-            _RECOGNISER, "mobilefacenet, dlib_resnet or faceres (embedded)", facts={"classes": 10575},
+            "MIT for code and weights; CASIA-WebFace's photos are for research", "20180408-102900-casia-webface.pt",
+            115, _RECOGNISER, "mobilefacenet, dlib_resnet or faceres (embedded)", facts={"classes": 10575},
         ),
         PublicModel(
             "irse50", "irse50", "recogniser", "IR-SE50 (ArcFace)",
             "github.com/TreB1eN/InsightFace_Pytorch (model_ir_se50.pth), linked by encoder4editing and Clip2Protect",
-            "MIT for the code; trained on MS1M, which is for research", "model_ir_se50.pth or irse50.pth", 175, _RECOGNISER,
+            "MIT for the code; trained on MS1M, which is for research", "model_ir_se50.pth or irse50.pth", 175,
+            _RECOGNISER,
             "mobilefacenet, dlib_resnet or faceres (embedded)",
         ),
         PublicModel(
@@ -111,12 +113,14 @@ CARDS: dict[str, PublicModel] = {
             "mobilefacenet (embedded, 192 numbers)",
         ),
         PublicModel(
-            "lpips-vgg", "lpips-vgg", "perceptual loss", "VGG16's features, for LPIPS (its linear layers are in the package)",
+            "lpips-vgg", "lpips-vgg", "perceptual loss",
+            "VGG16's features, for LPIPS (its linear layers are in the package)",
             "download.pytorch.org/models (torchvision)", _TORCHVISION, "vgg16-397923af.pth", 528,
             'tune.perceptual = "lpips-vgg" or "auto"', 'tune.perceptual = "ssim": multi-scale SSIM', sha256="397923af",
         ),
         PublicModel(
-            "lpips-alex", "lpips-alex", "perceptual loss", "AlexNet's features, for LPIPS (its linear layers are in the package)",
+            "lpips-alex", "lpips-alex", "perceptual loss",
+            "AlexNet's features, for LPIPS (its linear layers are in the package)",
             "download.pytorch.org/models (torchvision)", _TORCHVISION, "alexnet-owt-7be5be79.pth", 233,
             'tune.perceptual = "lpips-alex" or "auto"', 'tune.perceptual = "ssim": multi-scale SSIM', sha256="7be5be79",
         ),

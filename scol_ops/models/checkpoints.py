@@ -366,7 +366,9 @@ def _take_e4e(value: Any) -> tuple[State, dict[str, Any], list[str]]:
         raise CheckpointError("no e4e encoder in this file: no entries encoder.* with a latlayer1")
     codes = _count_of(found, "styles.", 32)
     if codes < 2 or codes % 2 or codes > 18:
-        raise CheckpointError(f"an encoder with {codes} style heads: e4e has 2 to 18, two for each doubling of the generator")
+        raise CheckpointError(
+            f"an encoder with {codes} style heads: e4e has 2 to 18, two for each doubling of the generator"
+        )
     facts = {"size": 1 << (codes + 2) // 2}
     shapes = _shapes(_empty(lambda: _e4e(facts)), ["latent_avg", "std_code"])
     state = _fit(found, shapes, f"e4e for {facts['size']} px ({codes} codes)")
@@ -414,8 +416,13 @@ def _give_network(network: nn.Module) -> State:
     return dict(network.network.state_dict())
 
 
-def _take_network(value: Any, make: Callable[[Mapping[str, Any]], nn.Module], sample: str, what: str,
-                  facts_of: Callable[[Mapping[str, Entry]], dict[str, Any]]) -> tuple[State, dict[str, Any], list[str]]:  # fmt: skip
+def _take_network(
+    value: Any,
+    make: Callable[[Mapping[str, Any]], nn.Module],
+    sample: str,
+    what: str,
+    facts_of: Callable[[Mapping[str, Entry]], dict[str, Any]],
+) -> tuple[State, dict[str, Any], list[str]]:
     places = [(key, prefix) for key in ("", "state_dict", "model", "net") for prefix in ("", "module.")]
     found = _one_of(value, places, sample)
     if not found:
@@ -492,7 +499,9 @@ def _take_lpips(net: str) -> Callable[[Any], tuple[State, dict[str, Any], list[s
             found = _one_of(value, [("", ""), ("state_dict", "")], next(iter(names)))
             found = {k: v for k, v in found.items() if not k.startswith("classifier.")}
             if not found:
-                raise CheckpointError(f"no backbone of {what} in this file: neither {next(iter(names))} nor {backbone[0]}")
+                raise CheckpointError(
+                    f"no backbone of {what} in this file: neither {next(iter(names))} nor {backbone[0]}"
+                )
             read = _fit(found, {k: shapes[v] for k, v in names.items()}, f"the backbone of {what}")
             state = {names[k]: v for k, v in read.items()} | package_lin(net) | _scaling()
             notes.append("linear layers: those of the package lpips 0.1.4")

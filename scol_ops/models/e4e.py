@@ -36,7 +36,9 @@ class StyleHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.convs(x)
         if x.shape[-2:] != (1, 1):
-            raise ValueError(f"e4e reads faces of {INPUT_SIZE} px: a head is left with {x.shape[2]} x {x.shape[3]} places")
+            raise ValueError(
+                f"e4e reads faces of {INPUT_SIZE} px: a head is left with {x.shape[2]} x {x.shape[3]} places"
+            )
         return self.linear(x.flatten(1))
 
 

@@ -29,7 +29,9 @@ def _mobilestylegan_state() -> dict[str, Tensor]:
     return state_dict_from_ir(*graphs)
 
 
-def load_mobilestylegan(resolution: int = 256, head: str | None = "mobilestylegan_head256.safetensors") -> MobileStyleGAN:
+def load_mobilestylegan(
+    resolution: int = 256, head: str | None = "mobilestylegan_head256.safetensors"
+) -> MobileStyleGAN:
     """The embedded generator, in eval mode, parameters frozen.
 
     Args:
@@ -41,7 +43,11 @@ def load_mobilestylegan(resolution: int = 256, head: str | None = "mobilestylega
         ValueError: another resolution.
     """
     generator = MobileStyleGAN(resolution)
-    state = {k: v for k, v in _mobilestylegan_state().items() if resolution == 1024 or not k.startswith(("blocks.5", "blocks.6", "head."))}
+    state = {
+        k: v
+        for k, v in _mobilestylegan_state().items()
+        if resolution == 1024 or not k.startswith(("blocks.5", "blocks.6", "head."))
+    }
     if resolution == 256:
         own = generator.head.state_dict() if head is None else read_safetensors(head)
         state |= {f"head.{k}": v for k, v in own.items()}

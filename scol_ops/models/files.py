@@ -47,7 +47,9 @@ def read_verified(name: str) -> bytes:
         # Found without importing: the package's own imports need packages that we do not.
         spec = importlib.util.find_spec("random_face")
         if spec is None or spec.origin is None:
-            raise WeightsError("the package random-face is not installed (pip install --no-deps random-face==2021.7.21.1)")
+            raise WeightsError(
+                "the package random-face is not installed (pip install --no-deps random-face==2021.7.21.1)"
+            )
         path = Path(spec.origin).parent / "data" / name.split("/", 1)[1]
     else:
         path = DATA / name

@@ -100,7 +100,8 @@ class IRNetwork(nn.Module):
         x = self.body(self.input_layer(x))
         if x.shape[2] * x.shape[3] != self.positions:
             raise ValueError(
-                f"the picture's last feature map is {x.shape[2]} x {x.shape[3]}, this network reads {self.positions} places"
+                f"the picture's last feature map is {x.shape[2]} x {x.shape[3]}, this network reads {self.positions} "
+                "places"
             )
         # `contiguous`: flattened channel by channel also where the map is channels-last.
         return self.output_layer(x.contiguous())

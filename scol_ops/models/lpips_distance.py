@@ -64,7 +64,8 @@ class LPIPSDistance(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Each place's channels to unit length. Where all are 0, the package's square root has no gradient; here it is 1."""
+    """Each place's channels to unit length. Where all are 0, the package's square root has no gradient; here it is
+    1."""
     power = features.square().sum(dim=1, keepdim=True)
     empty = power == 0
     length = torch.where(empty, 1.0, power).sqrt()

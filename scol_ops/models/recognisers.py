@@ -54,7 +54,8 @@ class Recogniser(nn.Module, ABC):
         input_size: side of the aligned picture in pixels.
         threshold: cosine above which two faces count as one person: a false accept rate of 1 % over LFW's pairs.
             Source: measured, see the network's card in ``data/``.
-        hidden_below: cosine to the very photo up to which other photos of the person are another's: the bar of a judge. Source:
+        hidden_below: cosine to the very photo up to which other photos of the person are another's: the bar of a judge.
+            Source:
             measured on development people, docs/results.md; the threshold, a harder bar, of networks that were not.
         fingerprint: first 16 hex digits of the weights' sha256; set by ``load_recogniser``, empty before.
     """

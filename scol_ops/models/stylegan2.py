@@ -153,7 +153,11 @@ class StyledConv(nn.Module):
         # The gain goes into every summand, since leaky ReLU is positively homogeneous: one pass less over the map.
         gain = math.sqrt(2.0)
         x = self.conv(x, code, gain)
-        x = x + (noise * (self.noise.weight * gain)).to(x.dtype) + (self.activate.bias * gain).view(-1, 1, 1).to(x.dtype)
+        x = (
+            x
+            + (noise * (self.noise.weight * gain)).to(x.dtype)
+            + (self.activate.bias * gain).view(-1, 1, 1).to(x.dtype)
+        )
         x = F.leaky_relu(x, 0.2)
         return x if self.clamp is None else x.clamp(-self.clamp, self.clamp)
 

@@ -312,7 +312,15 @@ def test_sigterm_stops_a_run_as_cleanly_as_ctrl_c(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     for i in range(24):  # no faces: only the stage align works
         Image.new("RGB", (900, 1200), (9 * i, 120, 60)).save(tmp_path / f"photos/{i:02d}.jpg")
-    command = [sys.executable, "-m", "pipelines.cli.main", "protect", str(tmp_path / "photos"), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli.main",
+        "protect",
+        str(tmp_path / "photos"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command += ["--set", "gallery.synthetic=50", "--set", "engine.shard_photos=1", "--set", "engine.workers=1"]
     root = Path(__file__).parents[2]
     run = Run(str(tmp_path / "out.run"))

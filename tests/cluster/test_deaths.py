@@ -36,7 +36,9 @@ def test_a_node_is_lost_if_ray_says_so_or_its_raylet_does_not_answer(monkeypatch
 
 def test_last_words_are_read_on_the_workers_node(tmp_path):
     path = tmp_path / "worker.err"
-    path.write_text("first\n" * 30 + ":job_id:01\nFatal Python error\nCurrent thread 0x7f00ab12 (most recent call first)\n")
+    path.write_text(
+        "first\n" * 30 + ":job_id:01\nFatal Python error\nCurrent thread 0x7f00ab12 (most recent call first)\n"
+    )
     here = replace(born(), log=str(path))
     words = last_words(here, lines=3).splitlines()
     assert words == ["first", "Fatal Python error", "Current thread 0x... (most recent call first)"]

@@ -105,7 +105,9 @@ def test_a_server_that_falls_silent_stops_nobody_for_ever(s3, store):
 
 def test_a_multipart_put_whose_last_answer_was_lost_counts_as_ours(s3, store, monkeypatch):
     put = store._fs._pipe_file
-    monkeypatch.setattr(store._fs, "_pipe_file", lambda path, data, **more: put(path, data, chunksize=5 * 2**20, **more))
+    monkeypatch.setattr(
+        store._fs, "_pipe_file", lambda path, data, **more: put(path, data, chunksize=5 * 2**20, **more)
+    )
     monkeypatch.setattr(store._fs, "pipe_file", fsspec.asyn.sync_wrapper(store._fs._pipe_file, obj=store._fs))
     data = pa.array([bytes(11 * 2**20)], pa.binary())
     monkeypatch.setattr("cluster.store._to_parquet", lambda table, sink: sink.write(data[0].as_buffer()))

@@ -3,8 +3,9 @@
 Kubernetes' objects, and the pods in KubeRay's, are held against Kubernetes' own schemas (of `kubernetes-validate`). Of
 KubeRay's objects, whose schemas no package has, the names of fields are held against its types
 (ray-operator/apis/ray/v1/*_types.go; RayCronJob:
-https://docs.ray.io/en/master/cluster/kubernetes/getting-started/raycronjob-quick-start.html); so a misspelt or misplaced
-field is found, a wrong value of a right field need not be. The schemas below say besides what we hold our pods to.
+https://docs.ray.io/en/master/cluster/kubernetes/getting-started/raycronjob-quick-start.html); so a misspelt or
+misplaced field is found, a wrong value of a right field need not be. The schemas below say besides what we hold our
+pods to.
 """
 
 from __future__ import annotations

@@ -291,9 +291,10 @@ def test_a_hostile_name_is_text_wherever_it_stands(trees, figures, tmp_path):
         ("summary", "distortions", "pictures", "viewers", "examples", "distributions", "counts", "recognisers"),
         rest.split("&lt;section")[1:], strict=True)}  # fmt: skip
     # per recogniser three lines; its lines and everybody's lines after the distortion; one line of pictures; a figure
-    # with three pictures, one without, both with the judge; a viewer's name; its two histograms, one of them drawn; name and weights
-    assert parts == {"summary": 3, "distortions": 2 + 3, "pictures": 1, "viewers": 1, "examples": 3 + 4, "distributions": 2 + 1,
-                     "counts": 0, "recognisers": 2}, parts  # fmt: skip
+    # with three pictures, one without, both with the judge; a viewer's name; its two histograms, one of them drawn;
+    # name and weights
+    assert parts == {"summary": 3, "distortions": 2 + 3, "pictures": 1, "viewers": 1, "examples": 3 + 4,
+                     "distributions": 2 + 1, "counts": 0, "recognisers": 2}, parts  # fmt: skip
 
 
 def test_the_command(trees, figures):
@@ -357,8 +358,11 @@ def test_recognisers_used_inside_are_found(trees):
     assert job._inside(given) == (("dlib_resnet", "mobilefacenet"), "run")
     shutil.rmtree(run)
     assert judges.inside_of_run(str(run)) is None and job._inside(given) == ((), "unknown")
-    only = load_config(sets=["tune.identity=", "refine.steps=0"]).model_dump(mode="json")
-    assert judges.inside_of(only) == ("mobilefacenet",)  # the attack works through the encoder, which reads its features
+    attacked = ["tune.identity=", "refine.steps=0", "attack.enabled=true"]
+    only = load_config(sets=attacked).model_dump(mode="json")
+    assert judges.inside_of(only) == (
+        "mobilefacenet",
+    )  # the attack works through the encoder, which reads its features
     assert judges.inside_of(load_config("paper").model_dump(mode="json")) == ("irse50",)  # what e4e was made from
     assert load_config("paper").encoder_trunk == "irse50"
     choosing = ["tune.identity=", "refine.identity=", "attack.enabled=false", "strengthen.rounds=0"]

@@ -186,7 +186,15 @@ def test_a_second_time_nothing_is_embedded_again(run, tree, result):
 
 
 def test_command(run, tree):
-    command = ["evaluate", str(tree / "photos"), str(tree / "protected"), "--people-from", "folder", "--stages", run.url]
+    command = [
+        "evaluate",
+        str(tree / "photos"),
+        str(tree / "protected"),
+        "--people-from",
+        "folder",
+        "--stages",
+        run.url,
+    ]
     command += ["--recogniser", "faceres", "--no-distortions", "--workers", "1", "--out", str(tree / "command")]
     got = CliRunner().invoke(main, command)
     assert got.exit_code == 0, got.output

@@ -42,7 +42,9 @@ def modules(**contents: Mapping[str, Any]) -> Iterator[None]:
                 del sys.modules[name]
 
 
-def as_module(state: Mapping[str, Tensor], kind: type[nn.Module] = nn.Module, buffers: tuple[str, ...] = ()) -> nn.Module:
+def as_module(
+    state: Mapping[str, Tensor], kind: type[nn.Module] = nn.Module, buffers: tuple[str, ...] = ()
+) -> nn.Module:
     """A tree of modules that has this state dict.
 
     Args:
@@ -81,14 +83,26 @@ def nvidia_pickle(state: Mapping[str, Tensor]) -> bytes:
     class Persistent(nn.Module):
         def __reduce__(self):
             own = dict(self.__dict__) | {"_init_args": (), "_init_kwargs": EasyDict(z_dim=512)}
-            meta = {"type": "class", "version": 6, "module_src": "raise SystemExit\n", "class_name": "Generator", "state": own}
+            meta = {
+                "type": "class",
+                "version": 6,
+                "module_src": "raise SystemExit\n",
+                "class_name": "Generator",
+                "state": own,
+            }
             return reconstruct, (meta,), None
 
     with modules(
         torch_utils__persistence={"_reconstruct_persistent_obj": reconstruct}, dnnlib__util={"EasyDict": EasyDict}
     ):
         generator = as_module(state, Persistent, ("w_avg", "resample_filter", "noise_const"))
-        value = {"G": None, "D": None, "G_ema": generator, "augment_pipe": None, "training_set_kwargs": EasyDict(path="x")}
+        value = {
+            "G": None,
+            "D": None,
+            "G_ema": generator,
+            "augment_pipe": None,
+            "training_set_kwargs": EasyDict(path="x"),
+        }
         return pickle.dumps(value)
 
 

@@ -1,7 +1,7 @@
 """Ray's worker processes forked from one that has imported what they need, instead of each started from nothing.
 
-A worker of the pipeline spends 5 s of processor time on imports (Ray, PyTorch, SciPy, ours) before it does anything, and
-the tests start hundreds. `warm()` has Ray start workers by this file: it hands Ray's command line, environment and
+A worker of the pipeline spends 5 s of processor time on imports (Ray, PyTorch, SciPy, ours) before it does anything,
+and the tests start hundreds. `warm()` has Ray start workers by this file: it hands Ray's command line, environment and
 output files to a parent process with the imports done, which forks the worker. From there on the worker is as any
 other: a process of its own, with Ray's own main programme. Where a worker wants another interpreter, Ray's own set-up
 file is run instead. SCOL_TEST_COLD=1 turns all of it off.
@@ -35,7 +35,9 @@ def warm():
         cold = [n for n, a in enumerate(args) if isinstance(a, str) and a.endswith("/setup_worker.py")]
         args = [os.path.abspath(__file__) if n in cold else a for n, a in enumerate(args)]
         assert len(cold) == 1, "Ray starts its workers otherwise than it did"
-        os.environ["SCOL_TEST_SETUP_WORKER"] = os.path.join(os.path.dirname(services.__file__), "workers/setup_worker.py")
+        os.environ["SCOL_TEST_SETUP_WORKER"] = os.path.join(
+            os.path.dirname(services.__file__), "workers/setup_worker.py"
+        )
         return before(*args, **kwargs)
 
     if os.environ.get("SCOL_TEST_COLD"):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from pipelines.cli.main import main
 from pipelines.config.load import load_config
+from pipelines.config.names import NO_LOOP
 from pipelines.config.sections import Config
 from pipelines.jobs import estimate
 from pipelines.networks.load import Networks
@@ -110,5 +111,19 @@ def test_every_operator_of_the_configuration_is_timed():
         return [steps for _, steps in estimate._operators(*made(sets))]
 
     base = ["tune.steps=5", "invert.refine_steps=4"]
-    assert steps(*base, "attack.steps=3", "refine.steps=6") == [5, 6, 4, 3]
+    assert steps(*base, "attack.enabled=true", "attack.steps=3", "refine.steps=6") == [5, 6, 4, 3]
     assert steps(*base, "attack.enabled=false", "refine.identity=[]") == [5, 4]
+
+
+def test_what_the_closed_loop_may_add_is_told():
+    def words(*sets: str, run: str | None = None) -> str:
+        return estimate._more_words(load_config("standard", sets=sets), run)
+
+    both = words("strengthen.rounds=2", "strengthen.steps=30", "strengthen.looks=4")
+    assert both == (
+        ", and more for the closed loop (up to 7 looks at a face, 2 round(s) of 30 steps for those that it sends back)"
+    )
+    assert (
+        words("strengthen.rounds=0", "strengthen.looks=3") == ", and more for the closed loop (up to 4 looks at a face)"
+    )
+    assert words(*NO_LOOP) == "" == words(run="earlier"), "times of a run have it in them"

@@ -47,7 +47,9 @@ def test_a_run_stays_on_its_version(tmp_path: Path) -> None:
     assert Store(url).current() == second and taken() == first
     assert taken("gallery.version=current") == second and taken() == second
     assert taken(f"gallery.version={first}") == first
-    with RunGallery.open(load_config("quick", sets=[f"gallery.url={url}", f"gallery.version={first}", "fuse.k=3"]), run, print).reading():
+    with RunGallery.open(
+        load_config("quick", sets=[f"gallery.url={url}", f"gallery.version={first}", "fuse.k=3"]), run, print
+    ).reading():
         assert list(gallery_jobs.prune(url, 0).kept) == [first]
         with pytest.raises(GalleryBusyError), Store(url).folder.folder("locks").lock(first, exclusive=True):
             pass

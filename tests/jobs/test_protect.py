@@ -138,9 +138,10 @@ def test_table_has_a_line_for_everything_that_counts() -> None:
     older = {line[:28].strip(): line[28:].strip() for line in older}
     assert older["JOD of the face (10: equal)"] == older["5 % of the faces below"] == "-"
     assert rows["faces weak, %"] == "50.0" and "faces strengthened" not in rows
-    again = {"judged": 2, "faces": 1, "rounds": 3, "ended": {"rounds": 1}}
+    again = {"judged": 2, "less": 1, "share": 0.625, "faces": 1, "rounds": 3, "ended": {"passed": 1, "rounds": 1}}
     rows = {line[:28].strip(): line[28:].strip() for line in table_of(result(strengthened=again)).splitlines()}
     assert (rows["faces strengthened"], rows["in rounds"]) == ("1", "3")
+    assert (rows["share of a change kept"], rows["faces with less than all"]) == ("0.62", "1")
     assert rows["ISM by faceres"] == "0.250" and rows["seconds a face (all stages)"] == "41.0"
 
 

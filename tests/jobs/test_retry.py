@@ -108,7 +108,9 @@ def test_what_failed_is_made_again_from_its_stage_on(job: Job) -> None:
 def test_only_what_was_asked_for(job: Job) -> None:
     before = job.plan()
     assert retry_job.retry(job.run, ["TIMEOUT"]).photos == {"tune": 1}
-    assert differences(before, job.plan()) == {stage: ["b.jpg"] for stage in ("tune", "attack", "strengthen", "publish")}
+    assert differences(before, job.plan()) == {
+        stage: ["b.jpg"] for stage in ("tune", "attack", "strengthen", "publish")
+    }
     assert retry_job.retry(job.run, ["CORRUPT"], stage="tune").photos == {}
     with pytest.raises(RunError, match="no failed row has the reason TIMEUOT; there are: C"):
         retry_job.retry(job.run, ["TIMEUOT"])
@@ -134,7 +136,9 @@ def test_other_versions_of_the_photo_and_of_the_settings_are_not_concerned(job: 
     source = source_table(list_source(str(job.src)).photos)
     opened, config = attempts.opened(job.run), load_config(sets=["tune.steps=1"])
     source = source["key"].to_pylist()
-    assert derive(stage_rules(config, WEIGHTS, "o", opened), source) == derive(stage_rules(config, WEIGHTS, "o"), source)
+    assert derive(stage_rules(config, WEIGHTS, "o", opened), source) == derive(
+        stage_rules(config, WEIGHTS, "o"), source
+    )
 
 
 def test_a_face_that_only_follows_another_one(job: Job) -> None:

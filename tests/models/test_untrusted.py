@@ -72,10 +72,12 @@ def storage_pickle(numel: int, shape: tuple[int, ...], stride: tuple[int, ...] |
 
     stride = stride if stride is not None else (1,) * len(shape)
     return b"".join([
-        pickle.PROTO, b"\x02", pickle.EMPTY_DICT, word("input.input"), b"ctorch._utils\n_rebuild_tensor_v2\n", pickle.MARK,
+        pickle.PROTO, b"\x02", pickle.EMPTY_DICT, word("input.input"), b"ctorch._utils\n_rebuild_tensor_v2\n",
+        pickle.MARK,
         pickle.MARK, word("storage"), b"ctorch\nFloatStorage\n", word("0"), word("cpu"), number(numel), pickle.TUPLE,
         pickle.BINPERSID, number(offset), pickle.MARK, *map(number, shape), pickle.TUPLE,
-        pickle.MARK, *map(number, stride), pickle.TUPLE, pickle.NEWFALSE, b"ccollections\nOrderedDict\n)R", pickle.TUPLE,
+        pickle.MARK, *map(number, stride), pickle.TUPLE, pickle.NEWFALSE, b"ccollections\nOrderedDict\n)R",
+        pickle.TUPLE,
         pickle.REDUCE, pickle.SETITEM, pickle.STOP,
     ])  # fmt: skip
 
@@ -102,7 +104,10 @@ def corpus() -> dict[str, bytes]:
         "builtins.exec": pickle.dumps(Reduce(exec, (f"open({MARKER!r}, 'w')",))),
         "nested reduce": torch_file({"g_ema": Reduce(map, (nested, [command()]))}),
         "a call of a call": b"\x80\x02cbuiltins\ngetattr\n(cbuiltins\n__import__\nX\x02\0\0\0os\x85RX\x06\0\0\0systemtR"
-        + b"X" + struct.pack("<I", len(command())) + command().encode() + b"\x85R.",
+        + b"X"
+        + struct.pack("<I", len(command()))
+        + command().encode()
+        + b"\x85R.",
         "__setstate__": torch_file({"g_ema": Build()}),
         "code in NVIDIA's way": nvidia_pickle(state),
         "a whole module": whole_module(state, old=True),
@@ -116,17 +121,25 @@ def corpus() -> dict[str, bytes]:
         "zip with an absolute name": zipped({"/tmp/evil": b"x", "archive/data.pkl": data, "archive/data/0": bytes(16)}),
         "compressed zip": zipped({"archive/data.pkl": data, "archive/data/0": bytes(1 << 22)}, zipfile.ZIP_DEFLATED),
         "no tensor's data": zipped({"archive/data.pkl": data}),
-        "oversize storage": zipped({"archive/data.pkl": storage_pickle(1 << 40, (1 << 40,)), "archive/data/0": bytes(16)}),
+        "oversize storage": zipped(
+            {"archive/data.pkl": storage_pickle(1 << 40, (1 << 40,)), "archive/data/0": bytes(16)}
+        ),
         "oversize storage in a stream": torch_file(state, old=True).replace(
             struct.pack("<q", 8192) + bytes(8), struct.pack("<q", 1 << 40) + bytes(8)
         ),
-        "absurd shape": zipped({"archive/data.pkl": storage_pickle(4, (1 << 40, 1 << 40)), "archive/data/0": bytes(16)}),
+        "absurd shape": zipped(
+            {"archive/data.pkl": storage_pickle(4, (1 << 40, 1 << 40)), "archive/data/0": bytes(16)}
+        ),
         "absurd shape by stride 0": zipped(
             {"archive/data.pkl": storage_pickle(4, (1, 512, 1 << 30, 4), (0, 0, 0, 0)), "archive/data/0": bytes(16)}
         ),
         "negative shape": zipped({"archive/data.pkl": storage_pickle(4, (-4,)), "archive/data/0": bytes(16)}),
-        "negative offset": zipped({"archive/data.pkl": storage_pickle(4, (4,), offset=-4), "archive/data/0": bytes(16)}),
-        "beyond its storage": zipped({"archive/data.pkl": storage_pickle(4, (1, 512, 4, 4)), "archive/data/0": bytes(16)}),
+        "negative offset": zipped(
+            {"archive/data.pkl": storage_pickle(4, (4,), offset=-4), "archive/data/0": bytes(16)}
+        ),
+        "beyond its storage": zipped(
+            {"archive/data.pkl": storage_pickle(4, (1, 512, 4, 4)), "archive/data/0": bytes(16)}
+        ),
         "tuples in tuples as a key": laughs(),
         "a list as a key": b"\x80\x02}]K\x01s.",
         "a number of many digits": b"\x80\x02L" + b"9" * 100_000 + b"L\n.",
@@ -197,8 +210,10 @@ def test_reader_agrees_with_torch() -> None:
     """Views, halves, bools, shared storages, parameters: what the reader describes is what PyTorch loads."""
     base = torch.arange(24.0).reshape(4, 6)
     value = OrderedDict(
-        all=base, view=base[1:3, ::2], turned=base.T, half=base.half(), brain=base.bfloat16(), ints=torch.tensor([3, -4]),
-        bools=torch.tensor([True, False]), scalar=torch.tensor(5), none=torch.empty(0, 3), grown=torch.ones(1).expand(4, 3),
+        all=base, view=base[1:3, ::2], turned=base.T, half=base.half(), brain=base.bfloat16(),
+        ints=torch.tensor([3, -4]),
+        bools=torch.tensor([True, False]), scalar=torch.tensor(5), none=torch.empty(0, 3),
+        grown=torch.ones(1).expand(4, 3),
         parameter=torch.nn.Parameter(base.clone()), inner=[{"a": (base[0], "word", 1.5, None, True)}],
     )  # fmt: skip
 
@@ -263,7 +278,9 @@ def test_noise_maps_may_be_missing() -> None:
     content = stylegan2_file(drop)
     one, two = (load_public("stylegan2", read_checkpoint(content).value) for _ in range(2))
     assert any("noise maps" in note for note in one.notes) and any("latent_avg" in note for note in one.notes)
-    assert torch.equal(one.network.noises.noise_2, two.network.noises.noise_2) and one.network.noises.noise_2.std() > 0.5
+    assert (
+        torch.equal(one.network.noises.noise_2, two.network.noises.noise_2) and one.network.noises.noise_2.std() > 0.5
+    )
 
 
 def test_a_module_of_endless_modules_ends() -> None:
@@ -280,9 +297,17 @@ def test_a_module_of_endless_modules_ends() -> None:
 
 def test_damaged_files_end_in_errors_of_ours() -> None:
     """Seeded damage to files of each form: read, or refused by ``CheckpointError``, and nothing else."""
-    state = {"input.input": torch.zeros(1, 8, 4, 4), "b": torch.arange(6.0).reshape(2, 3).T, "flag": torch.tensor([True])}
+    state = {
+        "input.input": torch.zeros(1, 8, 4, 4),
+        "b": torch.arange(6.0).reshape(2, 3).T,
+        "flag": torch.tensor([True]),
+    }
     options = argparse.Namespace(size=8)
-    files = [torch_file({"g_ema": state, "opts": options}), torch_file({"g_ema": state}, old=True), nvidia_pickle(state)]
+    files = [
+        torch_file({"g_ema": state, "opts": options}),
+        torch_file({"g_ema": state}, old=True),
+        nvidia_pickle(state),
+    ]
     rng, refused = random.Random(0), 0
     for _ in range(400):
         content = bytearray(rng.choice(files))

@@ -153,7 +153,10 @@ def test_files_of_the_store_are_safe_on_the_disk_before_they_take_their_place(pl
     with pytest.raises(ModelStoreError, match="No space left"):
         place._write("mobilefacenet-512.json", b"{}")
     assert place.content("mobilefacenet-512") == before and place.read("mobilefacenet-512.json") == record
-    assert sorted(p.name for p in Path(place.url).iterdir()) == ["mobilefacenet-512.json", "mobilefacenet-512.safetensors"]
+    assert sorted(p.name for p in Path(place.url).iterdir()) == [
+        "mobilefacenet-512.json",
+        "mobilefacenet-512.safetensors",
+    ]
 
 
 def test_two_that_add_a_model_at_once_do_not_take_each_others_file(tmp_path: Path) -> None:
@@ -272,12 +275,19 @@ def test_cards_are_complete() -> None:
     for name, size in GENERATORS.items():
         encoder = "embedded" if name.startswith("mobile") else f"e4e-{size}"
         codes = load_config(sets=[f"generator={name}", f"encoder={encoder}"]).num_codes
-        assert codes == (EMBEDDED_CODES if encoder == "embedded" else StyleGAN2(size).num_codes if size == 64 else codes)
+        assert codes == (
+            EMBEDDED_CODES if encoder == "embedded" else StyleGAN2(size).num_codes if size == 64 else codes
+        )
 
 
 def test_profile_paper() -> None:
     config = load_config("paper")
-    assert (config.generator, config.encoder, config.num_codes, config.crop_size) == ("stylegan2-1024", "e4e-1024", 18, 1024)
+    assert (config.generator, config.encoder, config.num_codes, config.crop_size) == (
+        "stylegan2-1024",
+        "e4e-1024",
+        18,
+        1024,
+    )
     assert (config.tune.id_lock, config.inspect.tau, config.attack.eps) == (1.0, 3.0, 8 / 255)
     assert config.tune.perceptual == "auto" and config.tune.identity == ("encoder",)
 

@@ -54,7 +54,9 @@ def to_pillow(x: torch.Tensor) -> Image.Image:
     return Image.fromarray(((x[0] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize(("quality", "subsample", "size"), [(95, False, 64), (75, True, 64), (50, True, 64), (75, True, 57)])
+@pytest.mark.parametrize(
+    ("quality", "subsample", "size"), [(95, False, 64), (75, True, 64), (50, True, 64), (75, True, 57)]
+)
 def test_jpeg_layer_resembles_pillow(quality, subsample, size):
     x = ((picture(2, size) + 1) * 127.5).round() / 127.5 - 1
     stream = io.BytesIO()

@@ -317,7 +317,10 @@ def linear_encoder(x):
     return (torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1) @ weights).unflatten(1, (2, 512))
 
 
-@pytest.mark.parametrize("settings", [ATTACK, replace(ATTACK, eps=4 / 255, diversity=1.0, blur=True), replace(ATTACK, momentum=1, translation_sigma=3)])
+@pytest.mark.parametrize(
+    "settings",
+    [ATTACK, replace(ATTACK, eps=4 / 255, diversity=1.0, blur=True), replace(ATTACK, momentum=1, translation_sigma=3)],
+)
 def test_attack_improves_its_loss_within_its_bound(faces, mask, settings):
     pictures = faces[1][:2]
     target = linear_encoder(faces[1][[2, 2]])
@@ -339,7 +342,9 @@ def test_attack_without_components_or_steps_changes_nothing(faces):
     none = torch.zeros_like(target, dtype=torch.bool)
     assert torch.equal(attack(linear_encoder, pictures, target, none, None, ATTACK).picture, pictures)
     every = torch.ones_like(none)
-    assert torch.equal(attack(linear_encoder, pictures, target, every, None, replace(ATTACK, steps=0)).picture, pictures)
+    assert torch.equal(
+        attack(linear_encoder, pictures, target, every, None, replace(ATTACK, steps=0)).picture, pictures
+    )
     with pytest.raises(ValueError):
         attack(linear_encoder, pictures, target, every, None, replace(ATTACK, eps=-1))
     with pytest.raises(ValueError, match="momentum"):

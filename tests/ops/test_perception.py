@@ -1,4 +1,5 @@
-"""What an eye sees of a change: the rules that the refinement leans on, and how it ranks beside ColorVideoVDP itself."""
+"""What an eye sees of a change: the rules that the refinement leans on, and how it ranks beside ColorVideoVDP
+itself."""
 
 from __future__ import annotations
 
@@ -102,14 +103,16 @@ def test_light_of_the_display():
     assert float(white[0] / black[0]) == pytest.approx(200.398 / 0.598, rel=1e-4)
     grey = opponent_light(torch.zeros(1, 3, 2, 2))[0, :, 0, 0]
     assert float(grey[1:].abs().max() / grey[0]) < 0.02
-    red, blue = (opponent_light(torch.tensor(c).view(1, 3, 1, 1) * 2 - 1)[0, :, 0, 0] for c in ((1.0, 0, 0), (0, 0, 1.0)))
+    red, blue = (
+        opponent_light(torch.tensor(c).view(1, 3, 1, 1) * 2 - 1)[0, :, 0, 0] for c in ((1.0, 0, 0), (0, 0, 1.0))
+    )
     assert red[1] > 0 > blue[1] and blue[2] > 0 > red[2]
     assert torch.equal(opponent_light(torch.full((1, 3, 2, 2), 1.5))[0, :, 0, 0], white)
 
 
 def example(rng: np.random.Generator, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """A picture of smooth shading with some texture, and the same with a change: noise, ripples, a spot, another colour,
-    or blocks, faint or strong."""
+    """A picture of smooth shading with some texture, and the same with a change: noise, ripples, a spot, another
+    colour, or blocks, faint or strong."""
     y, x = np.mgrid[:size, :size]
     turn = 2 * np.pi * rng.random((3, 3))
     base = np.stack([0.3 + 0.4 * rng.random() + 0.2 * np.sin((a * x + b * y) / size + c) for a, b, c in turn], -1)

@@ -76,6 +76,7 @@ def make_run(folder: Path, photos: list[dict], run_json: bool = True) -> Run:
                              "fuse": {"fused": code, "target": code},
                              "attack": {"protected": png(i + 1000)},
                              "strengthen": {"protected": png(i + 2000) if i % 2 else None, "rounds": i % 3,
+                                            "share": 1 - i % 3 / 4,
                                             "ended": "passed" if i % 3 < 2 else "rounds"},
                              "publish": {"path": item["path"], "out_path": item["path"], "action": "protected",
                                          "psnr": 30 + i % 7 / 2, "ssim": 0.95, "flip": 0.1, "face_psnr": 28.0,
@@ -180,11 +181,15 @@ def test_counts_and_banner(mixed):
     assert 9 < float(tiles["JOD of the face window, mean"]) < 10 and tiles["SSIM of the face, mean"] == "0.940"
     assert 9 <= float(tiles["JOD, 5 % of the faces below"]) < float(tiles["JOD of the face window, mean"])
     # 51 faces have a verdict, 5 of them weak; the made-up loop sent two of three back
-    strengthened = [row["rounds"] for row in read_stage(mixed[0], "strengthen").to_pylist() if row["status"] == "ok"]
-    again = [rounds for rounds in strengthened if rounds]
-    assert tiles["faces strengthened"] == f"{len(again)} of {len(strengthened)}" and tiles["faces weak"] == "9.8 %"
+    judged = [row for row in read_stage(mixed[0], "strengthen").to_pylist() if row["status"] == "ok"]
+    again = [row["rounds"] for row in judged if row["rounds"]]
+    assert tiles["faces strengthened"] == f"{len(again)} of {len(judged)}" and tiles["faces weak"] == "9.8 %"
     assert tiles["rounds of these, mean"] == f"{sum(again) / len(again):.1f}"
-    assert tiles["of these now below the bar"] == f"{again.count(1)} of {len(again)}"
+    passed = sum(row["ended"] == "passed" for row in judged)
+    assert 0 < passed < len(judged) and tiles["hidden, and not seen too much"] == f"{passed} of {len(judged)}"
+    shares = [row["share"] for row in judged]
+    assert tiles["share of a change kept, mean"] == f"{sum(shares) / len(shares):.2f}"
+    assert tiles["faces with less than all of it"] == f"{sum(share < 1 for share in shares)} of {len(judged)}"
     assert "32 of 78 photos failed" in page.text and "5 faces are weakly protected" in page.text
     assert "not finished" not in page.text
     assert "empty.png" in page.sections["others"]

@@ -65,7 +65,11 @@ def test_every_line_is_json_with_the_ids_that_are_known(tmp_path: Path) -> None:
     ]
     assert [line["driver"] for line in lines] == ["d1"] * 6 + ["d2"]
     shard = lines[3]
-    assert shard["photos"] == ["00000000000000a0", "00000000000000a2"] and shard["rows"] == {"error": 2, "ok": 1} and shard["bytes"] == 500
+    assert (
+        shard["photos"] == ["00000000000000a0", "00000000000000a2"]
+        and shard["rows"] == {"error": 2, "ok": 1}
+        and shard["bytes"] == 500
+    )
     row = lines[4]
     assert (row["part"], row["photo_id"], row["face_id"], row["reason"]) == (shard["part"], "p2", "p2-00", "TIMEOUT: x")
     assert (lines[2]["restarts"], lines[2]["retried"], lines[1]["kept"]) == (1, 2, 1)

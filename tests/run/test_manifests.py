@@ -14,7 +14,7 @@ import torch
 from cluster import hash_key
 from pipelines.archive.listing import list_source, source_table
 from pipelines.config.load import load_config
-from pipelines.config.names import STAGES
+from pipelines.config.names import NO_LOOP, STAGES
 from pipelines.config.sections import Config
 from pipelines.jobs.renewal import renewal
 from pipelines.run import folder, schemas, summary, tables
@@ -308,10 +308,12 @@ def test_keys_change_from_the_stage_concerned_on(archive: Path) -> None:
 
 def test_a_stage_that_is_left_out_has_the_keys_of_the_one_before(archive: Path, tmp_path: Path) -> None:
     source = source_table(list_source(str(archive)).photos)
-    off, without = "strengthen.rounds=0", [stage for stage in STAGES if stage != "strengthen"]
-    keys = stage_keys(source, load_config(sets=[off]), WEIGHTS, "/out")
+    off, without = NO_LOOP, [stage for stage in STAGES if stage != "strengthen"]
+    keys = stage_keys(source, load_config(sets=off), WEIGHTS, "/out")
+    looking = stage_keys(source, load_config(sets=["strengthen.rounds=0"]), WEIGHTS, "/out")
+    assert looking["strengthen"] != looking["attack"] == keys["attack"], "looks alone are something to do"
     assert keys["strengthen"] == keys["attack"] and len(set(keys["publish"]) | set(keys["attack"])) == 6
-    assert stage_keys(source, load_config(sets=[off, "strengthen.steps=9"]), WEIGHTS, "/out") == keys
+    assert stage_keys(source, load_config(sets=[*off, "strengthen.steps=9"]), WEIGHTS, "/out") == keys
     run, columns = Run(str(tmp_path / "run")), [source["photo_id"], source["path"], source["key"], *keys.values()]
     run.write_plan(pa.table(columns, schemas.PLAN_SCHEMA), {"source": "/src"})
     assert folder.stages_of(run.plan()) == without
@@ -331,7 +333,9 @@ def test_samples_are_seeded_and_other_files_are_counted(archive: Path) -> None:
     samples = {tuple(p.path for p in list_source(str(archive), limit=2, seed=seed).photos) for seed in range(20)}
     assert len(samples) == 3 and all(list(s) == sorted(s) for s in samples)
     one, two = (list_source(str(archive), limit=2, seed=5) for _ in range(2))
-    assert one.photos == two.photos and len(one) == 2 and one.total == 3 and one.all_ids.tolist() == listing.ids.tolist()
+    assert (
+        one.photos == two.photos and len(one) == 2 and one.total == 3 and one.all_ids.tolist() == listing.ids.tolist()
+    )
 
 
 def test_photos_whose_output_is_gone_get_another_key(archive: Path, tmp_path: Path) -> None:

@@ -148,7 +148,9 @@ def test_a_driver_of_another_machine_lives_whatever_its_clock_says(run: Run, kin
 
 @pytest.mark.parametrize("clock", CLOCKS)
 @pytest.mark.parametrize("kind", ["protect", "purge"])
-def test_a_dead_driver_of_another_machine_blocks_for_a_while(run: Run, kind: str, clock: int, monkeypatch, caplog) -> None:
+def test_a_dead_driver_of_another_machine_blocks_for_a_while(
+    run: Run, kind: str, clock: int, monkeypatch, caplog
+) -> None:
     monkeypatch.setattr(presence, "SILENT", 1.5)
     Foreign(run, clock)
     begin = time.monotonic()
@@ -158,7 +160,11 @@ def test_a_dead_driver_of_another_machine_blocks_for_a_while(run: Run, kind: str
 
 
 def test_status_says_what_it_does_not_know(run: Run) -> None:
-    for clock, alive, told in ((0, True, "if its clock agrees"), (-3600, False, "seems to have ended"), (3600, False, "seems")):
+    for clock, alive, told in (
+        (0, True, "if its clock agrees"),
+        (-3600, False, "seems to have ended"),
+        (3600, False, "seems"),
+    ):
         Foreign(run, clock)
         (entry,) = drivers(run)
         assert (entry["alive"], entry["sure"]) == (alive, False) and told in presence.words(entry)

@@ -48,7 +48,9 @@ def test_a_face_is_found_again_where_a_transformation_has_moved_it(scene) -> Non
 
 
 def test_bars_are_the_judges_own_unless_set(scene) -> None:
-    assert bars_of(load_config(), scene.judge) == Bars(scene.judge.threshold, scene.judge.threshold)
+    usual, hard = scene.judge.hidden_below, scene.judge.threshold
+    assert bars_of(load_config(), scene.judge) == Bars(usual, usual) and usual > hard
+    assert bars_of(load_config(sets=["publish.max_ism=threshold"]), scene.judge) == Bars(hard, hard)
     assert bars_of(load_config(sets=["publish.max_ism=0.3"]), scene.judge) == Bars(0.3, 0.3)
     both = load_config(sets=["publish.max_ism=0.3", "publish.max_ism_distorted=0.4"])
     assert bars_of(both, scene.judge) == Bars(0.3, 0.4)

@@ -11,7 +11,9 @@ from PIL import Image
 
 from pipelines.archive.listing import list_source, source_table
 from pipelines.config.load import ConfigError, load_config
+from pipelines.config.names import NO_LOOP
 from pipelines.config.sections import Config
+from pipelines.networks import fingerprints
 from pipelines.stages import strengthen, treatments
 from pipelines.stages.declaration import load
 from pipelines.stages.rows import to_table
@@ -143,7 +145,9 @@ def test_a_bar_that_is_easy_takes_a_share_which_shows_less(changed: pa.Table, we
     # A face that is hidden by the least share that it looks at has it; with no looks the change stays whole.
     for looks in (0, 2):
         least = strengthened(changed, "publish.max_ism=1", f"strengthen.looks={looks}")
-        assert [(row["share"], row["ended"], len(row["looks"])) for row in least] == [(0.5**looks, "passed", looks + 1)] * 2
+        assert [(row["share"], row["ended"], len(row["looks"])) for row in least] == [
+            (0.5**looks, "passed", looks + 1)
+        ] * 2
         assert all((row["protected"] is None) == (looks == 0) for row in least)
 
 
@@ -211,8 +215,21 @@ def test_looks_without_rounds_load_no_network_but_the_judge(changed: pa.Table, m
     assert all(row["ended"] == "rounds" for row in strengthened(changed, "strengthen.rounds=0"))
 
 
+def test_the_key_names_the_networks_that_the_loop_goes_by() -> None:
+    def named(*more: str) -> set[str]:
+        found = fingerprints.stage_weights(settings(*more), "g")["strengthen"]
+        return {word.split(":")[0] for word in found.split(",") if word}
+
+    assert named() == {"faceres", "mobilefacenet"} and named("strengthen.rounds=0") == {"faceres"}
+    assert named("attack.enabled=true") == {"faceres", "mobilefacenet", "encoder"}
+    assert named("attack.enabled=true", "strengthen.rounds=0") == {"faceres"} and not named(*NO_LOOP)
+    assert "mobilestylegan-256" in named("refine.id_lock=1")
+
+
 def test_time_is_limited_and_a_photo_that_has_changed_is_not_judged(table: pa.Table, tmp_path: Path) -> None:
-    for row in strengthened(table, "engine.face_seconds=3", "strengthen.steps=5000"):  # what was judged before is what is published
+    for row in strengthened(
+        table, "engine.face_seconds=3", "strengthen.steps=5000"
+    ):  # what was judged before is what is published
         assert (row["status"], row["ended"], row["rounds"], row["kept"]) == ("ok", "time", 1, 0)
         assert row["protected"] is None and row["ism_worst"] == row["ism_worst_before"]
 
