@@ -37,7 +37,7 @@ class RefineSettings:
     features see the face at the size that it has in the photo, where finer change is lost.  shrink: share of the draws
     in which it is smaller still, down to ``_SMALLEST``. limit: largest change of a pixel in [0, 1] units, 0 for none.
     chroma: share of the residual's change of colour that stays; 0: lightness alone changes.  residual_sigma: low-pass
-    of the residual in crop pixels, 0 for none.
+    of the residual, in pixels of the photo or of the crop, whichever are larger; 0 for none.
     """
 
     steps: int
@@ -99,8 +99,12 @@ def refine(
     residual = _Residual(settings, settings.start * (tuned - original))
     optimiser = torch.optim.Adam([residual.parameter], lr=residual.lr)
 
+    # No finer than the photo's pixels: what alternates from pixel to pixel is cheap to the eye's models, and seen as a grid.
+    size = original.shape[-1]
+    sigma = settings.residual_sigma * max(1.0, size / (photo_side or size))
+
     def changed() -> Tensor:
-        return confine(original + residual(), original, mask, settings.residual_sigma)
+        return confine(original + residual(), original, mask, sigma)
 
     history: list[dict[str, float]] = []
     for step in range(settings.steps):

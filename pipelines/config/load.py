@@ -21,7 +21,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "quick": {
         "gallery.synthetic": 5000,
         "refine.steps": 40,
-        "refine.lr": 0.03,
+        "refine.lr": 0.04,
         "strengthen.rounds": 0,
         "strengthen.looks": 2,
         "engine.face_seconds": 300.0,
@@ -29,7 +29,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "standard": {},
     # Not accepted as the very photo either, for more to be seen.
     "strong": {
-        "refine.seen": 0.7,
+        "refine.seen": 0.8,
         "strengthen.rounds": 2,
         "publish.max_ism": "threshold",
         "publish.min_jod": 9.0,

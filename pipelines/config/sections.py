@@ -230,7 +230,7 @@ class MaskConfig(Section):
         description="outline of the change; 1: the face alone, 1.7: with hair, ears and what is beside them",
     )
     features: float = Field(
-        0.75, ge=0, le=1, description="share of the change that brows, eyes, nose and mouth may have, where people look"
+        0.9, ge=0, le=1, description="share of the change that brows, eyes, nose and mouth may have, where people look"
     )
 
 
@@ -271,16 +271,16 @@ class RefineConfig(IdentitySection):
 
     margins: Numbers = _margins_field(REFINE_MARGINS)
     steps: int = Field(120, ge=0, le=10_000, description="Adam steps on the residual; 0: off")
-    lr: float = Field(0.015, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
+    lr: float = Field(0.02, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
     start: float = Field(0.0, ge=0, le=1, description="share of the tuned residual to begin with; 0: from the photo")
     seen: float = Field(
         1.3, ge=0, le=1e4, description="weight of what a person sees of the change, JOD lost; 0: nobody looks"
     )
     surroundings: float = Field(
-        0.5, ge=0, le=1, description="how much a place outside the middle of the crop counts in it"
+        0.4, ge=0, le=1, description="how much a place outside the middle of the crop counts in it"
     )
     zoom: float = Field(
-        2.0, gt=0, le=16, description="how many times the photo is enlarged where it is looked at; JOD is told at 1"
+        1.0, gt=0, le=16, description="how many times the photo is enlarged where it is looked at; JOD is told at 1"
     )
     hinge: float = Field(1.0, ge=0, le=1e3, description="weight of the hinge on the cosine to the original")
     id_lock: float = Field(0.0, ge=0, le=1e3, description="weight of the pull to the fused identity")
@@ -294,12 +294,15 @@ class RefineConfig(IdentitySection):
     shrink: float = Field(
         0.7, ge=0, le=1, description="share of the draws in which they see it smaller, down to less than half (EOT)"
     )
-    limit: float = Field(12 / 255, ge=0, le=1, description="largest change of a pixel, in [0, 1] pixel units; 0: none")
+    limit: float = Field(14 / 255, ge=0, le=1, description="largest change of a pixel, in [0, 1] pixel units; 0: none")
     chroma: float = Field(
-        0.25, ge=0, le=1, description="share of the change of colour that stays; 0: lightness alone changes"
+        0.35, ge=0, le=1, description="share of the change of colour that stays; 0: lightness alone changes"
     )
     residual_sigma: float = Field(
-        0.0, ge=0, le=32, description="Gaussian low-pass of the residual, px of the crop; 0: none"
+        0.8,
+        ge=0,
+        le=32,
+        description="Gaussian low-pass of the residual, px of the photo or of the crop, whichever are larger; 0: none",
     )
 
 
