@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pipelines.bench.judges import bar_of, curve, main
+from pipelines.bench.protection import left_out
+from pipelines.config.load import load_config
 
 
 def test_the_bar_is_the_largest_cosine_below_which_other_photos_are_rejected() -> None:
@@ -19,6 +21,13 @@ def test_the_curve_has_shares_by_steps() -> None:
         (0.3, 2, 0.5, 0.0),
         (0.35, 1, 0.0, 1.0),
     ]
+
+
+def test_each_recogniser_judges_a_run_that_it_has_no_part_in() -> None:
+    lines = left_out("standard")
+    judges = [load_config(line.profile, sets=line.sets).publish.judge for line in lines]
+    assert sorted(judges) == ["dlib_resnet", "faceres", "mobilefacenet"]
+    assert all(judge not in line.used and len(line.used) == 2 for judge, line in zip(judges, lines, strict=True))
 
 
 def test_a_folder_without_evaluations_is_told(tmp_path, capsys) -> None:
