@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 _OUR_PACKAGES = ("pipelines", "scol_ops", "gallery_index", "cluster")
-_PROFILES = ("quick", "standard", "paper")  # pipelines.config.load.PROFILES, which costs half a second to import
+# pipelines.config.load.PROFILES, which costs half a second to import
+_PROFILES = ("quick", "standard", "strong", "paper")
 
 
 def _is_known(error: Exception) -> bool:
