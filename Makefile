@@ -14,7 +14,7 @@ BENCHES := align gallery stages models swap
 
 BVENV   := build/bench-venv
 
-.PHONY: help setup setup-test demo test test-long bench $(addprefix bench-,$(BENCHES)) bench-engine bench-protection chaos clean
+.PHONY: help setup setup-test demo test test-long bench $(addprefix bench-,$(BENCHES)) bench-engine bench-protection bench-judges chaos clean
 
 help:
 	@echo "make setup          create .venv (pinned versions; quick when nothing changed)"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench          all benchmarks; one of them: $(addprefix bench-,$(BENCHES))"
 	@echo "make bench-engine   the engine beside datatrove and Ray Data (in an environment of their own), planning, nights, overhead"
 	@echo "make bench-protection  our profile and attacks on 128 people of LFW (hours; ARGS=\"--people 8\" for a look)"
+	@echo "make bench-judges   where a judge's bar lies, from evaluations of development people (ARGS=\"--folder OUT/evaluations\")"
 	@echo "make chaos          kill 200 processes of running jobs, resume, and compare what came out"
 	@echo "make clean          remove .venv and build"
 
@@ -55,7 +56,7 @@ test: $(TSTAMP)
 test-long: $(TSTAMP)
 	$(PYTEST) -m long tests
 
-$(addprefix bench-,$(BENCHES)) bench-engine bench-protection: bench-%: $(STAMP)
+$(addprefix bench-,$(BENCHES)) bench-engine bench-protection bench-judges: bench-%: $(STAMP)
 	$(PY) -m pipelines.bench.$* $(ARGS)
 
 bench-engine: $(BVENV)/.done

@@ -90,6 +90,21 @@ GROUPS = {
             "shrink=off": "refine.shrink=0",
         },
     ),
+    "sight": _group(
+        "how much what is seen counts: less, more; of an enlarged photo; finer than the photo's pixels",
+        "sight",
+        **{
+            "seen=0.6": "refine.seen=0.6",
+            "seen=2.5": "refine.seen=2.5",
+            "zoom=2": "refine.zoom=2",
+            "sigma=0": "refine.residual_sigma=0",
+        },
+    ),
+    "direction": _group(
+        "where to, from the photo: towards the fused identity as well",
+        "direction",
+        **{"direction=fused": "refine.id_lock=0.3"},
+    ),
     "mask": _group(
         "where a face may change: the face alone, without hair and what is beside it; features as much as the rest",
         "mask",
