@@ -31,11 +31,13 @@ class RefineSettings:
     """steps: Adam steps on the residual (0 switches the refinement off).  lr: in units of [-1, 1] a step.
     start: share of the tuned residual that the search begins with; 0: from the photo.
     seen: weight of what an eye sees of the change, in JOD (``perception.VisibleDifference``).  surroundings: how much a
-    place outside the face's window counts in it, 0..1.  zoom: how many times the photo is enlarged where it is looked at.
+    place outside the face's window counts in it, 0..1.  zoom: how many times the photo is enlarged where it is looked
+    at.
     hinge: push from the original's identity.  id_lock: pull to the locked one.  draws: random transformations a step,
     each before the features (expectation over transformation); diversity, blur, jpeg_quality: which.  photo_scale: the
     features see the face at the size that it has in the photo, where finer change is lost.  shrink: share of the draws
-    in which it is smaller still, down to ``_SMALLEST``. limit: largest change of a pixel in [0, 1] units, 0 for none.
+    in which it is smaller still, down to ``_SMALLEST``.
+    limit: largest change of a pixel in [0, 1] units, 0 for none.
     chroma: share of the residual's change of colour that stays; 0: lightness alone changes.  residual_sigma: low-pass
     of the residual, in pixels of the photo or of the crop, whichever are larger; 0 for none.
     """
@@ -99,7 +101,8 @@ def refine(
     residual = _Residual(settings, settings.start * (tuned - original))
     optimiser = torch.optim.Adam([residual.parameter], lr=residual.lr)
 
-    # No finer than the photo's pixels: what alternates from pixel to pixel is cheap to the eye's models, and seen as a grid.
+    # No finer than the photo's pixels: what alternates from pixel to pixel is cheap to the eye's models, and seen as a
+    # grid.
     size = original.shape[-1]
     sigma = settings.residual_sigma * max(1.0, size / (photo_side or size))
 

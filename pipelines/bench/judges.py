@@ -2,11 +2,11 @@
 
     python -m pipelines.bench.judges --folder FOLDER [FOLDER ...]
 
-FOLDER: evaluations of protected development people, such as `OUT/evaluations` of `scol experiment run ablation` (people who are in
-no other table).  Each recogniser counts where it was not inside.  A face's photo is compared with the unprotected original (the
-cosine), and with another photo of the person among the gallery's strangers.  The bar is the largest cosine at which, of all faces
-up to it, 95 % are rejected against the other photo at a false accept rate of 1e-3, and no other photo is ranked first; it goes
-into `Recogniser.hidden_below`.  Writes build/bench/judges.json.
+FOLDER: evaluations of protected development people, such as `OUT/evaluations` of `scol experiment run ablation` (people
+who are in no other table).  Each recogniser counts where it was not inside.  A face's photo is compared with the
+unprotected original (the cosine), and with another photo of the person among the gallery's strangers.  The bar is the
+largest cosine at which, of all faces up to it, 95 % are rejected against the other photo at a false accept rate of
+1e-3, and no other photo is ranked first; it goes into `Recogniser.hidden_below`.  Writes build/bench/judges.json.
 """
 
 from __future__ import annotations
@@ -57,7 +57,11 @@ def _faces(table: Any, name: str, limit: float) -> list[Face]:
     faces = []
     for seen in (NONE, DISTORTION):
         columns = (table[column(measure, name, seen)].to_pylist() for measure in ("ism", "mate", "rank"))
-        faces += [(own, mate <= limit, rank == 1) for own, mate, rank in zip(*columns, strict=True) if None not in (own, mate, rank)]
+        faces += [
+            (own, mate <= limit, rank == 1)
+            for own, mate, rank in zip(*columns, strict=True)
+            if None not in (own, mate, rank)
+        ]
     return faces
 
 
@@ -93,13 +97,21 @@ def main(argv: list[str] | None = None) -> int:
     options = parse("judges", __doc__, argv, folder=(["build/experiments/ablation/evaluations"], "evaluations"))
     found = faces_of(options.folder)
     if not found:
-        print(f"error: no evaluation of a recogniser that was not inside: {', '.join(map(str, options.folder))}", file=sys.stderr)
+        print(
+            f"error: no evaluation of a recogniser that was not inside: {', '.join(map(str, options.folder))}",
+            file=sys.stderr,
+        )
         return 2
     result = {name: {"bar": bar_of(faces), "curve": curve(faces)} for name, faces in found.items()}
     for name, about in result.items():
         rows = [["cosine to the very photo, from", "faces", f"other photo rejected at FAR {FAR}, %", "ranked first, %"]]
         rows += [
-            [number(line["from"], 2), str(line["number"]), number(line["rejected"], 0, 100), number(line["first"], 0, 100)]
+            [
+                number(line["from"], 2),
+                str(line["number"]),
+                number(line["rejected"], 0, 100),
+                number(line["first"], 0, 100),
+            ]
             for line in about["curve"]
         ]
         print(f"{name}: bar {number(about['bar'], 3)}\n\n{markdown(rows)}\n")

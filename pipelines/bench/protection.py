@@ -43,10 +43,14 @@ from scol_ops.distortions import NONE
 PHOTOS = ("../shared/data/lfw-dev", "shared/data/lfw-dev")
 
 
-def methods(profiles: list[str], attacks: list[str], surrogates: tuple[str, ...], eps: float, each: bool) -> list[Method]:
+def methods(
+    profiles: list[str], attacks: list[str], surrogates: tuple[str, ...], eps: float, each: bool
+) -> list[Method]:
     """The lines; attacks without surrogates of their own get the first profile's. `each`: a line of each profile for
     each recogniser, which judges it and is not inside."""
-    ours = [method for profile in profiles for method in (left_out(profile) if each else [Method(profile, "ours", profile)])]
+    ours = [
+        method for profile in profiles for method in (left_out(profile) if each else [Method(profile, "ours", profile)])
+    ]
     chosen = surrogates or (ours[0].used if ours else judges.available()[:-1])
     return [UNPROTECTED, *(Method(name, "attack", attack=name, eps=eps, surrogates=chosen) for name in attacks), *ours]
 

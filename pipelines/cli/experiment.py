@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from pipelines.cli.options import guarded, tell
+from pipelines.cli.options import PROFILE_NAMES, guarded, tell
 from pipelines.run.text_tables import aligned
 
 
@@ -55,7 +55,7 @@ def list_experiments():
 @click.option("--seed", type=int, default=0, help="Of the draw of people.")
 @click.option(
     "--profile",
-    type=click.Choice(["quick", "standard", "paper"]),
+    type=click.Choice(PROFILE_NAMES),
     help="What is varied.  [default: paper; ablation: standard]",
 )
 @click.option(

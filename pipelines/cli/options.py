@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 _OUR_PACKAGES = ("pipelines", "scol_ops", "gallery_index", "cluster")
-_PROFILES = ("quick", "standard", "paper")  # pipelines.config.load.PROFILES, which costs half a second to import
+# pipelines.config.load.PROFILES, which costs half a second to import
+PROFILE_NAMES = ("quick", "standard", "strong", "paper")
 
 
 def _is_known(error: Exception) -> bool:
@@ -70,7 +71,7 @@ def guarded(command: Callable) -> Callable:
 def configured(command: Callable) -> Callable:
     """Adds --profile, --config and --set, and hands over ``config``."""
 
-    @click.option("--profile", type=click.Choice(_PROFILES), help="Set of defaults.  [default: standard]")
+    @click.option("--profile", type=click.Choice(PROFILE_NAMES), help="Set of defaults.  [default: standard]")
     @click.option("--config", "config_file", metavar="FILE", help="TOML file with settings; see `scol config`.")
     @click.option(
         "--set", "sets", metavar="KEY=VALUE", multiple=True, help="One setting, e.g. tune.steps=200; repeatable."

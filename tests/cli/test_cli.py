@@ -19,7 +19,7 @@ from PIL import Image
 
 from cluster import hash_key
 from pipelines.cli.main import main
-from pipelines.cli.options import _PROFILES
+from pipelines.cli.options import PROFILE_NAMES
 from pipelines.config.load import PROFILES, load_config
 from pipelines.config.names import STAGES
 from pipelines.jobs.status import status_lines
@@ -51,7 +51,7 @@ def test_help_is_quick_and_explains_every_command() -> None:
         assert f"  {name} " in done.stdout
         shown = scol(name, "--help")
         assert shown.exit_code == 0 and command.help.split("\n")[0][:30] in " ".join(shown.output.split())
-    assert _PROFILES == tuple(PROFILES)
+    assert PROFILE_NAMES == tuple(PROFILES)
 
 
 def test_config_prints_a_file_that_can_be_read_back(tmp_path: Path) -> None:

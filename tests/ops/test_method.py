@@ -224,6 +224,7 @@ def test_people_look_at_the_middle_and_at_the_photo_s_own_size(begin, mask):
     fine = original + 0.05 * torch.randn(original.shape, generator=torch.Generator().manual_seed(0))
     small, own, large = (seen(fine, photo_side=side) for side in (128.0, None, 512.0))
     assert small < 0.8 * own and own < 0.8 * large, "a crop's pixel is so many of the photo's"
+    assert seen(fine, zoom=2.0) == pytest.approx(large, rel=1e-5), "enlarged twice it is as a face twice as large"
 
 
 def test_each_step_sees_as_many_transformed_faces_as_asked_for(begin, mask):
@@ -254,6 +255,19 @@ def test_refinement_at_the_photo_s_scale_works_on_what_is_left_there(begin, mask
     more = {"identity": fine, "margin": -1.0, "steps": 1, "photo_scale": True}
     hinge = {side: refined(begin, mask, photo_side=side, **more).history[0]["hinge"] for side in (None, 256.0, 20.0)}
     assert hinge[None] == hinge[256.0] and abs(hinge[20.0] - hinge[None]) > 0.05
+
+
+def test_no_change_is_finer_than_the_photo_s_pixels(begin, mask):
+    """The low-pass is as wide as asked for in pixels of the photo, or of the crop where the face is larger."""
+
+    def board(side):
+        picture = begin[1] + 0.1 * (((torch.arange(256)[:, None] + torch.arange(256)) // 2 % 2).float() * 2 - 1)
+        everywhere, more = torch.ones_like(mask), {"steps": 1, "lr": 1e-6, "start": 1.0, "residual_sigma": 0.8}
+        result = refined((picture, begin[1]), everywhere, photo_side=side, **more).picture
+        return float((result - begin[1])[..., 16:-16, 16:-16].std())
+
+    own, large, small = board(None), board(512.0), board(128.0)
+    assert own == pytest.approx(large, rel=1e-5) and small < 0.5 * own < 0.05
 
 
 def test_a_share_of_the_draws_is_smaller_than_in_the_photo(begin, mask):
