@@ -49,7 +49,7 @@ class DlibResNet(Recogniser):
     """
 
     name, dim, input_size, threshold = "dlib_resnet", 128, 150, 0.911
-    hidden_below = 0.95
+    hidden_below = 0.93
 
     def __init__(self) -> None:
         super().__init__()
