@@ -85,8 +85,8 @@ def store(tmp_path_factory) -> ModelStore:
 
 
 def settings(store: ModelStore, *more: str):
-    few = ["tune.steps=1", "refine.steps=1", "attack.enabled=true", "attack.steps=1", "gallery.synthetic=24", "fuse.k=3"]
-    few += ["engine.workers=1", "engine.threads=1", "engine.device=cpu", "tune.bf16=false"]
+    few = ["tune.steps=1", "refine.steps=1", "attack.enabled=true", "attack.steps=1", "gallery.synthetic=24"]
+    few += ["fuse.k=3", "engine.workers=1", "engine.threads=1", "engine.device=cpu", "tune.bf16=false"]
     few += ["generator=stylegan2-64", "encoder=e4e-64"]
     return load_config("quick", sets=[*few, f"engine.models={store.url}", *more])
 
