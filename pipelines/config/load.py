@@ -29,9 +29,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "standard": {},
     # Not accepted as the very photo either, for more to be seen.
     "strong": {
-        "mask.features": 0.9,
         "refine.seen": 0.8,
-        "refine.chroma": 0.35,
         "strengthen.rounds": 2,
         "publish.max_ism": "threshold",
         "publish.min_jod": 9.0,

@@ -230,7 +230,7 @@ class MaskConfig(Section):
         description="outline of the change; 1: the face alone, 1.7: with hair, ears and what is beside them",
     )
     features: float = Field(
-        0.75, ge=0, le=1, description="share of the change that brows, eyes, nose and mouth may have, where people look"
+        0.9, ge=0, le=1, description="share of the change that brows, eyes, nose and mouth may have, where people look"
     )
 
 
@@ -270,11 +270,11 @@ class RefineConfig(IdentitySection):
     default_margins: ClassVar[dict[str, float]] = REFINE_MARGINS
 
     margins: Numbers = _margins_field(REFINE_MARGINS)
-    steps: int = Field(160, ge=0, le=10_000, description="Adam steps on the residual; 0: off")
+    steps: int = Field(120, ge=0, le=10_000, description="Adam steps on the residual; 0: off")
     lr: float = Field(0.02, gt=0, le=1, description="learning rate, units of [-1, 1] a step")
     start: float = Field(0.0, ge=0, le=1, description="share of the tuned residual to begin with; 0: from the photo")
     seen: float = Field(
-        1.7, ge=0, le=1e4, description="weight of what a person sees of the change, JOD lost; 0: nobody looks"
+        1.3, ge=0, le=1e4, description="weight of what a person sees of the change, JOD lost; 0: nobody looks"
     )
     surroundings: float = Field(
         0.4, ge=0, le=1, description="how much a place outside the middle of the crop counts in it"
@@ -296,7 +296,7 @@ class RefineConfig(IdentitySection):
     )
     limit: float = Field(14 / 255, ge=0, le=1, description="largest change of a pixel, in [0, 1] pixel units; 0: none")
     chroma: float = Field(
-        0.2, ge=0, le=1, description="share of the change of colour that stays; 0: lightness alone changes"
+        0.35, ge=0, le=1, description="share of the change of colour that stays; 0: lightness alone changes"
     )
     residual_sigma: float = Field(
         0.8,
@@ -385,7 +385,7 @@ class PublishConfig(Section):
     )
     min_psnr: float = Field(0.0, ge=0, le=100, description="weak below this PSNR over the face crop, dB; 0: no limit")
     min_jod: float = Field(
-        9.35,
+        9.2,
         ge=0,
         le=10,
         description="weak below this JOD of the face window (10: no difference is seen, 9: three of four viewers tell "
