@@ -14,7 +14,7 @@ import click
 
 _OUR_PACKAGES = ("pipelines", "scol_ops", "gallery_index", "cluster")
 # pipelines.config.load.PROFILES, which costs half a second to import
-PROFILE_NAMES = ("quick", "standard", "strong", "paper")
+PROFILE_NAMES = ("quick", "standard", "faint", "strong", "paper")
 
 
 def _is_known(error: Exception) -> bool:

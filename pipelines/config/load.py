@@ -27,6 +27,14 @@ PROFILES: dict[str, dict[str, Any]] = {
         "engine.face_seconds": 300.0,
     },
     "standard": {},
+    # Less to be seen, and fewer hidden (docs/results.md has both).
+    "faint": {
+        "mask.features": 0.75,
+        "refine.steps": 160,
+        "refine.seen": 1.7,
+        "refine.chroma": 0.2,
+        "publish.min_jod": 9.35,
+    },
     # Not accepted as the very photo either, for more to be seen.
     "strong": {
         "refine.seen": 0.8,
