@@ -20,10 +20,10 @@ from scol_ops.filters import damp_chroma
 from scol_ops.losses import IdentityFeature, id_lock_loss, identity_hinge_loss
 from scol_ops.perception import PIXELS_PER_DEGREE, VisibleDifference
 from scol_ops.tuning import DeadlineExceeded, TuneResult, confine, masked_psnr
+from scol_ops.visibility import WINDOW_SHARE
 
 _ALMOST = 0.99  # of the bound: a residual that starts there can still move
 _SMALLEST = 0.45  # of a face's size in its photo: a little below half, which is what sites often leave
-_WINDOW = 0.6  # the middle of the crop by side, where people look, and where JOD is measured
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,8 @@ class _Objective:
 
 
 def _looked_at(size: int, surroundings: float) -> Tensor:
-    """(1, 1, size, size): 1 in the face's window, ``surroundings`` outside."""
+    """(1, 1, size, size): 1 in the face's window, where JOD is measured, ``surroundings`` outside."""
     weight = torch.full((1, 1, size, size), float(surroundings))
-    edge = round(size * (1 - _WINDOW) / 2)
+    edge = round(size * (1 - WINDOW_SHARE) / 2)
     weight[..., edge : size - edge, edge : size - edge] = 1
     return weight

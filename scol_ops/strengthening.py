@@ -142,18 +142,16 @@ class Search:
             return 1.0
         if len(self.looks) > self.most:
             return None
-        hides = [look.share for look in self.looks if look.hidden]
-        shows = [look.share for look in self.looks if not look.unseen]
+        hides = min((look.share for look in self.looks if look.hidden), default=None)
         bare = max((look.share for look in self.looks if not look.hidden), default=0.0)
+        shows = min((look.share for look in self.looks if not look.unseen), default=None)
         # Until a share is found that both shows and does not hide: then no share does both, and sight decides.
-        if hides and not (shows and bare >= min(shows)):
-            return (max((s for s in [0.0, bare] if s < min(hides)), default=0.0) + min(hides)) / 2
-        if not shows:
+        if hides is not None and (shows is None or bare < shows):
+            return ((bare if bare < hides else 0.0) + hides) / 2
+        if shows is None:
             return None
-        return (
-            max((look.share for look in self.looks if look.unseen and look.share < min(shows)), default=0.0)
-            + min(shows)
-        ) / 2
+        clear = max((look.share for look in self.looks if look.unseen and look.share < shows), default=0.0)
+        return (clear + shows) / 2
 
     def told(self, look: Look) -> None:
         """Take what a look at ``next`` showed."""

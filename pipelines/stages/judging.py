@@ -23,8 +23,8 @@ _BLOCK = 16  # px: a window that begins at a multiple has its JPEG blocks where 
 
 def bars_of(config: Config, judge: Recogniser) -> Bars:
     """What the judge may see of a face at most."""
-    said = config.publish.max_ism
-    saved = {None: judge.hidden_below, "threshold": judge.threshold}.get(said, said)
+    own = judge.threshold if judge.hidden_below is None else judge.hidden_below
+    saved = {None: own, "threshold": judge.threshold}.get(config.publish.max_ism, config.publish.max_ism)
     distorted = config.publish.max_ism_distorted
     return Bars(saved, saved if distorted is None else distorted)
 

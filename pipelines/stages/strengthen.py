@@ -64,6 +64,13 @@ class _Attempt:
     jod: float | None = None
 
 
+def _attempt(original: Tensor, number: int, png: bytes, share: float = 1.0) -> _Attempt:
+    """A picture of the face whose crop is ``original``, (1, 3, S, S); other arguments as of ``_Attempt``."""
+    picture = decode_png(png)
+    quality = psnr(to_uint8(original[0]), to_uint8(picture[0]))
+    return _Attempt(number, share, picture, png if number or share < 1 else None, quality)
+
+
 @dataclass(eq=False)
 class _Face:
     """A face in the loop.
@@ -95,16 +102,12 @@ class _Face:
     error: str | None = None
     seconds: float = 0.0
 
-    def attempt(self, number: int, png: bytes, share: float = 1.0) -> _Attempt:
-        picture = decode_png(png)
-        quality = psnr(to_uint8(self.original[0]), to_uint8(picture[0]))
-        return _Attempt(number, share, picture, png if number or share < 1 else None, quality)
-
     def share(self, share: float) -> _Attempt:
         """A share of the latest round's change."""
         if share == 1:
             return self.whole
-        return self.attempt(self.whole.number, encode_png(faded(self.whole.picture, self.original, share)), share)
+        png = encode_png(faded(self.whole.picture, self.original, share))
+        return _attempt(self.original, self.whole.number, png, share)
 
     def best(self, bars: Bars) -> _Attempt:
         """What to publish: what the latest round's search found, unless one before was nearer to the bars.
@@ -190,9 +193,7 @@ class _Loop:
             for i, row in enumerate(rows):
                 place = Place(row, pasting.photo.width, pasting.photo.height)
                 own, original = place.of(pasting.photo).embed(self.judge), pasting.originals[i : i + 1]
-                picture = decode_png(row["protected"])
-                first = _Attempt(0, 1.0, picture, None, psnr(to_uint8(original[0]), to_uint8(picture[0])))
-                search = Search(self.settings.looks)
+                first, search = _attempt(original, 0, row["protected"]), Search(self.settings.looks)
                 faces.append(_Face(row, original, pasting.masks[i : i + 1], own, place, [], first, search))
         for number in range(self.settings.rounds + 1):
             going = [face for face in faces if face.ended is None and (number == 0 or face.known)]
@@ -215,9 +216,12 @@ class _Loop:
                     face.tried.append(face.share(share))
             self._show(pasting, faces, [face.tried[-1] if face in asked else face.shown for face in faces])
             for face in going:
-                last = face.tried[-1]
-                hidden, unseen = last.seen.excess(self.bars) <= 0, last.jod is None or last.jod >= self.min_jod
-                face.search.told(Look(last.share, hidden, unseen))
+                face.search.told(self._judged(face.tried[-1]))
+
+    def _judged(self, attempt: _Attempt) -> Look:
+        """Whether a picture that was looked at meets the two bars."""
+        unseen = attempt.jod is None or attempt.jod >= self.min_jod
+        return Look(attempt.share, attempt.seen.excess(self.bars) <= 0, unseen)
 
     @contextmanager
     def _photo_time(self, faces: list[_Face]) -> Iterator[None]:
@@ -237,7 +241,7 @@ class _Loop:
                 window = face.place.of(photo)
                 if attempt is not face.shown or not np.array_equal(window.pixels, face.pixels):
                     attempt.seen = look(self.judge, face.own, window, self.config.publish.distortions)
-                    quad = np.array(face.row["align.quad"]).reshape(4, 2)
+                    quad = face.row["align.quad"]
                     attempt.jod = face_jod(pasting.photo.pixels, photo.pixels, quad, DISPLAYS[:1])["jod"]
                 face.shown, face.pixels = attempt, window.pixels
 
@@ -249,7 +253,7 @@ class _Loop:
             if left <= 0:
                 raise DeadlineExceeded(f"before round {number}")
             with face_time(left * 1.1, left):
-                whole = face.attempt(number, encode_png(self._stronger(face, number, begin + left)))
+                whole = _attempt(face.original, number, encode_png(self._stronger(face, number, begin + left)))
                 face.kept, face.whole, face.search = face.best(self.bars), whole, Search(self.settings.looks)
         except FloatingPointError:  # the settings of this round are too strong for this face, wherever it is tried
             face.ended = DIVERGED
@@ -281,13 +285,13 @@ class _Loop:
         if broken:  # another face failed, so the photo is not published
             return row
         first, last = face.tried[0], face.shown
-        passed = last.seen.excess(self.bars) <= 0 and (last.jod is None or last.jod >= self.min_jod)
+        judged = self._judged(last)
         return row | {
             "protected": last.png,
             "rounds": face.rounds,
             "kept": last.number,
             "share": last.share,
-            "ended": PASSED if passed else face.ended or (ROUNDS if face.known else SIGHT),
+            "ended": PASSED if judged.hidden and judged.unseen else face.ended or (ROUNDS if face.known else SIGHT),
             "psnr": last.psnr,
             "psnr_before": first.psnr,
             "jod": last.jod,

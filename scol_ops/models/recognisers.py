@@ -7,7 +7,7 @@ Each network does its own alignment, from the same landmarks and boxes, so that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +55,8 @@ class Recogniser(nn.Module, ABC):
         threshold: cosine above which two faces count as one person: a false accept rate of 1 % over LFW's pairs.
             Source: measured, see the network's card in ``data/``.
         hidden_below: cosine to the very photo up to which other photos of the person are another's: the bar of a judge.
-            Source:
-            measured on development people, docs/results.md; the threshold, a harder bar, of networks that were not.
+            Source: measured on development people, docs/results.md. None of networks that were not: their bar is the
+            threshold, which is harder.
         fingerprint: first 16 hex digits of the weights' sha256; set by ``load_recogniser``, empty before.
     """
 
@@ -64,12 +64,7 @@ class Recogniser(nn.Module, ABC):
     dim: ClassVar[int]
     input_size: ClassVar[int]
     threshold: ClassVar[float]
-    hidden_below: ClassVar[float]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "threshold" in vars(cls) and "hidden_below" not in vars(cls):
-            cls.hidden_below = cls.threshold
+    hidden_below: ClassVar[float | None] = None
 
     def __init__(self) -> None:
         super().__init__()
