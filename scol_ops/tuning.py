@@ -144,7 +144,9 @@ def tune(
     # would start from this one's weights (the trap of CLIP2Protect).
     own = copy.deepcopy(generator)
     optimiser = torch.optim.Adam(select_parameters(own, settings.parameters), lr=settings.lr)
-    objective = _Objective(own, fused, original, mask, identity, margins, settings, seed, perceptual)
+    objective = None
+    if settings.steps:  # without any nothing is compared: profiles that refine the photo itself need not wait for it
+        objective = _Objective(own, fused, original, mask, identity, margins, settings, seed, perceptual)
     for step in range(settings.steps):
         if deadline is not None and time.monotonic() > deadline:
             raise DeadlineExceeded(f"tuning step {step} of {settings.steps}")
