@@ -12,12 +12,13 @@ largest cosine at which, of all faces up to it, 95 % are rejected against the ot
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from pipelines.bench.harness import parse, record
@@ -79,16 +80,17 @@ def bar_of(faces: Sequence[Face]) -> float | None:
 
 def curve(faces: Sequence[Face]) -> list[dict[str, Any]]:
     """Shares, 0..1, by steps of the cosine: `rejected`, `first`, and `number` of faces."""
-    own = np.array([face[0] for face in faces])
-    steps = np.floor(own / STEP).astype(int)
+    by_step: dict[int, list[Face]] = {}
+    for face in sorted(faces):
+        by_step.setdefault(math.floor(face[0] / STEP), []).append(face)
     return [
         {
             "from": round(step * STEP, 2),
-            "number": int((steps == step).sum()),
-            "rejected": float(np.mean([face[1] for face, at in zip(faces, steps, strict=True) if at == step])),
-            "first": float(np.mean([face[2] for face, at in zip(faces, steps, strict=True) if at == step])),
+            "number": len(some),
+            "rejected": fmean(away for _, away, _ in some),
+            "first": fmean(first for _, _, first in some),
         }
-        for step in sorted(set(steps.tolist()))
+        for step, some in by_step.items()
     ]
 
 

@@ -23,7 +23,6 @@ from pipelines.bench.harness import record as write
 from pipelines.config.load import PROFILES, load_config
 from pipelines.evaluate import judges
 from pipelines.experiments import loop
-from pipelines.experiments.ablation import SPLIT
 from pipelines.experiments.comparison import (
     DISTORTION,
     UNPROTECTED,
@@ -34,7 +33,7 @@ from pipelines.experiments.comparison import (
     record,
 )  # fmt: skip
 from pipelines.experiments.datasets import DatasetError, read_dataset
-from pipelines.experiments.methods import ATTACKS, Method, identity_sets, without
+from pipelines.experiments.methods import ATTACKS, SPLIT, Method, judged_by
 from pipelines.experiments.protocol import REPORTED_PEOPLE, REPORTED_SEED, choose, lay_out
 from pipelines.jobs.progress import Reporter
 from pipelines.run.text_tables import markdown, number
@@ -57,11 +56,10 @@ def methods(
 
 def left_out(profile: str) -> list[Method]:
     """A profile once for each recogniser, which judges it while another takes its place inside."""
-    names, config, found = judges.available(), load_config(profile), []
-    for judge in names:
-        sets = (*identity_sets(config, without(judge, config, names)), f"publish.judge={judge}")
-        found.append(Method(f"{profile}{SPLIT}{judge}", "ours", profile, sets))
-    return found
+    names, config = judges.available(), load_config(profile)
+    return [
+        Method(f"{profile}{SPLIT}{judge}", "ours", profile, judged_by(judge, config, names)) for judge in names
+    ]
 
 
 def left_out_table(lines: Sequence[Line]) -> str:
@@ -72,15 +70,15 @@ def left_out_table(lines: Sequence[Line]) -> str:
         some = [line for line in lines if line.method.name.startswith(profile + SPLIT)]
         for variant in (NONE, DISTORTION):
             cells = [line.cell(line.method.name.removeprefix(profile + SPLIT), variant) for line in some]
-            jods = [(line.picture("jod"), line.figures["distributions"]["jod"]["p5"]) for line in some]
+            spreads = [line.figures["distributions"] for line in some]
             saved = variant == NONE
             rows.append([
                 profile, "saved" if saved else variant,
-                number(fmean(jod["value"] for jod, _ in jods), 2) if saved else "-",
-                number(min(p5 for _, p5 in jods), 2) if saved else "-",
+                number(fmean(line.picture("jod")["value"] for line in some), 2) if saved else "-",
+                number(min(spread["jod"]["p5"] for spread in spreads), 2) if saved else "-",
                 *(number(_mean([(cell.get(name) or {}).get("value") for cell in cells]), 1, 100)
                   for name in ("rank1_u", "verified_mate_1e-3", "accepted_own")),
-                number(max(line.figures["distributions"]["max_change"]["p95"] for line in some), 0) if saved else "-",
+                number(max(spread["max_change"]["p95"] for spread in spreads), 0) if saved else "-",
                 number(_mean([line.made.weak for line in some]), 1, 100) if saved else "-",
                 number(_mean([line.made.seconds_per_face for line in some]), 1) if saved else "-",
             ])  # fmt: skip

@@ -11,10 +11,8 @@ shown are the photo's own pixels, cut on pixel boundaries and never resampled.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import heapq
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.archive.paths import SourceError
@@ -33,10 +30,12 @@ from pipelines.evaluate.pairs import OK
 from pipelines.photos.codec import decode
 from pipelines.photos.photo import PhotoError
 from pipelines.report import html
-from pipelines.report.windows import window_of
+from pipelines.report.pictures import Pixels, encoded
+from pipelines.report.windows import windows_of
 from pipelines.run.folder import Run
 from pipelines.run.text import utc
 from scol_ops.alignment import ffhq_quads
+from scol_ops.warp import GeometryError
 
 VERSION = 1  # of the key and of the answers
 PAGE, KEY = "viewer.html", "viewer-key.json"
@@ -46,7 +45,6 @@ WINDOW = 0.8  # side of what is shown, as a share of the FFHQ crop's: the whole 
 _SPARE = 4  # candidates a pair: photos may have gone, faces may be unchanged
 _COLUMNS = ("face_id", "person_id", "status", "same_size", "same_bytes", "url", "protected_url", "landmarks")
 
-Pixels = NDArray[np.uint8]
 Say = Callable[[str], None]
 
 
@@ -100,27 +98,19 @@ def read_face(row: Mapping[str, Any]) -> Shown | None:
     try:
         data = read_bytes(row["protected_url"])
         one, two = decode(read_bytes(row["url"])).pixels, decode(data).pixels
-    except (SourceError, PhotoError):
+        quad = ffhq_quads(torch.tensor(row["landmarks"], dtype=torch.float64).reshape(1, 5, 2))[0]
+    except (SourceError, PhotoError, GeometryError):
         return None
-    if one.shape != two.shape:
+    both = windows_of(one, two, quad.numpy(), WINDOW)
+    if both is None or np.array_equal(*both):
         return None
-    landmarks = torch.tensor(row["landmarks"], dtype=torch.float64).reshape(1, 5, 2)
-    try:
-        left, top, right, bottom = window_of(ffhq_quads(landmarks)[0].numpy(), one.shape[1], one.shape[0], WINDOW)
-    except ValueError:
-        return None
-    before, after = (np.ascontiguousarray(p[top:bottom, left:right]) for p in (one, two))
-    if np.array_equal(before, after):
-        return None
-    return Shown(row, before, after, digest_of(data))
+    return Shown(row, *both, digest_of(data))
 
 
 def side_by_side(left: Pixels, right: Pixels) -> str:
     """Two windows of one shape as ONE lossless PNG in a data URL: neither has a size or an encoding of its own that
     tells which it is, and a pair of equal ones is made no differently."""
-    out = io.BytesIO()
-    Image.fromarray(np.concatenate([left, right], 1)).save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+    return encoded(Image.fromarray(np.concatenate([left, right], 1)), "PNG")
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------

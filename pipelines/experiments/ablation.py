@@ -25,7 +25,7 @@ from pipelines.evaluate.measure import column
 from pipelines.experiments.comparison import JOD_HEAD, PICTURES, PICTURES_HEAD, compare
 from pipelines.experiments.datasets import read_dataset
 from pipelines.experiments.faces import SEEN, Faces, estimates, jod_cells, less, mean, read_faces
-from pipelines.experiments.methods import Method, identity_sets, without
+from pipelines.experiments.methods import SPLIT, Method, judged_by, without
 from pipelines.experiments.protocol import develop, lay_out, reported
 from pipelines.experiments.tables import Options, write
 from pipelines.experiments.variants import COMMON, Variant, VariantError
@@ -36,7 +36,6 @@ from scol_ops.distortions import NONE
 NAME = "ablation"
 TITLE = "Variants of our method, each judged by recognisers that it did not use"
 PEOPLE = 16  # by default
-SPLIT = "-judged-by-"
 
 Say = Callable[[str], None]
 
@@ -60,9 +59,8 @@ def splits(variant: Variant, options: Options) -> dict[str, Method]:
     for judge in names:
         name, more = variant.name, spared
         if judge in _inside(config):
-            features = without(judge, config, names)
-            name, more = f"{variant.name}{SPLIT}{judge}", (*identity_sets(config, features), f"publish.judge={judge}")
-            if judge in _inside(config, features):
+            name, more = f"{variant.name}{SPLIT}{judge}", judged_by(judge, config, names)
+            if judge in _inside(config, without(judge, config, names)):
                 continue
         found[judge] = Method(name, "ours", profile=options.profile, sets=(*sets, *more))
         _load(variant, options, found[judge].sets)

@@ -45,6 +45,7 @@ from scol_ops.models.recognisers import Recogniser, ffhq_mean_geometry
 
 ATTACKS = {"mi-fgsm": MIFGSMSettings, "ti-dim": TIDIMSettings, "tip-im": TIPIMSettings}
 VERSION = "1"
+SPLIT = "-judged-by-"  # in the name of a line that one recogniser judges: between the method's and the recogniser's
 TARGETS = 10  # of TIP-IM, as in its paper: people who do not exist
 _AROUND = 1.3  # side of what may change, in sides of the face's box
 
@@ -109,6 +110,11 @@ def identity_sets(config: Config, features: Mapping[str, Sequence[str]]) -> list
             margins = (given.get(name, own.default_margins[name]) for name in names)
             sets.append(f"{section}.margins={','.join(map(str, margins))}")
     return sets
+
+
+def judged_by(judge: str, config: Config, names: Sequence[str]) -> tuple[str, ...]:
+    """Settings by which a recogniser judges, and is not inside; see `without`."""
+    return (*identity_sets(config, without(judge, config, names)), f"publish.judge={judge}")
 
 
 @dataclass

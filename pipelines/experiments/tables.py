@@ -30,7 +30,7 @@ from pipelines.experiments.comparison import (
     record,
 )
 from pipelines.experiments.datasets import read_dataset
-from pipelines.experiments.methods import ATTACKS, Method, identity_sets, without
+from pipelines.experiments.methods import ATTACKS, SPLIT, Method, judged_by
 from pipelines.experiments.oracle import Oracle, make_swaps
 from pipelines.experiments.protocol import choose, lay_out
 from pipelines.experiments.swaps import SwapFigures, measure_swaps
@@ -103,7 +103,6 @@ PAPER_1 = {
     "scol": (93.8, 85.6, 91.4, 90.7, 90.4),
 }
 _SCOL = "scol"
-_WITHOUT = "-judged-by-"
 
 
 def leave_one_out(options: Options) -> list[Method]:
@@ -123,7 +122,7 @@ def leave_one_out(options: Options) -> list[Method]:
     for attack in ATTACKS:
         lines.append(Method(attack, "attack", attack=attack, surrogates=base))
         for judge, features in replaced(base, names).items():
-            lines.append(Method(f"{attack}{_WITHOUT}{judge}", "attack", attack=attack, surrogates=features))
+            lines.append(Method(f"{attack}{SPLIT}{judge}", "attack", attack=attack, surrogates=features))
 
     def ours(name: str, *more: str, attacked: bool = False) -> Method:
         attack = f"attack.enabled={str(attacked).lower()}"
@@ -131,8 +130,7 @@ def leave_one_out(options: Options) -> list[Method]:
 
     lines.append(ours(_SCOL))
     for judge in own:
-        features = identity_sets(config, without(judge, config, names))
-        lines.append(ours(f"{_SCOL}{_WITHOUT}{judge}", *features, f"publish.judge={judge}"))
+        lines.append(ours(f"{_SCOL}{SPLIT}{judge}", *judged_by(judge, config, names)))
     lines.append(ours(f"{_SCOL}-attacked", attacked=True))
     for name, folder in (options.others or {}).items():
         inside = tuple((options.inside or {}).get(name, ()))
@@ -153,7 +151,7 @@ def table1(lines: Sequence[Line], swaps: Mapping[str, SwapFigures]) -> str:
     rows = [(*head, *JOD_HEAD, *PICTURES_HEAD, "average after " + DISTORTION)]
     groups: dict[str, dict[str, Line]] = {}
     for line in lines:
-        method, _, judge = line.method.name.partition(_WITHOUT)
+        method, _, judge = line.method.name.partition(SPLIT)
         groups.setdefault(method, {})[judge] = line
     for method, found in groups.items():
         own = [found.get(n) or found[""] for n in names]

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,25 +20,28 @@ HEAT_TOP = 4.0  # JOD lost, where the colours of a heat map end
 _HEAT = np.array([[255, 240, 120], [250, 150, 30], [205, 20, 40], [120, 0, 90]], np.float32)  # nothing to much
 
 
+def encoded(image: Image.Image, form: str, **options: Any) -> str:
+    """A picture as it is in a data URL. form: `JPEG` or `PNG`; options: of Pillow's `save`."""
+    out = io.BytesIO()
+    image.save(out, form, **options)
+    return f"data:image/{form.lower()};base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
 def data_url(pixels: Pixels) -> str:
     """A picture, uint8 (H, W, 3), as a JPEG of at most `PICTURE_SIDE` px in a data URL."""
     image = Image.fromarray(pixels)
     if max(image.size) > PICTURE_SIDE:
         image = image.resize((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.BOX, reducing_gap=None)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=90, subsampling="4:4:4", optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+    return encoded(image, "JPEG", quality=90, subsampling="4:4:4", optimize=True)
 
 
 def window_url(pixels: Pixels) -> str:
     """A face's window, uint8 (H, W, 3), in its own pixels in a data URL: as a PNG up to `LOSSLESS_SIDE` px, above as a
     JPEG 95 without subsampling."""
-    out = io.BytesIO()
-    if max(pixels.shape[:2]) <= LOSSLESS_SIDE:
-        Image.fromarray(pixels).save(out, "PNG", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
-    Image.fromarray(pixels).save(out, "JPEG", quality=95, subsampling="4:4:4", optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+    image = Image.fromarray(pixels)
+    if max(image.size) <= LOSSLESS_SIDE:
+        return encoded(image, "PNG", optimize=True)
+    return encoded(image, "JPEG", quality=95, subsampling="4:4:4", optimize=True)
 
 
 def heat_colours(share: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -116,7 +116,7 @@ def read_pictures(run: Run | str, face_ids: Iterable[str], windows: bool = False
             out[face] = FacePictures(original, made.get(face))
         else:
             url = urls.get(face.rsplit("-", 1)[0])
-            both = None if url is None else _windows(read(url, row["content"]), saved, row)
+            both = None if url is None else _windows(read(url, row["content"]), saved, row["quad"])
             out[face] = FacePictures(original, cut, saved=True, windows=both)
     return out
 
@@ -130,17 +130,13 @@ def _photo_urls(run: Run | str, face_ids: Iterable[str]) -> dict[str, str]:
     return {row["photo_id"]: row["url"] for row in rows.to_pylist()}
 
 
-def _windows(original: Pixels | None, saved: Pixels, row: Mapping[str, Any]) -> tuple[Pixels, Pixels] | None:
-    """The face's window in both photos; None where they do not have the size that the face was found in."""
-    if original is None or original.shape != saved.shape:
+def _windows(original: Pixels | None, saved: Pixels, quad: Sequence[float]) -> tuple[Pixels, Pixels] | None:
+    """The face's window in both photos; None where one of them cannot be read, or has changed its size."""
+    if original is None:
         return None
-    from pipelines.report.windows import window_of  # late: it loads PyTorch
+    from pipelines.report.windows import windows_of  # late: it loads PyTorch
 
-    try:
-        left, top, right, bottom = window_of(row["quad"], row["width"], row["height"])
-    except ValueError:
-        return None
-    return tuple(np.ascontiguousarray(photo[top:bottom, left:right]) for photo in (original, saved))
+    return windows_of(original, saved, quad)
 
 
 def _read_photo(url: str, content: str | None = None) -> Pixels | None:

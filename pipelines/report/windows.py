@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pipelines.report.pictures import Pixels
 from scol_ops.visibility import WINDOW_SHARE, face_window
 
 LARGEST = 640  # px; of a larger window its middle is shown, so that two of them fit a screen
@@ -32,3 +33,22 @@ def window_of(
     middle, side = corners.mean(0), math.dist(corners[0], corners[1])
     wanted = min(share * side, largest - 1.0)  # rounding outwards adds a pixel
     return face_window(middle + (corners - middle) * (wanted / (WINDOW_SHARE * side) if side else 1.0), width, height)
+
+
+def windows_of(
+    one: Pixels, two: Pixels, quad: ArrayLike, share: float = WINDOW_SHARE
+) -> tuple[Pixels, Pixels] | None:
+    """A face's window in two photos, uint8 (H, W, 3), that show the same; None where these have not one size, or the
+    face lies beside them.
+
+    Args:
+        quad, share: as of `window_of`.
+    """
+    if one.shape != two.shape:
+        return None
+    try:
+        left, top, right, bottom = window_of(quad, one.shape[1], one.shape[0], share)
+    except ValueError:
+        return None
+    before, after = (np.ascontiguousarray(photo[top:bottom, left:right]) for photo in (one, two))
+    return before, after
